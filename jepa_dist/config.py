@@ -1,0 +1,650 @@
+"""Typed configuration: defaults < YAML file < JEPA_* environment < KEY=VALUE command line.
+
+Every option is one annotated field with its meaning right below it. ``load`` returns the
+validated ``Config`` together with where each value came from; anything wrong raises ``UserError``
+with one line per problem, before torch is imported and before any process group exists.
+
+``python -m jepa_dist.config`` prints the reference page kept in docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jepa_dist.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        populate_by_name=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class RunConfig(_Section):
+    """Where the run lives."""
+
+    dir: str = "runs/default"
+    """Run directory: resolved config, metrics, TensorBoard events, logs. Never overwritten."""
+
+
+class TrainConfig(_Section):
+    """Length of the run and its curricula. Fractions are of the whole run."""
+
+    steps: PositiveInt = 1000
+    """Optimiser steps; schedules stretch to this length."""
+    log_every: PositiveInt = 10
+    """Steps between two metric records (the device is synchronised only then)."""
+    enable_looping_at: Fraction = 0.5
+    """Fraction of the run at which depth recurrence starts (phase 1). Needs model.num_loops > 0."""
+    loop_phase2_at: Fraction = 0.0
+    """Fraction at which all loops run (phase 2); 0 goes from phase 0 to 2 at enable_looping_at."""
+
+
+class BatchConfig(_Section):
+    """The global batch, which never depends on the number of ranks (contract C1)."""
+
+    sequences: PositiveInt = 32
+    """Sequences in the global batch of one optimiser step."""
+    micro: PositiveInt = 8
+    """Most sequences a rank holds in one forward pass; gradient accumulation makes up the rest."""
+
+
+class ModelConfig(_Section):
+    """The GPT. Defaults are a plain GPT; the reference's extras are switched on one by one."""
+
+    vocab_size: PositiveInt = 257
+    """Number of token ids (257 = bytes and a BOS)."""
+    seq_len: PositiveInt = 512
+    """Training sequence length; longer inputs rescale the rotary base (NTK style)."""
+    num_layers: PositiveInt = 4
+    """Number of blocks."""
+    model_dim: PositiveInt = 128
+    """Width of the residual stream."""
+    num_heads: PositiveInt = 4
+    """Query heads."""
+    num_kv_heads: PositiveInt = 4
+    """Key/value heads; consecutive query heads share one."""
+    mlp_mult: Positive = 4.0
+    """MLP hidden width = floor(mlp_mult * model_dim)."""
+    embedding_dim: PositiveInt | None = None
+    """Width of the token embedding; null means model_dim, otherwise projections are added."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output head."""
+    tied_embed_init_std: Positive = 0.005
+    """Standard deviation of a tied embedding at the start (an untied one starts at 1)."""
+    logit_softcap: NonNegative = 0.0
+    """Logits become cap * tanh(logits / cap); 0 switches the cap off."""
+    rope_base: Positive = 10000.0
+    """Base of the rotary frequencies."""
+    rope_dims: Count = 0
+    """Rotated dimensions of each head (even); 0 rotates all."""
+    qk_gain_init: Positive | None = None
+    """Learned gain of each query head after QK norm, started here; null leaves it out."""
+    ln_scale: bool = False
+    """Scale block i's normed inputs by 1/sqrt(i+1)."""
+    xsa_last_n: Count = 0
+    """In the last n blocks remove from each head's output its own value direction (XSA)."""
+    x0_mix: bool = False
+    """Learned per-channel mix of the residual stream with the embedding at every block."""
+    branch_scales: bool = False
+    """Learned per-channel scales on the attention and MLP branches."""
+    unet_skips: bool = False
+    """U-Net skips from the first half of the executed blocks to the second."""
+    skip_gates: bool = False
+    """Gate the skips with a learned sigmoid (needs unet_skips)."""
+    parallel_residual_start: int = Field(default=-1, ge=-1)
+    """From this block on attention and MLP read the same input; -1 means never."""
+    num_loops: Count = 0
+    """Extra passes over blocks loop_start..loop_end in recurrence phase 2 (phase 1: one)."""
+    loop_start: Count = 0
+    """First block of the looped segment."""
+    loop_end: Count = 0
+    """Last block of the looped segment (inclusive)."""
+    untie_loop_mlps: bool = False
+    """Give every extra pass an MLP of its own (needs num_loops > 0)."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def embed_width(self) -> int:
+        """Width of the token embedding."""
+        return self.embedding_dim or self.model_dim
+
+    @property
+    def rotary_dims(self) -> int:
+        """Rotated dimensions of each head."""
+        return self.rope_dims or self.head_dim
+
+
+class DataConfig(_Section):
+    """Token shards: 256 int32 header words, then uint16 ids (the field's .bin format)."""
+
+    train: str = "data/stdlib/train_*.bin"
+    """Glob of the training shards, read in sorted order."""
+    val: str = "data/stdlib/val_*.bin"
+    """Glob of the validation shards."""
+    tokenizer: str = "bytes"
+    """'bytes', or the path of a SentencePiece .model (extra [sentencepiece]); for bits per byte."""
+    workers: Count = 2
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch: PositiveInt = 4
+    """Micro-batches that each loader process keeps ready."""
+
+
+class JepaConfig(_Section):
+    """The auxiliary objective: docs/objective.md."""
+
+    lambda_: NonNegative = Field(default=0.0, alias="lambda")
+    """Weight of the JEPA loss; 0 leaves the objective out entirely."""
+    max_span_frac: Fraction = 0.5
+    """Longest span as a fraction of the sequence."""
+    start_frac: Fraction = 0.0
+    """Fraction of the run at which the objective is switched on."""
+    ramp_frac: Fraction = 0.0
+    """Fraction of the run over which lambda then rises linearly from 0; 0 means at once."""
+    layer: int = -1
+    """Tapped state: -1 the final pre-norm state, i block i's output at its last execution."""
+    spans_per_sequence: PositiveInt = 1
+    """Spans sampled per sequence; their losses are averaged."""
+    sampler: Literal["start_then_length", "uniform"] = "start_then_length"
+    """Uniform start then uniform length, or uniform over all legal spans."""
+    norm_floor: NonNegative = 0.05
+    """Floor of both norms in the cosine, relative to the RMS norm of the sequence's tapped states;
+    0 uses an absolute 1e-8 and can explode at the start of training."""
+
+
+class OptimConfig(_Section):
+    """Parameter groups and schedules (golden README sections 3-5)."""
+
+    matrix: Literal["muon", "adamw"] = "adamw"
+    """Optimiser of the matrices inside the blocks and of the embedding projections."""
+    matrix_lr: Positive = 0.002
+    """Learning rate of the matrices."""
+    matrix_wd: NonNegative = 0.085
+    """Decoupled weight decay of the matrices."""
+    scalar_lr: Positive = 0.02
+    """Learning rate of scales, gains, mixes and skips (AdamW)."""
+    tied_embed_lr: Positive = 0.03
+    """Learning rate of a tied token embedding (AdamW)."""
+    embed_lr: Positive = 0.6
+    """Learning rate of an untied token embedding (AdamW)."""
+    embed_wd: NonNegative = 0.085
+    """Decoupled weight decay of the token embedding."""
+    head_lr: Positive = 0.008
+    """Learning rate of an untied head (Adam, no decay)."""
+    adam_wd: NonNegative = 0.02
+    """Decoupled weight decay of the scalar group."""
+    beta1: Fraction = 0.9
+    """Adam's first moment decay."""
+    beta2: Fraction = 0.95
+    """Adam's second moment decay."""
+    eps: Positive = 1e-8
+    """Adam's epsilon, outside the square root."""
+    grad_clip_norm: NonNegative = 0.3
+    """Clip the global gradient norm here; 0 switches clipping off."""
+    warmdown_frac: Fraction = 0.667
+    """Last fraction of the run over which the learning rates fall linearly."""
+    min_lr: Fraction = 0.0
+    """Floor of the learning-rate multiplier (a multiplier, not a rate)."""
+
+
+class ParallelConfig(_Section):
+    """How the plain model is laid out over ranks and compiled."""
+
+    compile: bool = True
+    """Compile embedding, blocks, skips, head and JEPA loss as regions."""
+    dp_replicate: PositiveInt = 1
+    """Replicas of the sharded model (HSDP when > 1; equal to the world size: pure replication)."""
+    dp_shard: int = -1
+    """Ranks over which one replica is sharded; -1 takes all that dp_replicate leaves."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of computation (master weights and gradient reduction stay float32);
+    auto is bfloat16 on CUDA and float32 on CPU."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in backward: of no block, all but matmul and attention, or all."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after each block's forward (less memory, one more gather)."""
+    keep_looped_gathered: bool = True
+    """Keep looped blocks gathered from their first pass until backward is done."""
+    timeout_seconds: Positive = 600.0
+    """A collective that waits longer ends the job instead of hanging."""
+
+
+class EvalConfig(_Section):
+    """Validation on a fixed set."""
+
+    every: Count = 100
+    """Steps between validations; 0 evaluates only at the end."""
+    sequences: Count = 0
+    """Validation sequences, from the start of the shards; 0 takes all of them."""
+
+
+class Config(_Section):
+    """Everything that defines a run."""
+
+    seed: Count = 0
+    """Seeds initialisation, data order and spans; nothing else does."""
+    run: RunConfig = RunConfig()
+    train: TrainConfig = TrainConfig()
+    batch: BatchConfig = BatchConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    jepa: JepaConfig = JepaConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+# The environment switches of parameter-golf issue #1772.
+ENVIRONMENT = {
+    "JEPA_LAMBDA": "jepa.lambda",
+    "JEPA_MAX_SPAN_FRAC": "jepa.max_span_frac",
+    "JEPA_START_FRAC": "jepa.start_frac",
+    "JEPA_LAYER": "jepa.layer",
+}
+# JEPA_* variables that are not configuration.
+_FOREIGN_ENVIRONMENT = {"JEPA_GOLDEN_DIR"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A validated configuration and, per dotted key, where its value came from."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+    def describe(self) -> str:
+        """One line per key: value and origin (default, file, environment, command line)."""
+        lines = []
+        for key, value in flatten(to_dict(self.config)):
+            shown = f"{key}: {_yaml_scalar(value)}"
+            lines.append(f"{shown:<50} # {self.sources.get(key, 'default')}")
+        return "\n".join(lines)
+
+
+def load(
+    path: str | Path | None,
+    overrides: Iterable[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Resolve a configuration.
+
+    Args:
+        path: YAML file, or None for defaults only.
+        overrides: ``KEY=VALUE`` strings, e.g. ``jepa.lambda=0.02``.
+        environ: Environment to read the ``JEPA_*`` switches from (default: the process's).
+
+    Raises:
+        UserError: unknown keys, wrong types, impossible combinations; all of them at once.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    problems: list[str] = []
+    layers = [
+        *([_from_file(Path(path))] if path is not None else []),
+        _from_environment(os.environ if environ is None else environ),
+        _from_command_line(overrides),
+    ]
+    for layer in layers:
+        for key, value, source in layer:
+            problem = _unknown_key(key, source)
+            if problem:
+                problems.append(problem)
+                continue
+            values[key] = value
+            sources[key] = source
+    try:
+        config = Config.model_validate(_nest(values))
+    except ValidationError as error:
+        problems += [_explain(item, sources) for item in error.errors()]
+        raise UserError(*problems) from None
+    problems += check(config)
+    if problems:
+        raise UserError(*problems)
+    return Resolved(config, sources)
+
+
+def check(config: Config) -> list[str]:
+    """Problems of combination that no single field can see, one line each."""
+    model, jepa = config.model, config.jepa
+    train, optim, parallel = config.train, config.optim, config.parallel
+    rules = [
+        (
+            model.model_dim % model.num_heads == 0,
+            f"model.num_heads={model.num_heads}: must divide model.model_dim={model.model_dim}",
+        ),
+        (
+            model.num_heads % model.num_kv_heads == 0,
+            f"model.num_kv_heads={model.num_kv_heads}: must divide "
+            f"model.num_heads={model.num_heads}",
+        ),
+        (
+            model.rotary_dims % 2 == 0 and model.rotary_dims <= model.head_dim,
+            f"model.rope_dims={model.rope_dims}: must be even and at most the head width "
+            f"{model.head_dim} (0 rotates the whole head, whose width must then be even)",
+        ),
+        (
+            model.mlp_hidden >= 1,
+            f"model.mlp_mult={model.mlp_mult}: leaves no hidden unit at "
+            f"model.model_dim={model.model_dim}",
+        ),
+        (
+            model.num_loops == 0 or model.loop_start <= model.loop_end < model.num_layers,
+            f"model.loop_start={model.loop_start}, model.loop_end={model.loop_end}: must be a "
+            f"range inside the blocks 0..{model.num_layers - 1}",
+        ),
+        (
+            not model.untie_loop_mlps or model.num_loops > 0,
+            "model.untie_loop_mlps=true: needs model.num_loops > 0",
+        ),
+        (
+            not model.skip_gates or model.unet_skips,
+            "model.skip_gates=true: needs model.unet_skips=true",
+        ),
+        (
+            model.parallel_residual_start < model.num_layers,
+            f"model.parallel_residual_start={model.parallel_residual_start}: must be -1 (never) "
+            f"or a block 0..{model.num_layers - 1}",
+        ),
+        (
+            model.vocab_size <= 2**16,
+            f"model.vocab_size={model.vocab_size}: token shards hold uint16 ids, at most 65536",
+        ),
+        (
+            -1 <= jepa.layer < model.num_layers,
+            f"jepa.layer={jepa.layer}: must be in -1..{model.num_layers - 1} "
+            f"(model.num_layers={model.num_layers})",
+        ),
+        (
+            jepa.lambda_ == 0 or model.seq_len >= 3,
+            f"model.seq_len={model.seq_len}: the JEPA objective needs at least 3 positions",
+        ),
+        (
+            jepa.max_span_frac > 0 or jepa.lambda_ == 0,
+            "jepa.max_span_frac=0.0: must be above 0 when jepa.lambda > 0",
+        ),
+        (
+            jepa.lambda_ == 0 or jepa.start_frac < 1,
+            f"jepa.start_frac={jepa.start_frac}: with jepa.lambda={jepa.lambda_} the objective "
+            "would never start; use jepa.lambda=0 to leave it out",
+        ),
+        (
+            model.num_loops == 0 or not 0 < train.loop_phase2_at < train.enable_looping_at,
+            f"train.loop_phase2_at={train.loop_phase2_at}: must not come before "
+            f"train.enable_looping_at={train.enable_looping_at} (0 skips phase 1)",
+        ),
+        (
+            optim.beta1 < 1 and optim.beta2 < 1,
+            f"optim.beta1={optim.beta1}, optim.beta2={optim.beta2}: must be below 1",
+        ),
+        (
+            parallel.dp_shard == -1 or parallel.dp_shard >= 1,
+            f"parallel.dp_shard={parallel.dp_shard}: must be -1 (all ranks left) or at least 1",
+        ),
+    ]
+    return [problem for holds, problem in rules if not holds]
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Reject a configuration that cannot run on ``world_size`` ranks.
+
+    Raises:
+        UserError: the batch has fewer sequences than ranks, or the mesh does not fit.
+    """
+    problems = []
+    if config.batch.sequences < world_size:
+        problems.append(
+            f"batch.sequences={config.batch.sequences}: the global batch needs at least one "
+            f"sequence per rank ({world_size}); raise it or start fewer ranks"
+        )
+    replicate, shard = config.parallel.dp_replicate, config.parallel.dp_shard
+    if world_size % replicate or (shard != -1 and replicate * shard != world_size):
+        problems.append(
+            f"parallel.dp_replicate={replicate}, parallel.dp_shard={shard}: their product must be "
+            f"the world size {world_size} (dp_shard=-1 takes what dp_replicate leaves)"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def to_dict(config: BaseModel) -> dict[str, Any]:
+    """The configuration as nested plain data, with the names used in files."""
+    return config.model_dump(by_alias=True)
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML with all defaults written out."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and leaf values of nested mappings, in order."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+_Layer = Iterable[tuple[str, Any, str]]
+
+
+def _from_file(path: Path) -> _Layer:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML: {reason}") from None
+    if tree is None:
+        return []
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    named = {str(name): value for name, value in tree.items()}
+    return [(key, value, f"file {path}") for key, value in _flatten_known(named)]
+
+
+def _flatten_known(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Flatten a file; an empty section counts as absent, a scalar section is kept to be refused."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _flatten_known(value, f"{key}.")
+        elif value is None and key in _sections():
+            continue
+        else:
+            yield key, value
+
+
+def _from_environment(environ: Mapping[str, str]) -> _Layer:
+    layer = []
+    for name in sorted(environ):
+        if not name.startswith("JEPA_") or name in _FOREIGN_ENVIRONMENT:
+            continue
+        if name not in ENVIRONMENT:
+            raise UserError(
+                f"environment {name}: unknown switch{_suggest(name, ENVIRONMENT)}; "
+                f"known are {', '.join(ENVIRONMENT)}"
+            )
+        key = ENVIRONMENT[name]
+        layer.append((key, _parse(environ[name], f"environment {name}"), f"environment {name}"))
+    return layer
+
+
+def _from_command_line(overrides: Iterable[str]) -> _Layer:
+    layer = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"command line: {item!r}: expected KEY=VALUE, e.g. jepa.lambda=0.02")
+        layer.append((key.strip(), _parse(text, f"command line {item}"), "command line"))
+    return layer
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"{source}: {text!r} is not a valid YAML value") from None
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, dot, name = key.rpartition(".")
+        if dot:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[name] = value
+    return tree
+
+
+def _known_keys() -> list[str]:
+    return [key for key, _ in flatten(to_dict(Config()))]
+
+
+def _sections() -> list[str]:
+    return [name for name, value in to_dict(Config()).items() if isinstance(value, dict)]
+
+
+def _unknown_key(key: str, source: str) -> str | None:
+    known = _known_keys()
+    if key in known:
+        return None
+    if key in _sections():
+        return f"{source}: {key}: is a section; set its keys, e.g. {_example(key)}"
+    return f"{source}: {key}: unknown key{_suggest(key, known)}"
+
+
+def _example(section: str) -> str:
+    return next(key for key in _known_keys() if key.startswith(f"{section}."))
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean X?)`` for the nearest known name, or nothing."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not near:  # a right leaf in the wrong section, e.g. lambda for jepa.lambda
+        leaf = name.rpartition(".")[2]
+        near = [key for key in known if key.rpartition(".")[2] == leaf][:1]
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _explain(item: Any, sources: Mapping[str, str]) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = next(
+        (k for k in (".".join(path[:n]) for n in range(len(path), 0, -1)) if k in sources),
+        ".".join(path),
+    )
+    return f"{sources.get(key, 'configuration')}: {key}={item['input']!r}: {item['msg']}"
+
+
+def _yaml_scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+
+
+# ---------------------------------------------------------------------------- reference page
+
+
+def reference_page() -> str:
+    """docs/configuration.md: every key, its type, default and meaning (Markdown)."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Generated by `python -m jepa_dist.config > docs/configuration.md`; a test keeps it true.",
+        "",
+        "Values are resolved in this order, later ones win: default, YAML file, environment,",
+        "`KEY=VALUE` on the command line. `python -m jepa_dist.train CONFIG --print-config` shows",
+        "the result and where each value came from.",
+        "",
+        "| environment | key |",
+        "|---|---|",
+        *[f"| `{name}` | `{key}` |" for name, key in ENVIRONMENT.items()],
+    ]
+    defaults = to_dict(Config())
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            lines += ["", f"## {name}", "", (section.__doc__ or "").strip(), ""]
+            lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+            for leaf, leaf_field in section.model_fields.items():
+                alias = leaf_field.alias or leaf
+                lines.append(_row(f"{name}.{alias}", leaf_field, defaults[name][alias]))
+        else:
+            lines += ["", "## top level", ""]
+            lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+            lines.append(_row(name, field, defaults[name]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(key: str, field: Any, default: Any) -> str:
+    meaning = " ".join((field.description or "").split())
+    return f"| `{key}` | {_type_name(field)} | `{_yaml_scalar(default)}` | {meaning} |"
+
+
+def _type_name(field: Any) -> str:
+    annotation = field.annotation
+    options = getattr(annotation, "__args__", None)
+    if options and all(isinstance(option, str) for option in options):
+        return ", ".join(f"`{option}`" for option in options)
+    bare = [getattr(part, "__origin__", part) for part in options or [annotation]]
+    names = [part.__name__ for part in bare]
+    return " or ".join("null" if name == "NoneType" else name for name in names)
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

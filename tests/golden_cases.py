@@ -1,0 +1,52 @@
+"""Golden cases found by globbing, so that another set of the same kinds can be dropped in.
+
+``JEPA_GOLDEN_DIR`` names the directory (default: tests/golden). A case is STEM.npz + STEM.json;
+its kind is what stands before the first underscore of the stem.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN_DIR = Path(os.environ.get("JEPA_GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case: its JSON description and lazily loaded arrays."""
+
+    stem: str
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The JSON beside the arrays."""
+        return json.loads((GOLDEN_DIR / f"{self.stem}.json").read_text())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by key (keys contain slashes)."""
+        with np.load(GOLDEN_DIR / f"{self.stem}.npz", allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Numeric arrays whose key starts with ``prefix``, which is cut off."""
+        return {
+            key.removeprefix(prefix): torch.from_numpy(value.copy())
+            for key, value in self.arrays().items()
+            if key.startswith(prefix) and value.dtype.kind in "fiub"
+        }
+
+
+def cases(kind: str) -> list[Any]:
+    """All cases of a kind as pytest parameters; an empty directory fails instead of skipping."""
+    stems = sorted(path.stem for path in GOLDEN_DIR.glob(f"{kind}_*.npz"))
+    if not stems:
+        raise RuntimeError(f"no golden cases {kind}_*.npz in {GOLDEN_DIR}")
+    return [pytest.param(Case(stem), id=stem) for stem in stems]

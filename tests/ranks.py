@@ -1,0 +1,87 @@
+"""Run a function on N real gloo ranks, with a hard timeout and nothing left behind.
+
+Children are forked from a clean server process that has torch imported already, so a group of
+four starts in well under a second and inherits no threads from pytest.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor"]
+)
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list:
+    """Call ``fn(rank, world_size, *args)`` on every rank; return the results in rank order.
+
+    ``fn`` must live at module level. The default process group (gloo) exists while it runs.
+    Raises RuntimeError with the traceback of the first failing rank, or on timeout.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            _context.Process(
+                target=_worker, args=(fn, rank, world_size, folder, args), daemon=False
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, folder, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [pickle.loads((Path(folder) / f"{r}.ok").read_bytes()) for r in range(world_size)]
+
+
+def _wait(processes: list, folder: str, deadline: float) -> None:
+    while any(process.is_alive() for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode]
+        if failed:
+            report = Path(folder) / f"{failed[0]}.error"
+            text = report.read_text() if report.exists() else "died without a traceback"
+            raise RuntimeError(f"rank {failed[0]} exited {processes[failed[0]].exitcode}:\n{text}")
+        if time.monotonic() > deadline:
+            raise RuntimeError("ranks did not finish in time")
+        time.sleep(0.02)
+    for rank, process in enumerate(processes):
+        if process.exitcode:
+            report = Path(folder) / f"{rank}.error"
+            text = report.read_text() if report.exists() else "died without a traceback"
+            raise RuntimeError(f"rank {rank} exited {process.exitcode}:\n{text}")
+
+
+def _worker(fn: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )
+        result = fn(rank, world_size, *args)
+        (Path(folder) / f"{rank}.ok").write_bytes(pickle.dumps(result))
+        dist.destroy_process_group()
+    except BaseException:
+        (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
+        raise
