@@ -45,8 +45,8 @@ class Case:
 
 
 def cases(kind: str) -> list[Any]:
-    """All cases of a kind as pytest parameters; an empty directory fails instead of skipping."""
+    """All cases of a kind as pytest parameters; a directory without any case is an error."""
+    if not any(GOLDEN_DIR.glob("*.npz")):
+        raise RuntimeError(f"no golden cases in {GOLDEN_DIR} (JEPA_GOLDEN_DIR)")
     stems = sorted(path.stem for path in GOLDEN_DIR.glob(f"{kind}_*.npz"))
-    if not stems:
-        raise RuntimeError(f"no golden cases {kind}_*.npz in {GOLDEN_DIR}")
     return [pytest.param(Case(stem), id=stem) for stem in stems]

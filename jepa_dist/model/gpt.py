@@ -1,0 +1,185 @@
+"""The reference GPT (parameter-golf PR #1412), number for number; extras off, a plain GPT.
+
+Tensor names carry their shape: B batch, T sequence, D model width, E embedding width,
+V vocabulary, R rotated dimensions of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_dist.config import ModelConfig
+from jepa_dist.model.execution import LAST_PHASE, Execution, execution_order
+from jepa_dist.model.layers import Block, rms_norm, rope_tables
+
+
+class Output(NamedTuple):
+    """What a pass over the model hands out (a pytree, as FSDP2's hooks need)."""
+
+    loss_sum: Tensor | None = None
+    """Sum over all targets of row weight times cross-entropy (nats), float32 scalar."""
+    logits_BTV: Tensor | None = None
+    """Logits after the soft cap, float32; only without targets."""
+    tap_BTD: Tensor | None = None
+    """The tapped hidden state, in the activations' dtype; only when asked for."""
+
+
+class EmbedRegion(nn.Module):
+    """Tokens to the residual stream. Holds no parameters: a tied embedding belongs to the root."""
+
+    def forward(self, tokens_BT: Tensor, emb_VE: Tensor, proj_DE: Tensor | None) -> Tensor:
+        """Look up, norm in the embedding's own width, project if the widths differ: [B, T, D]."""
+        x_BTE = rms_norm(F.embedding(tokens_BT, emb_VE))
+        return x_BTE if proj_DE is None else F.linear(x_BTE, proj_DE)
+
+
+class SkipRegion(nn.Module):
+    """Mix an encoder state into the decoder's stream."""
+
+    def forward(
+        self, x_BTD: Tensor, s_BTD: Tensor, weight_D: Tensor, gate_D: Tensor | None
+    ) -> Tensor:
+        """``x + w s``, or ``g x + (1 - g) w s`` with g the sigmoid of the gate."""
+        skip_BTD = weight_D * s_BTD
+        if gate_D is None:
+            return x_BTD + skip_BTD
+        return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(gate_D))
+
+
+class HeadRegion(nn.Module):
+    """Final norm, output projection, soft cap, and the cross-entropy when targets are given."""
+
+    def __init__(self, softcap: float) -> None:
+        super().__init__()
+        self.softcap = softcap
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        head_VE: Tensor,
+        proj_ED: Tensor | None,
+        targets_BT: Tensor | None,
+        weight_B: Tensor | None,
+    ) -> Tensor:
+        """Loss sum (float32 scalar, weighted by row), or the logits [B, T, V] without targets."""
+        y = rms_norm(x_BTD)
+        y = y if proj_ED is None else F.linear(y, proj_ED)
+        logits_BTV = F.linear(y, head_VE).float()
+        if self.softcap > 0:
+            logits_BTV = self.softcap * torch.tanh(logits_BTV / self.softcap)
+        if targets_BT is None or weight_B is None:
+            return logits_BTV
+        nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return (nll.view_as(targets_BT) * weight_B[:, None]).sum()
+
+
+class GPT(nn.Module):
+    """A GPT with U-Net skips, depth recurrence and a tap for the hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, embed_width = config.model_dim, config.embed_width
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, embed_width)
+        projected = embed_width != width
+        self.embed_proj = nn.Linear(embed_width, width, bias=False) if projected else None
+        self.head_proj = nn.Linear(width, embed_width, bias=False) if projected else None
+        self.lm_head = (
+            None if config.tie_embeddings else nn.Linear(embed_width, config.vocab_size, bias=False)
+        )
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        # As many rows as the longest phase needs; shorter phases leave the last ones idle.
+        rows = execution_order(config, LAST_PHASE).num_skips if config.unet_skips else 0
+        self.skip_weights = nn.Parameter(torch.empty(rows, width)) if rows else None
+        self.skip_gates = (
+            nn.Parameter(torch.empty(rows, width)) if rows * config.skip_gates else None
+        )
+        self.embed = EmbedRegion()
+        self.skip = SkipRegion()
+        self.head = HeadRegion(config.logit_softcap)
+        self._rope: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def regions(self) -> Iterator[tuple[str, nn.Module]]:
+        """The parts that are compiled, each as one graph, in execution order."""
+        yield "embed", self.embed
+        for index, block in enumerate(self.blocks):
+            yield f"blocks.{index}", block
+        yield "skip", self.skip
+        yield "head", self.head
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        weight_B: Tensor | None = None,
+        *,
+        phase: int = 0,
+        tap: int | None = None,
+    ) -> Output:
+        """One pass over the model.
+
+        Args:
+            tokens_BT: int64 input ids.
+            targets_BT: int64 ids to predict; without them the logits are handed out.
+            weight_B: float32 weight of every row in the loss sum (0 for padding rows).
+            phase: Recurrence phase 0, 1 or 2.
+            tap: None for no tap, -1 for the final pre-norm state (the very tensor that the head
+                reads), i for block i's output at its last execution.
+        """
+        x_BTD = self.embed(tokens_BT, self.tok_emb.weight, _weight(self.embed_proj))
+        x_BTD, tap_BTD = self._run_blocks(x_BTD, phase, tap)
+        head_VE = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        result = self.head(x_BTD, head_VE, _weight(self.head_proj), targets_BT, weight_B)
+        if targets_BT is None:
+            return Output(logits_BTV=result, tap_BTD=tap_BTD)
+        return Output(loss_sum=result, tap_BTD=tap_BTD)
+
+    def _run_blocks(
+        self, x_BTD: Tensor, phase: int, tap: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encoder, decoder with skips; returns the final state and the tapped one."""
+        order = execution_order(self.config, phase)
+        x0_BTD = _distinct(x_BTD) if self.config.x0_mix else None
+        tables = self._rope_tables(x_BTD.size(1), x_BTD.device)
+        tap_BTD: Tensor | None = None
+
+        def run(x_BTD: Tensor, execution: Execution) -> Tensor:
+            nonlocal tap_BTD
+            block = self.blocks[execution.block]
+            assert isinstance(block, Block)
+            x_BTD = block(x_BTD, x0_BTD, *tables, block.mlp_of_repeat(execution.repeat))
+            if execution.block == tap and execution.is_last:
+                tap_BTD = x_BTD
+            return x_BTD
+
+        stack: list[Tensor] = []
+        for execution in order.encoder:
+            x_BTD = run(x_BTD, execution)
+            stack.append(_distinct(x_BTD))
+        for row, execution in enumerate(order.decoder):
+            if self.skip_weights is not None and stack:
+                gate = None if self.skip_gates is None else self.skip_gates[row]
+                x_BTD = self.skip(x_BTD, stack.pop(), self.skip_weights[row], gate)
+            x_BTD = run(x_BTD, execution)
+        return x_BTD, x_BTD if tap == -1 else tap_BTD
+
+    def _rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (length, device)
+        if key not in self._rope:
+            self._rope[key] = rope_tables(self.config, length, device)
+        return self._rope[key]
+
+
+def _distinct(x: Tensor) -> Tensor:
+    """The same values as another tensor object: a region given one tensor twice would need, and
+    compile, a graph of its own."""
+    return x.view_as(x)
+
+
+def _weight(linear: nn.Linear | None) -> Tensor | None:
+    return None if linear is None else linear.weight

@@ -1,0 +1,170 @@
+"""The parts of a block: norm, rotary embedding, attention, MLP (golden README section 1).
+
+Tensor names carry their shape: B batch, T sequence, D model width, H query heads, K key/value
+heads, C head width, R rotated dimensions of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_dist.config import ModelConfig
+
+# The reference gives no epsilon, which means that of float32, whatever the activations' dtype.
+NORM_EPS = torch.finfo(torch.float32).eps
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, float32 [T, R/2] each.
+
+    Lengths strictly above ``seq_len`` rescale the base (NTK style); the frequencies' denominator
+    is the number of rotated dimensions, not the head width.
+    """
+    rotated = config.rotary_dims
+    base = config.rope_base
+    if length > config.seq_len:
+        if rotated == 2:
+            raise ValueError("model.rope_dims=2 cannot be rescaled to longer sequences; use >= 4")
+        base *= (length / config.seq_len) ** (rotated / (rotated - 2))
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles_TR = torch.outer(positions, base**-exponents)
+    return angles_TR.cos(), angles_TR.sin()
+
+
+def rotate(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotate the first R dimensions of every head, pairing j with j + R/2, by minus the angle."""
+    half = cos_TR.size(-1)
+    cos, sin = cos_TR[:, None, :], sin_TR[:, None, :]
+    u, w, rest = x_BTHC.split([half, half, x_BTHC.size(-1) - 2 * half], dim=-1)
+    rotated = torch.cat([u * cos + w * sin, w * cos - u * sin], dim=-1).type_as(x_BTHC)
+    return torch.cat([rotated, rest], dim=-1)
+
+
+def remove_own_value(y_BTHC: Tensor, v_BTKC: Tensor) -> Tensor:
+    """XSA: remove from each head's output its component along its own position's value."""
+    batch, length, heads, width = y_BTHC.shape
+    grouped = y_BTHC.reshape(batch, length, v_BTKC.size(2), -1, width)
+    unit = F.normalize(v_BTKC, dim=-1, eps=1e-12).unsqueeze(3)
+    without = grouped - (grouped * unit).sum(-1, keepdim=True) * unit
+    return without.reshape(batch, length, heads, width)
+
+
+class Attention(nn.Module):
+    """Causal attention with QK norm, partial rotary embedding and grouped key/value heads."""
+
+    def __init__(self, config: ModelConfig, *, xsa: bool) -> None:
+        super().__init__()
+        width, kv_width = config.model_dim, config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.xsa = xsa
+        self.c_q = nn.Linear(width, width, bias=False)
+        self.c_k = nn.Linear(width, kv_width, bias=False)
+        self.c_v = nn.Linear(width, kv_width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.q_gain = (
+            nn.Parameter(torch.empty(config.num_heads)) if config.qk_gain_init is not None else None
+        )
+
+    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """Attend over ``x_BTD``; returns [B, T, D]."""
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        q_BTHC = rotate(rms_norm(self.c_q(x_BTD).view(heads)), cos_TR, sin_TR)
+        k_BTKC = rotate(rms_norm(self.c_k(x_BTD).view(heads)), cos_TR, sin_TR)
+        v_BTKC = self.c_v(x_BTD).view(heads)
+        if self.q_gain is not None:
+            q_BTHC = q_BTHC * self.q_gain[:, None]
+        y_BHTC = F.scaled_dot_product_attention(
+            q_BTHC.transpose(1, 2),
+            k_BTKC.transpose(1, 2),
+            v_BTKC.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=q_BTHC.size(2) != k_BTKC.size(2),
+        )
+        y_BTHC = y_BHTC.transpose(1, 2)
+        if self.xsa:
+            y_BTHC = remove_own_value(y_BTHC, v_BTKC)
+        return self.proj(y_BTHC.reshape(x_BTD.shape))
+
+
+class MLP(nn.Module):
+    """Two linear layers round a squared leaky ReLU (slope 0.5, so z^2 or 0.25 z^2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.model_dim, config.mlp_hidden, bias=False)
+        self.proj = nn.Linear(config.mlp_hidden, config.model_dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Transform each position of ``x_BTD``; returns [B, T, D]."""
+        return self.proj(F.leaky_relu(self.fc(x_BTD), 0.5).square())
+
+
+class Block(nn.Module):
+    """One transformer block: attention and MLP, one after the other or side by side.
+
+    Blocks that differ only in numbers share one compiled graph: what differs by layer is a tensor
+    (``norm_scale``), booleans stand for true variants only (FACTS: graphs = variants).
+    """
+
+    norm_scale: Tensor | None
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        width = config.model_dim
+        self.parallel = 0 <= config.parallel_residual_start <= index
+        self.attn = Attention(config, xsa=index >= config.num_layers - config.xsa_last_n)
+        self.mlp = MLP(config)
+        is_untied = config.untie_loop_mlps and config.loop_start <= index <= config.loop_end
+        self.loop_mlps = nn.ModuleList(MLP(config) for _ in range(config.num_loops * is_untied))
+        self.attn_scale = nn.Parameter(torch.empty(width)) if config.branch_scales else None
+        self.mlp_scale = nn.Parameter(torch.empty(width)) if config.branch_scales else None
+        self.resid_mix = nn.Parameter(torch.empty(2, width)) if config.x0_mix else None
+        # On a real device also when the model is built on meta: it holds a value.
+        scale = torch.tensor(1.0 / math.sqrt(index + 1), device="cpu") if config.ln_scale else None
+        self.register_buffer("norm_scale", scale, persistent=False)
+
+    def mlp_of_repeat(self, repeat: int) -> nn.Module:
+        """The MLP of the ``repeat``-th further execution in a pass (its own one if untied)."""
+        if repeat == 0 or not self.loop_mlps:
+            return self.mlp
+        return self.loop_mlps[repeat - 1]
+
+    def forward(
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, cos_TR: Tensor, sin_TR: Tensor, mlp: nn.Module
+    ) -> Tensor:
+        """Run the block on the stream ``x_BTD``.
+
+        Args:
+            x_BTD: Residual stream.
+            x0_BTD: Embedding at the start of the pass; must not be the same tensor as ``x_BTD``
+                (aliasing costs a compiled graph). None without ``x0_mix``.
+            cos_TR: Rotary cosines, float32.
+            sin_TR: Rotary sines, float32.
+            mlp: One of this block's MLPs, from ``mlp_of_repeat``. An argument, so that every
+                repeat runs the same compiled graph.
+        """
+        if self.resid_mix is not None:
+            assert x0_BTD is not None
+            x_BTD = self.resid_mix[0] * x_BTD + self.resid_mix[1] * x0_BTD
+        attended = self._scaled(self.attn(self._normed(x_BTD), cos_TR, sin_TR), self.attn_scale)
+        if self.parallel:
+            return x_BTD + attended + self._scaled(mlp(self._normed(x_BTD)), self.mlp_scale)
+        x_BTD = x_BTD + attended
+        return x_BTD + self._scaled(mlp(self._normed(x_BTD)), self.mlp_scale)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return rms_norm(x) if self.norm_scale is None else rms_norm(x) * self.norm_scale
+
+    @staticmethod
+    def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+        return x if scale is None else scale * x
