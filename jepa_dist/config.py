@@ -27,6 +27,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Section(BaseModel):
@@ -209,6 +210,22 @@ class OptimConfig(_Section):
     """Adam's second moment decay."""
     eps: Positive = 1e-8
     """Adam's epsilon, outside the square root."""
+    muon_momentum: Fraction = 0.99
+    """Muon's momentum after its warm-up."""
+    muon_momentum_warmup_start: Fraction = 0.92
+    """Muon's momentum at step 0."""
+    muon_momentum_warmup_steps: Count = 1500
+    """Steps over which Muon's momentum rises linearly; 0 starts with the final one."""
+    muon_nesterov: bool = True
+    """Orthogonalise gradient + momentum * buffer; otherwise, as in the reference, the gradient."""
+    muon_row_normalize: bool = True
+    """Bring every row of the update to norm 1 before it is orthogonalised (MuonEq-R)."""
+    muon_backend_steps: PositiveInt = 5
+    """Newton-Schulz iterations."""
+    muon_coefficients: Literal["fixed", "polar_express"] = "fixed"
+    """Coefficients of the Newton-Schulz iteration."""
+    muon_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the iteration; auto is bfloat16 on CUDA and float32 on CPU."""
     grad_clip_norm: NonNegative = 0.3
     """Clip the global gradient norm here; 0 switches clipping off."""
     warmdown_frac: Fraction = 0.667
@@ -251,7 +268,7 @@ class EvalConfig(_Section):
 class Config(_Section):
     """Everything that defines a run."""
 
-    seed: Count = 0
+    seed: Seed = 0
     """Seeds initialisation, data order and spans; nothing else does."""
     run: RunConfig = RunConfig()
     train: TrainConfig = TrainConfig()

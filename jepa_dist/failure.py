@@ -1,0 +1,96 @@
+"""How a rank ends when something goes wrong: loudly, at once, and with the right exit code (C7).
+
+Mistakes that every rank sees alike (configuration, data, run directory) are told once, by rank 0.
+A failure of one rank is told by that rank, which then leaves without waiting for anybody: torchrun
+sees it and ends the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from jepa_dist.errors import UserError
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+
+# Ranks other than 0 leave this much later, or torchrun would end rank 0 before it has spoken.
+_LET_MAIN_SPEAK_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def told_once(rank: int) -> Iterator[None]:
+    """For what fails on every rank alike: rank 0 prints the problems, all exit with code 2."""
+    try:
+        yield
+    except UserError as error:
+        if rank == 0:
+            _print_problems(error, prefix="")
+        else:
+            time.sleep(_LET_MAIN_SPEAK_SECONDS)
+        sys.exit(EXIT_USER_ERROR)
+
+
+@contextmanager
+def told_by_this_rank(rank: int) -> Iterator[None]:
+    """For what may fail on one rank only: it reports and leaves at once, skipping all clean-up.
+
+    Clean-up would wait for ranks that wait for this one.
+    """
+    try:
+        yield
+    except UserError as error:
+        _record_for_torchrun(error)
+        log.error("%s", error)
+        _print_problems(error, prefix=f"[rank {rank}] ")
+        _leave(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print(f"[rank {rank}] interrupted", file=sys.stderr)
+        _leave(128 + 2)
+    except Exception as error:
+        _record_for_torchrun(error)
+        log.exception("failed")
+        print(f"[rank {rank}] failed:", file=sys.stderr)
+        traceback.print_exc()
+        if _is_broken_collective(error):
+            print(
+                f"[rank {rank}] a collective broke: most likely another rank ended first; "
+                "its own message says why",
+                file=sys.stderr,
+            )
+        _leave(EXIT_FAILURE)
+
+
+def _print_problems(error: UserError, prefix: str) -> None:
+    for problem in error.problems:
+        print(f"{prefix}error: {problem}", file=sys.stderr)
+
+
+def _is_broken_collective(error: Exception) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
+
+
+def _record_for_torchrun(error: BaseException) -> None:
+    """Let torchrun's closing summary show this rank's error."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _leave(code: int) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

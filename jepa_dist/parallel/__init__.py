@@ -1,0 +1,1 @@
+"""Ranks, meshes, and what is applied to the plain model from outside."""

@@ -1,0 +1,115 @@
+"""Who we are among the ranks: process groups, device, mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from jepa_dist.config import ParallelConfig
+from jepa_dist.errors import UserError
+from jepa_dist.launched import is_launched, launched_local_rank, launched_rank, launched_world_size
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this job and this process's place among them."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+    """1-D ``dp_shard``, or 2-D ``dp_replicate x dp_shard`` when there are replicas."""
+    control: dist.ProcessGroup
+    """gloo group for decisions (StepPlan); never carries tensors of a device."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone decides, writes and speaks."""
+        return self.rank == 0
+
+    def decide(self, fn: Callable[[], T]) -> T:
+        """Run ``fn`` on rank 0 and hand its (picklable) result to everyone.
+
+        Raises:
+            UserError: on every rank, with the same problems, if rank 0's ``fn`` raised it.
+        """
+        outcome: list[tuple[T | None, tuple[str, ...]]] = [(None, ())]
+        if self.is_main:
+            try:
+                outcome = [(fn(), ())]
+            except UserError as error:
+                outcome = [(None, error.problems)]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        result, problems = outcome[0]
+        if problems:
+            raise UserError(*problems)
+        return result  # type: ignore[return-value]
+
+
+def start_world(config: ParallelConfig) -> World:
+    """Join the process group (NCCL and gloo on CUDA, gloo on CPU) and build the mesh.
+
+    Without a launcher this process is a world of its own.
+
+    Raises:
+        UserError: more ranks on this host than CUDA devices.
+    """
+    rank, world_size = launched_rank(), launched_world_size()
+    local_rank = launched_local_rank()
+    device = _device(local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=None if is_launched() else HashStore(),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=config.timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return World(
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        device=device,
+        mesh=_mesh(config, world_size, device),
+        control=dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_seconds)),
+    )
+
+
+def stop_world() -> None:
+    """Leave the process group; without this, exits abort now and then (FACTS)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank}: this host has {torch.cuda.device_count()} CUDA device(s); "
+            "start at most one rank per device (torchrun --nproc-per-node)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh:
+    replicas = config.dp_replicate
+    mesh = init_device_mesh(
+        device.type,
+        (replicas, world_size // replicas),
+        mesh_dim_names=("dp_replicate", "dp_shard"),
+    )
+    return mesh if replicas > 1 else mesh["dp_shard"]
