@@ -1,0 +1,23 @@
+"""Counting compiled graphs and telling recompiles from first compiles."""
+
+from __future__ import annotations
+
+
+class CompileCounter:
+    """Tells expected graphs from recompiles.
+
+    The first step that trains, evaluates or uses JEPA compiles what that kind of work needs; a
+    graph at any other time is a recompile, which should never happen (contract C4).
+    """
+
+    def __init__(self) -> None:
+        self._graphs = 0
+        self._seen: set[str] = set()
+        self.recompiles = 0
+
+    def observe(self, graphs: int, kinds: set[str]) -> None:
+        """Note the total number of graphs after a step that did these kinds of work."""
+        if kinds <= self._seen:
+            self.recompiles += graphs - self._graphs
+        self._seen |= kinds
+        self._graphs = graphs

@@ -1,0 +1,30 @@
+"""What the machine can do and what this process takes of it."""
+
+from __future__ import annotations
+
+import psutil
+
+_GIB = 2**30
+
+# Peak dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets: A100 (2020), H100 SXM and
+# PCIe (2022), H200 (2024), B200 (2024). The first name found in the device's wins.
+_PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device, or None if it is not known."""
+    for name, tflops in _PEAK_TFLOPS.items():
+        if name in device_name:
+            return tflops * 1e12
+    return None
+
+
+def resident_gib() -> float:
+    """Resident memory of this process in GiB."""
+    return psutil.Process().memory_info().rss / _GIB

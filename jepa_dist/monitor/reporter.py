@@ -1,0 +1,63 @@
+"""Everything rank 0 publishes: console, metrics.jsonl and TensorBoard together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jepa_dist.monitor.console import Console
+from jepa_dist.monitor.writer import MetricsWriter
+
+
+class Reporter:
+    """Publishes records. One per run, on rank 0."""
+
+    def __init__(self, run_dir: Path, steps: int, config_yaml: str) -> None:
+        self._run_dir = run_dir
+        self._console = Console(steps)
+        self._writer = MetricsWriter(run_dir)
+        self._writer.text("config", "\n".join(f"    {line}" for line in config_yaml.splitlines()))
+
+    def say(self, text: str) -> None:
+        """Tell the user something, on the console only."""
+        self._console.say(text)
+
+    def step(self, record: Mapping[str, Any] | None) -> None:
+        """A step is done; ``record`` is None unless it is logged."""
+        self._console.step()
+        if record is not None:
+            self._console.record(record)
+            self._writer.write(record)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the closing record of a finished run and tell where everything is."""
+        self._writer.summary(summary)
+        self._console.close()
+        for line in _closing_lines(summary, self._run_dir):
+            self._console.say(line)
+
+    def close(self) -> None:
+        """Flush and close everything; also after a failure."""
+        self._console.close()
+        self._writer.close()
+
+
+def _closing_lines(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
+    lines = [
+        f"done: {summary['step']} steps in {summary['seconds']:.0f} s, "
+        f"median {summary['tokens_per_second']:,.0f} tokens/s",
+        f"validation loss {summary['val/loss']:.4f} nats per token, "
+        f"{summary['val/bpb']:.4f} bits per byte",
+    ]
+    if "baseline/bigram_bpb" in summary:
+        lines.append(
+            f"for comparison, counted on the same training text: "
+            f"bigram {summary['baseline/bigram_bpb']:.4f}, "
+            f"trigram {summary['baseline/trigram_bpb']:.4f} bits per byte"
+        )
+    return [
+        *lines,
+        f"run directory: {run_dir}",
+        f"watch it: tensorboard --logdir {run_dir.parent}",
+    ]

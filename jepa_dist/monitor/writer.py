@@ -1,0 +1,42 @@
+"""metrics.jsonl and TensorBoard: the same numbers in both (contract C8)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+# Number, text (in metrics.jsonl only), or None: does not apply at this step.
+Record = Mapping[str, Any]
+
+
+class MetricsWriter:
+    """Writes one record per logged step; for rank 0 only."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def text(self, tag: str, text: str) -> None:
+        """Show a text (Markdown) in TensorBoard."""
+        self._board.add_text(tag, text, 0)
+
+    def write(self, record: Record) -> None:
+        """Append one record; its ``step`` places the scalars in TensorBoard."""
+        self._file.write(json.dumps(record) + "\n")
+        for tag, value in record.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and tag != "step":
+                self._board.add_scalar(tag, value, record["step"])
+        self._board.flush()
+
+    def summary(self, record: Record) -> None:
+        """Append the closing record of a finished run; its numbers are in TensorBoard already."""
+        self._file.write(json.dumps({**record, "final": True}) + "\n")
+
+    def close(self) -> None:
+        """Flush both."""
+        self._board.close()
+        self._file.close()

@@ -1,0 +1,76 @@
+"""Train a model: ``python -m jepa_dist.train CONFIG [KEY=VALUE ...]``, also under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from jepa_dist.config import Config, check_world, load, to_yaml
+from jepa_dist.data.check import check_data
+from jepa_dist.data.shards import find_shards, fingerprint
+from jepa_dist.failure import told_by_this_rank, told_once
+from jepa_dist.launched import launched_rank, launched_world_size
+
+
+def main() -> None:
+    """Check everything that can be checked, then train."""
+    rank = launched_rank()
+    arguments = parse_arguments()
+    with told_once(rank):
+        resolved = load(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(resolved.describe())
+            return
+        check_world(resolved.config, launched_world_size())
+        check_data(resolved.config)
+    train(resolved.config, rank)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m jepa_dist.train", description=__doc__)
+    parser.add_argument("config", type=Path, help="YAML file, e.g. configs/debug.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. jepa.lambda=0.02")
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the resolved values and where each came from, then exit",
+    )
+    return parser.parse_args()
+
+
+def train(config: Config, rank: int) -> None:
+    """Join the other ranks and run to the end."""
+    # Imported late: mistakes in the configuration are told before torch takes its seconds.
+    from jepa_dist.monitor.reporter import Reporter
+    from jepa_dist.monitor.run_dir import create_run_dir, log_to_run_dir
+    from jepa_dist.parallel.world import start_world, stop_world
+    from jepa_dist.trainer import Trainer
+
+    run_dir = Path(config.run.dir)
+    with told_by_this_rank(rank):
+        world = start_world(config.parallel)
+    with told_once(rank):
+        world.decide(lambda: create_run_dir(run_dir, describe_run(config)))
+    with told_by_this_rank(rank):
+        log_to_run_dir(run_dir, rank)
+        trainer = Trainer(config, world)
+        reporter = Reporter(run_dir, config.train.steps, to_yaml(config)) if rank == 0 else None
+        summary = trainer.run(reporter)
+        if reporter is not None:
+            reporter.finish(summary)
+    stop_world()
+
+
+def describe_run(config: Config) -> dict[str, str]:
+    """What defines the run, as files of its directory: configuration and data fingerprint."""
+    data = {
+        split: fingerprint(find_shards(pattern, f"data.{split}"))
+        for split, pattern in (("train", config.data.train), ("val", config.data.val))
+    }
+    return {"config.yaml": to_yaml(config), "data.json": json.dumps(data, indent=1) + "\n"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The training loop: what one step does fits on one screen, all else is called by name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from jepa_dist.config import Config
+from jepa_dist.data.baseline import MAX_VOCAB, ngram_bits_per_byte
+from jepa_dist.data.layout import BatchLayout
+from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader
+from jepa_dist.data.shards import find_shards
+from jepa_dist.data.tokenizer import load_tokenizer
+from jepa_dist.evaluate import Validation
+from jepa_dist.jepa.loss import UNSTRUCTURED_LOSS, JepaLoss
+from jepa_dist.model.execution import looped_blocks
+from jepa_dist.model.flops import training_flops_per_token
+from jepa_dist.model.gpt import GPT
+from jepa_dist.model.init import initial_value
+from jepa_dist.monitor.compiles import CompileCounter
+from jepa_dist.monitor.hardware import peak_flops, resident_gib
+from jepa_dist.monitor.meter import Meter, TokensDigest
+from jepa_dist.monitor.reporter import Reporter
+from jepa_dist.optim.clip import clip_grad_norm
+from jepa_dist.optim.groups import group_parameters
+from jepa_dist.optim.muon import MuonSettings
+from jepa_dist.optim.optimizer import Optimizer
+from jepa_dist.parallel.reduce import MetricsReduction
+from jepa_dist.parallel.shard import Gathering, compile_region, parallelise
+from jepa_dist.parallel.world import World
+from jepa_dist.plan import PlanChannel, StepPlan
+
+
+class Trainer:
+    """Everything a run needs, built from its configuration. Construct on every rank alike."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.layout = BatchLayout(
+            config.batch.sequences, config.batch.micro, world.rank, world.world_size
+        )
+        self.model, self.gathering = build_model(config, world)
+        self.jepa_loss = JepaLoss(config.jepa.norm_floor)
+        if config.parallel.compile:
+            compile_region(self.jepa_loss)
+        self.optimizer = build_optimizer(config, self.model)
+        self.batches = build_loader(config, world, samples_consumed=0)
+        self.validation = build_validation(config, world, self.layout.micro_size)
+        self.plans = PlanChannel(config, world)
+        self.reduction = MetricsReduction(world)
+        self.meter = Meter(config.batch.sequences * config.model.seq_len)
+        self.digest = TokensDigest()
+        self.compiles = CompileCounter()
+
+    def run(self, reporter: Reporter | None) -> dict[str, Any]:
+        """Train from the first step to the last. Collective.
+
+        Args:
+            reporter: Publishes the records; on rank 0 only.
+
+        Returns:
+            The last record, with the run's totals and (on rank 0) the baselines.
+        """
+        try:
+            baselines = self._baselines(reporter)
+            self.plans.request(0)
+            while True:
+                plan = self.plans.take()
+                if not plan.last:
+                    self.plans.request(plan.step + 1)
+                self.step(plan)
+                validation = self.evaluate(plan.phase) if plan.evaluate else {}
+                self.compiles.observe(_compiled_graphs(), _kinds_of_work(plan))
+                record = self._record(plan) | validation if plan.log else None
+                if reporter is not None:
+                    reporter.step(record)
+                if plan.last:
+                    assert record is not None
+                    return record | self.meter.summary() | baselines
+        finally:
+            self.batches.close()
+
+    def step(self, plan: StepPlan) -> None:
+        """One optimiser step: accumulate the gradient of the global batch, clip, update."""
+        self.meter.step()
+        self.optimizer.set_schedule(plan.lr_multiplier, plan.muon_momentum)
+        sums: dict[str, Tensor] = {}
+        digest = 0
+        for index in range(self.layout.num_micro):
+            with self.meter.waiting_for_data():
+                batch = next(self.batches)
+            digest += batch.digest
+            self.gathering.begin_micro_batch(is_last=index == self.layout.num_micro - 1)
+            loss, parts = self.loss(batch.to(self.world.device, non_blocking=True), plan, index)
+            loss.backward()
+            sums = {name: sums.get(name, 0) + value.detach() for name, value in parts.items()}
+        self.gathering.release()
+        grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.reduction.submit(plan.step, sums, digest % 2**64, {"grad_norm": grad_norm})
+
+    def loss(self, batch: Batch, plan: StepPlan, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's share of the loss of the global batch, and its parts as sums over rows.
+
+        Sums over ranks and micro-batches of what is returned are the global numbers, however the
+        batch is divided (contract C1).
+        """
+        sequences, targets = self.config.batch.sequences, batch.targets
+        tap = None if plan.spans is None else self.config.jepa.layer
+        output = self.model(batch.tokens, targets, batch.weight, phase=plan.phase, tap=tap)
+        ce = output.loss_sum / (sequences * targets.size(1))
+        if plan.spans is None:
+            zero = torch.zeros_like(ce)
+            return ce, {"ce": ce, "jepa": zero, "floored": zero}
+        jepa_sum, floored = self._jepa_loss_fn(output.tap_BTD, batch, plan, index)
+        jepa = jepa_sum / sequences
+        weight = torch.tensor(plan.jepa_weight).to(jepa.device, non_blocking=True)
+        return ce + weight * jepa, {"ce": ce, "jepa": jepa, "floored": floored}
+
+    def _jepa_loss_fn(
+        self, tap_BTD: Tensor, batch: Batch, plan: StepPlan, index: int
+    ) -> tuple[Tensor, Tensor]:
+        """The JEPA region on this micro-batch's spans (padding rows get a legal one)."""
+        assert plan.spans is not None
+        rows = self.layout.micro_rows(index)
+        spans_BS2 = torch.ones(len(batch.weight), *plan.spans.shape[1:], dtype=torch.int64)
+        spans_BS2[: len(rows)] = torch.from_numpy(plan.spans[rows.start : rows.stop])
+        if tap_BTD.is_cuda:
+            spans_BS2 = spans_BS2.pin_memory()
+        spans_BS2 = spans_BS2.to(tap_BTD.device, non_blocking=True)
+        return self.jepa_loss(tap_BTD, spans_BS2, batch.weight)
+
+    def evaluate(self, phase: int) -> dict[str, float]:
+        """Validate; parameters are shards again afterwards. Collective."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()  # the steps still in flight are not evaluation
+        with self.meter.evaluating():
+            result = self.validation.run(self.model, phase)
+            self.gathering.release()
+        return result
+
+    def _baselines(self, reporter: Reporter | None) -> dict[str, float]:
+        """Bits per byte that counting reaches, told at once; on rank 0 alone."""
+        vocab_size = self.config.model.vocab_size
+        if reporter is None or vocab_size > MAX_VOCAB:
+            return {}
+        train = find_shards(self.config.data.train, "data.train")
+        counted = ngram_bits_per_byte(train, self.validation.windows(), vocab_size)
+        assert counted is not None
+        reporter.say(
+            f"to beat, by counting: bigram {counted['bigram']:.4f}, "
+            f"trigram {counted['trigram']:.4f} bits per byte"
+        )
+        return {f"baseline/{name}_bpb": value for name, value in counted.items()}
+
+    def _record(self, plan: StepPlan) -> dict[str, Any]:
+        """Everything that is known of a logged step; waits for the device."""
+        reports = self.reduction.drain()
+        for report in reports:
+            self.digest.update(report.digest)
+        speed = self.meter.lap()
+        return {
+            "step": plan.step + 1,
+            **_losses(plan, reports[-1].values, self.config),
+            "grad_norm": reports[-1].values["grad_norm"],
+            "progress": plan.frac,
+            "phase": plan.phase,
+            **{f"lr/{name}": lr for name, lr in self.optimizer.learning_rates().items()},
+            **speed,
+            **_mfu(speed["tokens_per_second"], plan.phase, self.config, self.world),
+            **_memory(self.world.device),
+            "compile/graphs": _compiled_graphs(),
+            "compile/recompiles": self.compiles.recompiles,
+            "tokens_digest": self.digest.hex(),
+        }
+
+
+def _losses(plan: StepPlan, values: dict[str, float], config: Config) -> dict[str, float | None]:
+    """Means over the global batch of this step; JEPA's are None while it is off."""
+    ce, jepa = values["ce"], values["jepa"]
+    if plan.spans is None:
+        return {"loss/ce": ce, "loss/jepa": None, "loss/total": ce, "jepa/lambda": 0.0}
+    num_spans = config.batch.sequences * config.jepa.spans_per_sequence
+    return {
+        "loss/ce": ce,
+        "loss/jepa": jepa,
+        "loss/total": ce + plan.jepa_weight * jepa,
+        "jepa/lambda": plan.jepa_weight,
+        "jepa/cos": 1.0 - jepa,
+        "jepa/relative": jepa / UNSTRUCTURED_LOSS,
+        "jepa/floored": values["floored"] / num_spans,
+    }
+
+
+def _kinds_of_work(plan: StepPlan) -> set[str]:
+    kinds = {"train"}
+    if plan.spans is not None:
+        kinds.add("jepa")
+    if plan.evaluate:
+        kinds.add("evaluate")
+    return kinds
+
+
+def _compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _mfu(tokens_per_second: float, phase: int, config: Config, world: World) -> dict[str, float]:
+    """Share of the devices' peak; nothing where the peak is not known."""
+    if world.device.type != "cuda":
+        return {}
+    peak = peak_flops(torch.cuda.get_device_name(world.device))
+    if peak is None:
+        return {}
+    flops = tokens_per_second * training_flops_per_token(config.model, phase)
+    return {"mfu": flops / (peak * world.world_size)}
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Of this rank, in GiB."""
+    memory = {"memory/resident_gib": resident_gib()}
+    if device.type == "cuda":
+        memory["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return memory
+
+
+# ---------------------------------------------------------------------------- building
+
+
+def build_model(config: Config, world: World) -> tuple[GPT, Gathering]:
+    """The sharded, compiled model with its initial weights."""
+    with torch.device("meta"):
+        model = GPT(config.model)
+    gathering = parallelise(
+        model,
+        regions=model.regions(),
+        blocks=model.blocks,
+        looped=[model.blocks[index] for index in looped_blocks(config.model)],
+        config=config.parallel,
+        world=world,
+        initial_value=functools.partial(_initial_value, config),
+    )
+    return model, gathering
+
+
+def _initial_value(config: Config, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    return initial_value(name, shape, config.model, config.seed, device)
+
+
+def build_optimizer(config: Config, model: GPT) -> Optimizer:
+    """The parameter groups of the recipe, over this rank's shards."""
+    groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    muon = MuonSettings(
+        nesterov=config.optim.muon_nesterov,
+        row_normalize=config.optim.muon_row_normalize,
+        steps=config.optim.muon_backend_steps,
+        polar_express=config.optim.muon_coefficients == "polar_express",
+        dtype=dtypes[config.optim.muon_dtype],
+    )
+    return Optimizer(groups, muon)
+
+
+def build_loader(config: Config, world: World, samples_consumed: int) -> TrainLoader:
+    """This rank's training batches from the given position on."""
+    return TrainLoader(
+        TokenDataset(
+            find_shards(config.data.train, "data.train"),
+            config.model.seq_len,
+            config.model.vocab_size,
+        ),
+        BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size),
+        seed=config.seed,
+        samples_consumed=samples_consumed,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def build_validation(config: Config, world: World, micro: int) -> Validation:
+    """The fixed validation set."""
+    dataset = TokenDataset(
+        find_shards(config.data.val, "data.val"), config.model.seq_len, config.model.vocab_size
+    )
+    counter = load_tokenizer(config.data.tokenizer).byte_counter()
+    return Validation(dataset, config.eval.sequences, micro, counter, world)

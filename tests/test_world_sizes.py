@@ -1,0 +1,157 @@
+"""Contract C1 on real gloo ranks: a step does not depend on how many ranks compute it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from jepa_dist.config import Config
+from jepa_dist.parallel.world import start_world
+from jepa_dist.trainer import Trainer
+from tests.ranks import run_ranks
+from tests.tiny import tiny_config, write_corpus
+
+
+class Recorder:
+    """Keeps the records that a Reporter would publish."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step(self, record: dict[str, Any] | None) -> None:
+        if record is not None:
+            self.records.append(record)
+
+
+def train(rank: int, world_size: int, config: Config) -> list[dict[str, Any]]:
+    world = start_world(config.parallel)
+    recorder = Recorder()
+    summary = Trainer(config, world).run(recorder if rank == 0 else None)
+    return [*recorder.records, summary]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(corpus: Path) -> list[dict[str, Any]]:
+    return run_ranks(train, 1, tiny_config(corpus))[0]
+
+
+def assert_same_run(ours: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
+    assert len(ours) == len(reference)
+    for record, expected in zip(ours, reference, strict=True):
+        assert record["tokens_digest"] == expected["tokens_digest"]
+        for key in ("loss/ce", "loss/jepa", "loss/total", "grad_norm", "val/loss", "val/bpb"):
+            if expected.get(key) is not None:
+                limit = 1e-4 if key == "grad_norm" else 1e-5
+                assert record[key] == pytest.approx(expected[key], rel=limit), key
+
+
+def test_the_single_run_is_worth_comparing(single: list[dict[str, Any]]) -> None:
+    assert {record["phase"] for record in single} == {0, 1, 2}
+    assert single[-1]["loss/ce"] < single[0]["loss/ce"] - 0.1
+    assert all(record["loss/jepa"] is not None for record in single)
+    assert len({record["tokens_digest"] for record in single[:-1]}) == 20
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_world_sizes_agree(world_size: int, corpus: Path, single) -> None:
+    """6 sequences on 4 ranks do not divide: 1, 2, 1 and 2, in micro-batches of at most 2."""
+    assert_same_run(run_ranks(train, world_size, tiny_config(corpus))[0], single)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        pytest.param(4, {"parallel__dp_replicate": 2}, id="hsdp-2x2"),
+        pytest.param(2, {"parallel__dp_replicate": 2}, id="replication"),
+        pytest.param(2, {"batch__micro": 1}, id="accumulation"),
+        pytest.param(
+            2,
+            {"batch__micro": 1, "parallel__reshard_after_forward": False},
+            id="accumulation-kept-gathered",
+        ),
+        pytest.param(2, {"parallel__keep_looped_gathered": False}, id="looped-gathered-again"),
+        pytest.param(2, {"parallel__activation_checkpointing": "full"}, id="checkpointing-full"),
+        pytest.param(
+            2, {"parallel__activation_checkpointing": "selective"}, id="checkpointing-selective"
+        ),
+        pytest.param(2, {"data__workers": 2}, id="loader-processes"),
+    ],
+)
+def test_layouts_agree(world_size: int, changes: dict[str, Any], corpus: Path, single) -> None:
+    assert_same_run(run_ranks(train, world_size, tiny_config(corpus, **changes))[0], single)
+
+
+def test_muon_and_untied_parts_agree(corpus: Path) -> None:
+    changes = {
+        "optim__matrix": "muon",
+        "optim__matrix_lr": 0.005,
+        "model__tie_embeddings": False,
+        "model__embedding_dim": 20,
+        "model__untie_loop_mlps": True,
+        "jepa__layer": 1,
+        "jepa__spans_per_sequence": 3,
+        "jepa__start_frac": 0.2,
+        "jepa__ramp_frac": 0.4,
+    }
+    config = tiny_config(corpus, **changes)
+    reference = run_ranks(train, 1, config)[0]
+    assert reference[0]["loss/jepa"] is None
+    assert reference[-1]["loss/jepa"] is not None
+    assert_same_run(run_ranks(train, 3, config)[0], reference)
+
+
+# ------------------------------------------------------------------ gradients
+
+
+def first_gradients(rank: int, world_size: int, config: Config) -> dict[str, torch.Tensor]:
+    """Full gradients of the first step's loss, JEPA alone."""
+    trainer = Trainer(config, start_world(config.parallel))
+    trainer.plans.request(0)
+    plan = trainer.plans.take()
+    for index in range(trainer.layout.num_micro):
+        trainer.gathering.begin_micro_batch(is_last=index == trainer.layout.num_micro - 1)
+        _, parts = trainer.loss(next(trainer.batches), plan, index)
+        parts["jepa"].backward()
+    full = {}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            assert isinstance(parameter.grad, DTensor)
+            full[name] = parameter.grad.full_tensor().clone()
+    dist.barrier()
+    return full
+
+
+def test_local_jepa_gradients_add_up_to_the_global_one(corpus: Path) -> None:
+    config = tiny_config(corpus)
+    expected = run_ranks(first_gradients, 1, config)[0]
+    ours = run_ranks(first_gradients, 4, config)[0]
+    assert ours.keys() == expected.keys()
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-5 * scale, name
+
+
+def test_initial_weights_do_not_depend_on_the_world_size(corpus: Path) -> None:
+    one, three = (run_ranks(initial_weights, n, tiny_config(corpus))[0] for n in (1, 3))
+    assert one.keys() == three.keys()
+    assert all(torch.equal(one[name], three[name]) for name in one)
+
+
+def initial_weights(rank: int, world_size: int, config: Config) -> dict[str, torch.Tensor]:
+    model = Trainer(config, start_world(config.parallel)).model
+    return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
