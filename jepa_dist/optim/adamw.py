@@ -1,0 +1,74 @@
+"""AdamW on parameter shards: torch's fused kernel, with state that exists from the start.
+
+``torch.optim.AdamW`` runs on DTensors too, but sends every one of them through DTensor's dispatch
+(0.94 against 0.24 ms of host time for 61 vectors), refuses DTensors and plain tensors in one
+group, and creates its state only at the first step, when a checkpoint may long have to be read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from jepa_dist.optim.shards import local
+
+
+class AdamW(torch.optim.Optimizer):
+    """Decoupled weight decay, then the bias-corrected Adam step with eps outside the root.
+
+    A parameter without gradient is skipped entirely: no decay, no step count (golden README
+    section 4). State per parameter: ``exp_avg`` and ``exp_avg_sq``, placed like the parameter,
+    and ``adam_step``, a 0-dim float32 tensor that is the same on every rank.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {
+                    "exp_avg": torch.zeros_like(p, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+                    "adam_step": torch.zeros((), device=p.device),
+                }
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, in place, on the shards alone."""
+        for group in self.param_groups:
+            self._step_group(group)
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        present = [p for p in group["params"] if p.grad is not None]
+        filled = [p for p in present if local(p).numel()]
+        # An empty shard has nothing to update, but its step counts: a checkpoint may take any
+        # rank's.
+        for p in present:
+            if not local(p).numel():
+                self.state[p]["adam_step"] += 1
+        beta1, beta2 = group["betas"]
+        adamw(
+            [local(p) for p in filled],
+            [local(p.grad) for p in filled],
+            [local(self.state[p]["exp_avg"]) for p in filled],
+            [local(self.state[p]["exp_avg_sq"]) for p in filled],
+            [],
+            [self.state[p]["adam_step"] for p in filled],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )

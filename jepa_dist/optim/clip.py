@@ -1,0 +1,65 @@
+"""Clipping by the global gradient norm, over shards.
+
+Each rank sums the squares it holds; one all-reduce over the sharding mesh dimension adds them up
+(replicas hold the same squares and are not counted again). Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from jepa_dist.optim.shards import local_gradients, shard_dim
+
+_EPS = 1e-6  # the reference's (golden README section 4), and torch's
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)) in place.
+
+    Args:
+        parameters: Plain tensors (the same on every rank) or DTensors sharded over one mesh
+            dimension; those without gradient are passed over. The same list on every rank.
+        max_norm: Limit of the global L2 norm; 0 only measures.
+
+    Returns:
+        The norm before clipping, 0-dim float32, on the gradients' device. A gradient that is not
+        finite makes it so, and with it all gradients.
+    """
+    parameters = list(parameters)
+    by_group: dict[dist.ProcessGroup | None, list[Tensor]] = {}
+    for parameter in parameters:
+        by_group.setdefault(_shard_group(parameter), []).append(parameter)
+    squares = [_sum_of_squares(members, group) for group, members in by_group.items()]
+    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    gradients = local_gradients(parameters)
+    if max_norm > 0 and gradients:
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + _EPS), max=1.0))
+    return norm
+
+
+def _shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
+    """The ranks over which the parameter's squares must be added up; None where all are here."""
+    if not isinstance(parameter, DTensor):
+        return None
+    dim = shard_dim(parameter)
+    if dim is None or parameter.device_mesh.size(dim) == 1:
+        return None
+    return parameter.device_mesh.get_group(dim)
+
+
+def _sum_of_squares(parameters: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    gradients = [gradient.float() for gradient in local_gradients(parameters)]
+    if gradients:
+        square = get_total_norm(gradients).square()
+    else:
+        square = torch.zeros((), device=parameters[0].device)
+    if group is not None:
+        dist.all_reduce(square, group=group)
+    return square
