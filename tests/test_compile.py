@@ -1,0 +1,124 @@
+"""Contract C4: what is compiled, and how often. A counting backend makes this fast."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jepa_dist.config import Config
+from jepa_dist.jepa.loss import JepaLoss, JepaSums
+from jepa_dist.parallel.world import start_world
+from jepa_dist.trainer import Trainer
+from tests.ranks import run_ranks
+from tests.test_world_sizes import Recorder, assert_same_run, train
+from tests.tiny import tiny_config, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+class CountingBackend:
+    """Stands in for inductor: runs graphs as they are and remembers their code."""
+
+    def __init__(self) -> None:
+        self.graphs: list[str] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs.append(module.print_readable(print_output=False))
+        return module.forward
+
+
+def count(
+    rank: int, world_size: int, config: Config, without_jepa_code: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Train with the counting backend; records and the code of all graphs."""
+    backend = CountingBackend()
+    plain = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: plain(self, backend=backend, **options)
+    if without_jepa_code:
+        JepaLoss.forward = _no_such_code  # type: ignore[method-assign]
+    recorder = Recorder()
+    trainer = Trainer(config, start_world(config.parallel))
+    trainer.run(recorder)
+    return recorder.records, backend.graphs
+
+
+def _no_such_code(self: JepaLoss, *args: torch.Tensor) -> JepaSums:
+    raise AssertionError("the JEPA code must not run")
+
+
+def compiled(corpus: Path, **changes: Any) -> Config:
+    return tiny_config(corpus, parallel__compile=True, **changes)
+
+
+def test_no_recompiles_over_changing_spans_lambda_and_phases(corpus: Path) -> None:
+    config = compiled(corpus, train__steps=50, jepa__ramp_frac=0.9)
+    records, graphs = run_ranks(count, 2, config)[0]
+    assert {record["phase"] for record in records} == {0, 1, 2}
+    assert len({record["jepa/lambda"] for record in records}) > 40
+    # Embedding, two kinds of block, skip, head; all once more without gradient for validation;
+    # and the JEPA loss.
+    assert len(graphs) == records[-1]["compile/graphs"] == 2 * 5 + 1
+    assert records[-1]["compile/recompiles"] == 0
+    # The ramp begins with lambda 0, that is without the objective.
+    assert [record["compile/graphs"] for record in records[:3]] == [5, 6, 6]
+
+
+def test_untied_loop_mlps_share_the_graph(corpus: Path) -> None:
+    config = compiled(corpus, model__untie_loop_mlps=True, jepa__lambda=0)
+    records, graphs = run_ranks(count, 2, config)[0]
+    assert len(graphs) == 2 * 5
+    assert records[-1]["compile/recompiles"] == 0
+
+
+def test_jepa_off_compiles_what_a_build_without_it_does(corpus: Path) -> None:
+    off = run_ranks(count, 2, compiled(corpus, jepa__lambda=0))[0][1]
+    absent = run_ranks(count, 2, compiled(corpus, jepa__lambda=0), True)[0][1]
+    assert off == absent
+
+
+def test_jepa_starting_mid_run_adds_exactly_one_graph(corpus: Path) -> None:
+    config = compiled(corpus, jepa__start_frac=0.5, eval__every=5)
+    records, graphs = run_ranks(count, 2, config)[0]
+    before = [r["compile/graphs"] for r in records if r["loss/jepa"] is None]
+    after = [r["compile/graphs"] for r in records if r["loss/jepa"] is not None]
+    assert len(before) == len(after) == 10
+    assert set(after) == {before[-1] + 1}
+    assert records[-1]["compile/recompiles"] == 0
+    off = run_ranks(count, 2, compiled(corpus, jepa__lambda=0, eval__every=5))[0][1]
+    assert Counter(graphs) - Counter(off) == Counter([graphs[-1]])
+    assert not Counter(off) - Counter(graphs)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_checkpointing_keeps_one_graph_per_region(corpus: Path, mode: str) -> None:
+    config = compiled(corpus, parallel__activation_checkpointing=mode)
+    records, graphs = run_ranks(count, 2, config)[0]
+    assert len(graphs) == 2 * 5 + 1
+    assert records[-1]["compile/recompiles"] == 0
+
+
+def test_graphs_do_not_grow_with_depth(corpus: Path) -> None:
+    shape = {"model__xsa_last_n": 99, "model__parallel_residual_start": -1, "train__steps": 2}
+    four, twelve = (
+        len(run_ranks(count, 1, compiled(corpus, model__num_layers=layers, **shape))[0][1])
+        for layers in (4, 12)
+    )
+    assert four == twelve
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(corpus: Path) -> None:
+    """With the real compiler."""
+    eager = run_ranks(train, 1, tiny_config(corpus))[0]
+    records = run_ranks(train, 2, compiled(corpus), timeout=240)[0]
+    assert records[-1]["compile/recompiles"] == 0
+    assert_same_run(records, eager)
