@@ -54,6 +54,9 @@ class TrainConfig(_Section):
 
     steps: PositiveInt = 1000
     """Optimiser steps; schedules stretch to this length."""
+    max_wallclock_seconds: Positive | None = None
+    """End after this much training time (evaluation and warm-up excluded), and run all schedules
+    on that clock; null runs them on steps alone."""
     log_every: PositiveInt = 10
     """Steps between two metric records (the device is synchronised only then)."""
     enable_looping_at: Fraction = 0.5
@@ -232,6 +235,8 @@ class OptimConfig(_Section):
     """Last fraction of the run over which the learning rates fall linearly."""
     min_lr: Fraction = 0.0
     """Floor of the learning-rate multiplier (a multiplier, not a rate)."""
+    ema_decay: Fraction = 0.0
+    """Weight of the past in the moving average of the parameters (float32); 0 keeps none."""
 
 
 class ParallelConfig(_Section):
@@ -239,6 +244,8 @@ class ParallelConfig(_Section):
 
     compile: bool = True
     """Compile embedding, blocks, skips, head and JEPA loss as regions."""
+    compile_warmup: bool = False
+    """Compile every graph that the run will need before step 0 (all phases, JEPA, evaluation)."""
     dp_replicate: PositiveInt = 1
     """Replicas of the sharded model (HSDP when > 1; equal to the world size: pure replication)."""
     dp_shard: int = -1
@@ -422,6 +429,14 @@ def check(config: Config) -> list[str]:
         (
             optim.beta1 < 1 and optim.beta2 < 1,
             f"optim.beta1={optim.beta1}, optim.beta2={optim.beta2}: must be below 1",
+        ),
+        (
+            optim.ema_decay < 1,
+            "optim.ema_decay=1.0: the average would never move; use a value below 1",
+        ),
+        (
+            parallel.compile or not parallel.compile_warmup,
+            "parallel.compile_warmup=true: needs parallel.compile=true",
         ),
         (
             parallel.dp_shard == -1 or parallel.dp_shard >= 1,

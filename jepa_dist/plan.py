@@ -7,6 +7,9 @@ CPU group: when a step begins, its plan has arrived.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -43,6 +46,22 @@ class StepPlan:
     spans: Spans | None
     """int64 [global batch, spans per sequence, 2], or None while the objective is off."""
 
+    @classmethod
+    def of_nothing(cls, phase: int, jepa_weight: float, spans: Spans | None) -> StepPlan:
+        """A step that is never taken: what there is to compile, for the warm-up."""
+        return cls(
+            step=-1,
+            frac=0.0,
+            lr_multiplier=0.0,
+            muon_momentum=0.0,
+            phase=phase,
+            jepa_weight=jepa_weight,
+            log=False,
+            evaluate=False,
+            last=False,
+            spans=spans,
+        )
+
     def pack(self, span_shape: tuple[int, int, int]) -> Tensor:
         """As one float64 tensor of fixed size (all integers here are far below 2**53)."""
         spans = np.zeros(span_shape) if self.spans is None else self.spans
@@ -72,22 +91,42 @@ class StepPlan:
 _HEADER = tuple(field.name for field in fields(StepPlan) if field.name != "spans")
 
 
+class TrainingClock:
+    """Seconds of training: stands still while paused (evaluation)."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin at zero."""
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        """Training time so far."""
+        return time.monotonic() - self._started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here does not count."""
+        began = time.monotonic()
+        yield
+        self._started += time.monotonic() - began
+
+
 class Planner:
     """Rank 0's decisions. Its only state is the recurrence phase."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, clock: TrainingClock) -> None:
         self._config = config
+        self._clock = clock
         self._phase = 0
 
     def plan(self, step: int) -> StepPlan:
         """Decide step ``step``; to be asked for steps in order."""
-        config, train, optim, jepa = (
-            self._config,
-            self._config.train,
-            self._config.optim,
-            self._config.jepa,
-        )
-        frac = step / train.steps
+        config = self._config
+        train, optim, jepa = config.train, config.optim, config.jepa
+        limit, elapsed = train.max_wallclock_seconds, self._clock.seconds()
+        frac = step / train.steps if limit is None else elapsed / limit
         self._phase = next_phase(
             self._phase,
             frac,
@@ -96,7 +135,7 @@ class Planner:
             train.loop_phase2_at,
         )
         weight = jepa_weight(frac, jepa.lambda_, jepa.start_frac, jepa.ramp_frac)
-        last = step == train.steps - 1
+        last = step == train.steps - 1 or (limit is not None and elapsed >= limit)
         every = config.eval.every
         evaluate = last or (every > 0 and (step + 1) % every == 0)
         return StepPlan(
@@ -132,10 +171,10 @@ class Planner:
 class PlanChannel:
     """Brings rank 0's plans to every rank, one step ahead of their use."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, clock: TrainingClock) -> None:
         self._world = world
         self._span_shape = (config.batch.sequences, config.jepa.spans_per_sequence, 2)
-        self._planner = Planner(config) if world.is_main else None
+        self._planner = Planner(config, clock) if world.is_main else None
         self._buffer = torch.empty(0)
         self._pending: dist.Work | None = None
 

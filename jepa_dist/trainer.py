@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
+import numpy as np
 import torch
 import torch._dynamo
 from torch import Tensor
@@ -12,12 +14,12 @@ from torch import Tensor
 from jepa_dist.config import Config
 from jepa_dist.data.baseline import MAX_VOCAB, ngram_bits_per_byte
 from jepa_dist.data.layout import BatchLayout
-from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader
+from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader, make_batch
 from jepa_dist.data.shards import find_shards
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.evaluate import Validation
 from jepa_dist.jepa.loss import UNSTRUCTURED_LOSS, JepaLoss
-from jepa_dist.model.execution import looped_blocks
+from jepa_dist.model.execution import LAST_PHASE, looped_blocks
 from jepa_dist.model.flops import training_flops_per_token
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
@@ -26,13 +28,14 @@ from jepa_dist.monitor.hardware import peak_flops, resident_gib
 from jepa_dist.monitor.meter import Meter, TokensDigest
 from jepa_dist.monitor.reporter import Reporter
 from jepa_dist.optim.clip import clip_grad_norm
+from jepa_dist.optim.ema import EMA
 from jepa_dist.optim.groups import group_parameters
 from jepa_dist.optim.muon import MuonSettings
 from jepa_dist.optim.optimizer import Optimizer
 from jepa_dist.parallel.reduce import MetricsReduction
 from jepa_dist.parallel.shard import Gathering, compile_region, parallelise
 from jepa_dist.parallel.world import World
-from jepa_dist.plan import PlanChannel, StepPlan
+from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
 
 
 class Trainer:
@@ -49,9 +52,11 @@ class Trainer:
         if config.parallel.compile:
             compile_region(self.jepa_loss)
         self.optimizer = build_optimizer(config, self.model)
+        self.ema = build_ema(config, self.model)
         self.batches = build_loader(config, world, samples_consumed=0)
         self.validation = build_validation(config, world, self.layout.micro_size)
-        self.plans = PlanChannel(config, world)
+        self.clock = TrainingClock()
+        self.plans = PlanChannel(config, world, self.clock)
         self.reduction = MetricsReduction(world)
         self.meter = Meter(config.batch.sequences * config.model.seq_len)
         self.digest = TokensDigest()
@@ -68,13 +73,17 @@ class Trainer:
         """
         try:
             baselines = self._baselines(reporter)
+            if self.config.parallel.compile_warmup:
+                self.warm_up()
+            self.clock.start()
+            self.meter.start()
             self.plans.request(0)
             while True:
                 plan = self.plans.take()
                 if not plan.last:
                     self.plans.request(plan.step + 1)
                 self.step(plan)
-                validation = self.evaluate(plan.phase) if plan.evaluate else {}
+                validation = self.evaluate(plan) if plan.evaluate else {}
                 self.compiles.observe(_compiled_graphs(), _kinds_of_work(plan))
                 record = self._record(plan) | validation if plan.log else None
                 if reporter is not None:
@@ -103,6 +112,8 @@ class Trainer:
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update()
         self.reduction.submit(plan.step, sums, digest % 2**64, {"grad_norm": grad_norm})
 
     def loss(self, batch: Batch, plan: StepPlan, index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -120,8 +131,7 @@ class Trainer:
             return ce, {"ce": ce, "jepa": zero, "floored": zero}
         jepa_sum, floored = self._jepa_loss_fn(output.tap_BTD, batch, plan, index)
         jepa = jepa_sum / sequences
-        weight = torch.tensor(plan.jepa_weight).to(jepa.device, non_blocking=True)
-        return ce + weight * jepa, {"ce": ce, "jepa": jepa, "floored": floored}
+        return ce + plan.jepa_weight * jepa, {"ce": ce, "jepa": jepa, "floored": floored}
 
     def _jepa_loss_fn(
         self, tap_BTD: Tensor, batch: Batch, plan: StepPlan, index: int
@@ -136,14 +146,45 @@ class Trainer:
         spans_BS2 = spans_BS2.to(tap_BTD.device, non_blocking=True)
         return self.jepa_loss(tap_BTD, spans_BS2, batch.weight)
 
-    def evaluate(self, phase: int) -> dict[str, float]:
-        """Validate; parameters are shards again afterwards. Collective."""
+    def evaluate(self, plan: StepPlan) -> dict[str, float]:
+        """Validate, at the end of the run also the EMA. Collective."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()  # the steps still in flight are not evaluation
-        with self.meter.evaluating():
-            result = self.validation.run(self.model, phase)
-            self.gathering.release()
+        with self.meter.evaluating(), self.clock.paused():
+            result = self._validate(plan.phase)
+            if plan.last and self.ema is not None:
+                with self.ema.swap():
+                    averaged = self._validate(plan.phase)
+                result |= {key.replace("val/", "val/ema_"): v for key, v in averaged.items()}
         return result
+
+    def _validate(self, phase: int) -> dict[str, float]:
+        """One validation; parameters are shards again afterwards, as EMA and updates need."""
+        result = self.validation.run(self.model, phase)
+        self.gathering.release()
+        return result
+
+    def warm_up(self) -> None:
+        """Compile every graph that the run will need. Collective.
+
+        Forward and backward on a batch of zeros, in every phase, with and without the objective,
+        and once without gradient as validation does: weights, optimiser, data position and
+        generators are not touched.
+        """
+        size, config = self.layout.micro_size, self.config
+        rows = np.zeros((size, config.model.seq_len + 1), dtype=np.int64)
+        batch = make_batch(rows, range(size), size).to(self.world.device)
+        spans = np.ones((config.batch.sequences, config.jepa.spans_per_sequence, 2), dtype=np.int64)
+        for phase, weight in itertools.product(*_variants(config)):
+            plan = StepPlan.of_nothing(phase, weight, spans if weight else None)
+            self.gathering.begin_micro_batch(is_last=True)
+            self.loss(batch, plan, index=0)[0].backward()
+            self.gathering.release()
+            self.optimizer.zero_grad()
+            with torch.no_grad():
+                self.model(batch.tokens, batch.targets, batch.weight, phase=phase)
+            self.gathering.release()
+        self.compiles.observe(_compiled_graphs(), {"train", "jepa", "evaluate"})
 
     def _baselines(self, reporter: Reporter | None) -> dict[str, float]:
         """Bits per byte that counting reaches, told at once; on rank 0 alone."""
@@ -179,6 +220,13 @@ class Trainer:
             "compile/recompiles": self.compiles.recompiles,
             "tokens_digest": self.digest.hex(),
         }
+
+
+def _variants(config: Config) -> tuple[list[int], list[float]]:
+    """Recurrence phases and JEPA weights (off, on) that the run will pass through."""
+    first = [1] if config.train.loop_phase2_at > 0 else []
+    phases = [0, *first, LAST_PHASE] if config.model.num_loops > 0 else [0]
+    return phases, [0.0, config.jepa.lambda_] if config.jepa.lambda_ > 0 else [0.0]
 
 
 def _losses(plan: StepPlan, values: dict[str, float], config: Config) -> dict[str, float | None]:
@@ -265,6 +313,13 @@ def build_optimizer(config: Config, model: GPT) -> Optimizer:
         dtype=dtypes[config.optim.muon_dtype],
     )
     return Optimizer(groups, muon)
+
+
+def build_ema(config: Config, model: GPT) -> EMA | None:
+    """The moving average of the parameters, if there is to be one."""
+    if config.optim.ema_decay == 0:
+        return None
+    return EMA(model.named_parameters(), config.optim.ema_decay)
 
 
 def build_loader(config: Config, world: World, samples_consumed: int) -> TrainLoader:

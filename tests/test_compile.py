@@ -122,3 +122,15 @@ def test_compiled_equals_eager(corpus: Path) -> None:
     records = run_ranks(train, 2, compiled(corpus), timeout=240)[0]
     assert records[-1]["compile/recompiles"] == 0
     assert_same_run(records, eager)
+
+
+def test_warm_up_leaves_nothing_to_compile_and_changes_nothing(corpus: Path) -> None:
+    changes = {"jepa__start_frac": 0.5, "eval__every": 7, "optim__matrix": "muon"}
+    cold = run_ranks(count, 2, compiled(corpus, **changes))[0][0]
+    config = compiled(corpus, parallel__compile_warmup=True, **changes)
+    warm, graphs = run_ranks(count, 2, config)[0]
+    assert {record["compile/graphs"] for record in warm} == {len(graphs)}
+    assert warm[-1]["compile/recompiles"] == 0
+    for ours, expected in zip(warm, cold, strict=True):
+        for key in ("loss/ce", "loss/jepa", "grad_norm", "val/loss", "tokens_digest"):
+            assert ours.get(key) == expected.get(key)  # bit for bit

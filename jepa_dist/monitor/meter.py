@@ -14,8 +14,12 @@ class Meter:
 
     def __init__(self, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
-        self._started = time.perf_counter()
         self._rates: list[float] = []
+        self.start()
+
+    def start(self) -> None:
+        """Training begins now."""
+        self._started = time.perf_counter()
         self._begin()
 
     @contextmanager

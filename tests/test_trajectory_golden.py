@@ -1,0 +1,130 @@
+"""Whole training runs against the reference's numbers (golden README section 4), on 1-3 ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import distribute_tensor
+
+from jepa_dist.config import Config, load, to_dict
+from jepa_dist.data.loader import Batch, make_batch
+from jepa_dist.interop import parameter_golf
+from jepa_dist.parallel.world import start_world
+from jepa_dist.trainer import Trainer, build_ema
+from tests.golden_cases import Case, cases
+from tests.ranks import run_ranks
+from tests.tiny import write_corpus
+
+_OPTIM = (
+    "matrix_lr", "scalar_lr", "tied_embed_lr", "embed_lr", "head_lr", "embed_wd", "adam_wd",
+    "beta1", "beta2", "muon_momentum", "muon_momentum_warmup_start", "muon_momentum_warmup_steps",
+    "muon_backend_steps", "muon_row_normalize", "grad_clip_norm", "warmdown_frac", "min_lr",
+    "ema_decay",
+)  # fmt: skip
+_RENAMED = {"matrix_wd": "muon_wd", "eps": "adam_eps"}
+
+
+def config_of(case: Case, corpus: Path) -> Config:
+    settings, run = case.info["settings"], case.info["run"]
+    model = to_dict(parameter_golf.model_config(settings))
+    optim = {name: settings[name] for name in _OPTIM}
+    optim |= {ours: settings[theirs] for ours, theirs in _RENAMED.items()}
+    values: dict[str, Any] = {
+        "data.train": corpus / "train_*.bin",
+        "data.val": corpus / "val_*.bin",
+        "data.workers": 0,
+        "train.steps": run["steps"],
+        "train.log_every": 1,
+        "train.enable_looping_at": settings["enable_looping_at"],
+        "train.loop_phase2_at": settings["loop_phase2_at"],
+        "batch.sequences": run["grad_accum_steps"] * run["batch"],
+        "batch.micro": run["batch"],
+        "optim.matrix": "muon",
+        "parallel.compile": False,
+        "eval.sequences": 1,
+        **{f"model.{name}": value for name, value in model.items()},
+        **{f"optim.{name}": value for name, value in optim.items()},
+    }
+    return load(None, [f"{k}={_yaml(v)}" for k, v in values.items()], {}).config
+
+
+def _yaml(value: Any) -> str:
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+class GoldenBatches:
+    """Hands out the case's tokens as this rank's micro-batches."""
+
+    def __init__(self, trainer: Trainer, tokens: Tensor) -> None:
+        self._layout = trainer.layout
+        self._steps = tokens.flatten(1, 2).long().numpy()  # [steps, global batch, T+1]
+        self._index = 0
+
+    def __next__(self) -> Batch:
+        step, micro = divmod(self._index, self._layout.num_micro)
+        rows = self._layout.micro_rows(micro)
+        self._index += 1
+        return make_batch(self._steps[step][rows.start : rows.stop], rows, self._layout.micro_size)
+
+    def close(self) -> None:
+        pass
+
+
+class Recorder:
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.records: list[dict[str, Any]] = []
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+
+def run(rank: int, world_size: int, config: Config, case: Case) -> dict[str, Any]:
+    trainer = Trainer(config, start_world(config.parallel))
+    with torch.no_grad():
+        initial = case.tensors("param/")
+        for name, parameter in trainer.model.named_parameters():
+            full = initial[parameter_golf.to_reference_name(name)].float()
+            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
+    trainer.ema = build_ema(config, trainer.model)
+    trainer.batches = GoldenBatches(trainer, case.tensors()["tokens"])  # type: ignore[assignment]
+    recorder = Recorder(trainer)
+    trainer.run(recorder)  # type: ignore[arg-type]
+    assert trainer.ema is not None
+    average = trainer.ema.state_tensors()
+    names = [name for name, _ in trainer.model.named_parameters()]
+    return {
+        "records": recorder.records,
+        "final": {n: p.full_tensor().detach() for n, p in trainer.model.named_parameters()},
+        "ema": {n: average[f"ema/{n}"].full_tensor().detach() for n in names},
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("case", cases("traj"))
+def test_trajectory(case: Case, world_size: int, tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    config = config_of(case, tmp_path)
+    ours = run_ranks(run, world_size, config, case)[0]
+    golden = case.tensors()
+    for step, record in enumerate(ours["records"]):
+        assert abs(record["loss/ce"] - golden["loss"][step].item()) <= 2e-5
+        norm = golden["grad_norm_before_clip"][step].item()
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert record["progress"] == pytest.approx(golden["frac"][step].item(), abs=1e-7)
+        assert record["phase"] == golden["loop_phase"][step].item()
+        scale = record["lr/scalar"] / config.optim.scalar_lr
+        assert scale == pytest.approx(golden["lr_scale"][step].item(), abs=1e-6)
+    for kind, limit in (("final", 2e-4), ("ema", 1e-5)):
+        for name, value in ours[kind].items():
+            expected = golden[f"{kind}/{parameter_golf.to_reference_name(name)}"]
+            assert (value - expected).abs().max() <= limit, f"{kind}/{name}"
