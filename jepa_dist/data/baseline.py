@@ -1,0 +1,99 @@
+"""What counting reaches: bits per byte of bigram and trigram models, for the log to compare with.
+
+A model that does not clearly beat these has learned nothing beyond byte statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from jepa_dist.data.shards import check_ids, read_shard
+from jepa_dist.data.tokenizer import BYTES, ByteCounter, load_tokenizer
+
+MAX_VOCAB = 512  # the trigram table is dense: 4 * vocab_size**3 bytes
+
+_CHUNK = 1 << 22
+_PRIOR = 1.0
+
+Counts = npt.NDArray[np.uint32]
+Rates = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+
+def ngram_bits_per_byte(
+    train: Sequence[Path],
+    windows: Ids,
+    vocab_size: int,
+    counter: ByteCounter | None = None,
+) -> dict[str, float] | None:
+    """Bits per byte of n-gram models, counted on shards, on a model's validation targets.
+
+    Counted are all tokens of a shard that have two before them.
+
+    Each order is smoothed with the one below it as a Dirichlet prior worth one observation,
+    p(z|xy) = (n(xyz) + p(z|y)) / (n(xy) + 1), down to the unigram, whose prior is uniform. All
+    targets of the windows count, with the context that their window holds: the first target has
+    one token before it, so the trigram uses the bigram there.
+
+    Args:
+        train: Training shards.
+        windows: Validation windows, int64 [N, T+1].
+        vocab_size: Number of token ids.
+        counter: Bytes per token (default: the byte tokenizer's); a target without bytes (BOS)
+            adds its loss all the same.
+
+    Returns:
+        ``{"bigram": bpb, "trigram": bpb}``, or None above 512 ids, where the table of trigrams
+        grows too big.
+
+    Raises:
+        UserError: a damaged shard, or a token id outside the vocabulary.
+    """
+    if vocab_size > MAX_VOCAB:
+        return None
+    counter = counter or load_tokenizer(BYTES).byte_counter(vocab_size)
+    trigrams, bigrams, unigrams = _count(train, vocab_size)
+    prev, target = windows[:, :-1], windows[:, 1:]
+    unigram = (unigrams[target] + _PRIOR / vocab_size) / (unigrams.sum() + _PRIOR)
+    bigram = _smooth(bigrams, prev, target, unigram)
+    context = windows[:, :-2] * vocab_size + windows[:, 1:-1]
+    trigram = bigram.copy()
+    trigram[:, 1:] = _smooth(trigrams, context, target[:, 1:], bigram[:, 1:])
+    total_bytes = counter.count(prev, target).sum()
+    return {
+        "bigram": float(-np.log2(bigram).sum() / total_bytes),
+        "trigram": float(-np.log2(trigram).sum() / total_bytes),
+    }
+
+
+def _smooth(counts: Counts, context: Ids, target: Ids, lower: Rates) -> Rates:
+    """Probability of each target from ``counts`` [contexts, vocab] with ``lower`` as prior."""
+    row_sums = counts.sum(axis=1, dtype=np.int64)
+    return (counts[context, target] + _PRIOR * lower) / (row_sums[context] + _PRIOR)
+
+
+def _count(train: Sequence[Path], vocab_size: int) -> tuple[Counts, Counts, Counts]:
+    """Counts of trigrams [V*V, V], bigrams [V, V] and unigrams [V] in the shards."""
+    trigrams = np.zeros(vocab_size**3, dtype=np.uint32)
+    bigrams = np.zeros(vocab_size**2, dtype=np.uint32)
+    unigrams = np.zeros(vocab_size, dtype=np.uint32)
+    for ids in _chunks(train, vocab_size):
+        pairs = ids[:-1] * vocab_size + ids[1:]
+        np.add.at(unigrams, ids[2:], np.uint32(1))
+        np.add.at(bigrams, pairs[1:], np.uint32(1))
+        np.add.at(trigrams, pairs[:-1] * vocab_size + ids[2:], np.uint32(1))
+    return trigrams.reshape(-1, vocab_size), bigrams.reshape(vocab_size, -1), unigrams
+
+
+def _chunks(train: Sequence[Path], vocab_size: int) -> Iterator[Ids]:
+    """All tokens in pieces that begin with the two tokens before them."""
+    for path in train:
+        tokens = read_shard(path)
+        for start in range(2, len(tokens), _CHUNK):
+            ids = tokens[start - 2 : start + _CHUNK].astype(np.int64)
+            check_ids(path, ids, vocab_size)
+            yield ids

@@ -1,0 +1,230 @@
+"""From files to token documents: cut into small byte ranges, then encoded one task at a time.
+
+Cutting is cheap and sequential (the parent does it); reading and encoding happen in whatever
+process gets the task. Neither depends on how many processes there are, and neither holds more
+than a task's text, however large a file is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jepa_dist.data.corpus import SPLITS, InputFile, Split
+from jepa_dist.data.shards import Tokens
+from jepa_dist.data.tokenizer import Tokenizer
+from jepa_dist.errors import UserError
+
+TASK_BYTES = 1 << 20
+_CUT_WINDOW = 1 << 16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes start..stop-1 of a file.
+
+    Of a .jsonl file: whole lines. Otherwise text of the one document that begins at byte
+    ``document`` of the file.
+    """
+
+    file: InputFile
+    start: int
+    stop: int
+    document: int
+
+
+@dataclass
+class Encoded:
+    """What a task became: tokens and number of documents per split, bytes read."""
+
+    tokens: dict[Split, list[Tokens]] = field(default_factory=lambda: {s: [] for s in SPLITS})
+    documents: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    bytes_read: int = 0
+
+    def joined(self) -> Encoded:
+        """The same with at most one array per split: far cheaper to send than one a document."""
+        tokens = {split: [np.concatenate(t)] if t else [] for split, t in self.tokens.items()}
+        return replace(self, tokens=tokens)
+
+
+def split_of(file: InputFile, document: int, val_fraction: float) -> Split:
+    """The split of the document that begins at byte ``document`` of a file.
+
+    Decided by a hash of its name and place, never by what else is in the corpus, so that adding
+    files moves no document from one split to the other.
+    """
+    if file.split:
+        return file.split
+    identity = f"{file.name}:{document}".encode(errors="surrogateescape")
+    draw = int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little")
+    return "val" if draw < val_fraction * 2**64 else "train"
+
+
+# ---------------------------------------------------------------------------- cutting
+
+
+def tasks(files: Iterable[InputFile], separator: bytes | None) -> Iterator[list[Piece]]:
+    """Pieces of all files in order, gathered into lists of about ``TASK_BYTES``.
+
+    Args:
+        files: What to read.
+        separator: Bytes between the documents of a text file; None makes it one document.
+    """
+    task: list[Piece] = []
+    size = 0
+    for file in files:
+        for piece in _pieces(file, separator):
+            task.append(piece)
+            size += piece.stop - piece.start
+            if size >= TASK_BYTES:
+                yield task
+                task, size = [], 0
+    if task:
+        yield task
+
+
+def _pieces(file: InputFile, separator: bytes | None) -> Iterator[Piece]:
+    with open(file.path, "rb") as stream:
+        if file.is_jsonl:
+            yield from _line_ranges(file, stream)
+            return
+        for start, stop in _documents(file, separator):
+            yield from _cut(file, stream, start, stop)
+
+
+def _line_ranges(file: InputFile, stream: BinaryIO) -> Iterator[Piece]:
+    start = 0
+    while start < file.size:
+        stream.seek(min(start + TASK_BYTES, file.size) - 1)
+        stream.readline()
+        stop = min(stream.tell(), file.size)
+        yield Piece(file, start, stop, start)
+        start = stop
+
+
+def _documents(file: InputFile, separator: bytes | None) -> Iterator[tuple[int, int]]:
+    """Byte ranges of a text file's documents; may be empty ones."""
+    if separator is None:
+        yield 0, file.size
+        return
+    start = offset = 0
+    text = b""
+    with open(file.path, "rb") as stream:
+        while block := stream.read(TASK_BYTES):
+            text += block
+            done = 0
+            while (found := text.find(separator, done)) >= 0:
+                yield start, offset + found
+                done = found + len(separator)
+                start = offset + done
+            # A separator may straddle two blocks: keep what can be its beginning.
+            done = max(done, len(text) - len(separator) + 1)
+            offset, text = offset + done, text[done:]
+    yield start, offset + len(text)
+
+
+def _cut(file: InputFile, stream: BinaryIO, start: int, stop: int) -> Iterator[Piece]:
+    """Pieces of one document: cut after a line if one ends nearby, never inside a character."""
+    document = start
+    while start < stop:
+        end = min(start + TASK_BYTES, stop)
+        if end < stop:
+            stream.seek(end - _CUT_WINDOW)
+            end -= _excess(stream.read(_CUT_WINDOW))
+        yield Piece(file, start, end, document)
+        start = end
+
+
+def _excess(text: bytes) -> int:
+    """How many bytes to leave off so that ``text`` ends with a line, or else with a character."""
+    line_end = text.rfind(b"\n")
+    if line_end >= 0:
+        return len(text) - line_end - 1
+    starts = (n for n in range(1, 5) if text[-n] & 0xC0 != 0x80)
+    return next(starts, 0)
+
+
+# ---------------------------------------------------------------------------- encoding
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns pieces into tokens; every document begins with BOS.
+
+    A document longer than a piece is encoded piece by piece: exact with bytes, and with
+    SentencePiece but for what the model does at the beginning of a text (a dummy space).
+    """
+
+    tokenizer: Tokenizer
+    text_field: str
+    val_fraction: float
+
+    def __call__(self, task: Iterable[Piece]) -> Encoded:
+        """Read and encode the pieces of a task.
+
+        Raises:
+            UserError: a bad line of a .jsonl file, by name and number.
+        """
+        result = Encoded()
+        for piece in task:
+            with open(piece.file.path, "rb") as stream:
+                stream.seek(piece.start)
+                data = stream.read(piece.stop - piece.start)
+            result.bytes_read += len(data)
+            if piece.file.is_jsonl:
+                self._add_lines(result, piece, data)
+            else:
+                self._add(result, piece.file, piece.document, data, piece.start == piece.document)
+        return result.joined()
+
+    def _add_lines(self, result: Encoded, piece: Piece, data: bytes) -> None:
+        offset = piece.start
+        for line in io.BytesIO(data):
+            if line.strip():
+                text = self._text(piece.file, offset, line)
+                self._add(result, piece.file, offset, text, begins=True)
+            offset += len(line)
+
+    def _add(
+        self, result: Encoded, file: InputFile, document: int, text: bytes, begins: bool
+    ) -> None:
+        split = split_of(file, document, self.val_fraction)
+        if begins:
+            result.tokens[split].append(np.array([self.tokenizer.bos_id], dtype=np.uint16))
+            result.documents[split] += 1
+        result.tokens[split].append(self.tokenizer.encode(text))
+
+    def _text(self, file: InputFile, offset: int, line: bytes) -> bytes:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{_place(file, offset)}: not valid JSON: {error}") from None
+        text = record.get(self.text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(
+                f"{_place(file, offset)}: expected an object with the text in field "
+                f"{self.text_field!r}, found {_describe(record)}; name another with --field"
+            )
+        return text.encode("utf-8", "replace")
+
+
+def _describe(record: Any) -> str:
+    if isinstance(record, dict):
+        return f"the fields {', '.join(map(repr, record))}"
+    return f"a {type(record).__name__}"
+
+
+def _place(file: InputFile, offset: int) -> str:
+    """FILE:LINE of a byte offset; lines are counted only now that somebody needs to know."""
+    line = 1
+    with open(file.path, "rb") as stream:
+        while offset > 0 and (block := stream.read(min(offset, TASK_BYTES))):
+            line += block.count(b"\n")
+            offset -= len(block)
+    return f"{file.path}:{line}"

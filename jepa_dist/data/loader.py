@@ -1,0 +1,319 @@
+"""Micro-batches of tokens, in an order that does not depend on who reads them (contract C1).
+
+The samples are windows over memory-mapped shards. Which sample is the i-th of the run is a pure
+function of the seed (order.py), which rows are a rank's is arithmetic (layout.py), so the
+loader's only state is the number of samples consumed: a run goes on at any world size with any
+number of loader processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import multiprocessing
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from jepa_dist.data.layout import BatchLayout
+from jepa_dist.data.order import sample_order
+from jepa_dist.data.shards import check_ids, num_windows, read_count, read_shard
+from jepa_dist.data.workers import become_helper, signals_left_to_parent
+from jepa_dist.errors import UserError
+
+# Each mapping holds a file descriptor, of which a process has only some 1,000.
+_OPEN_SHARDS = 256
+
+# Forking a process that has CUDA or gloo threads is not safe. A fork server that has imported
+# this module starts a worker in milliseconds and shares its memory with all of them.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", __name__])
+
+
+class TokenDataset:
+    """Windows of seq_len+1 tokens, at stride seq_len inside each shard, never across shards.
+
+    Cheap to make (headers only), to pickle, and to hold over thousands of shards: they are
+    mapped when first read, a bounded number at a time.
+
+    Raises:
+        UserError: a damaged shard, or not one window in all of them.
+    """
+
+    def __init__(self, paths: Sequence[Path], seq_len: int, vocab_size: int) -> None:
+        self.paths = list(paths)
+        self.seq_len = seq_len
+        self.vocab_size = vocab_size
+        counts = [read_count(path) for path in self.paths]
+        self.num_tokens = sum(counts)
+        windows = [num_windows(count, seq_len) for count in counts]
+        self._first_window = np.cumsum([0, *windows])
+        if len(self) == 0:
+            raise UserError(
+                f"{self.paths[0].parent}: {len(self.paths)} token shards with {self.num_tokens} "
+                f"tokens hold no window of seq_len + 1 = {seq_len + 1} tokens; use more text or a "
+                "smaller model.seq_len"
+            )
+        self._map = functools.lru_cache(_OPEN_SHARDS)(read_shard)
+
+    def __len__(self) -> int:
+        return int(self._first_window[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_map"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._map = functools.lru_cache(_OPEN_SHARDS)(read_shard)
+
+    def read(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The windows with these ids (0..len-1), int64 [len(ids), seq_len+1].
+
+        Raises:
+            UserError: a token id outside the vocabulary, or a shard damaged in the meantime.
+        """
+        shards = np.searchsorted(self._first_window, ids, side="right") - 1
+        starts = (np.asarray(ids) - self._first_window[shards]) * self.seq_len
+        rows = np.empty((len(shards), self.seq_len + 1), dtype=np.int64)
+        for row, shard, start in zip(rows, shards.tolist(), starts.tolist(), strict=True):
+            row[:] = self._map(self.paths[shard])[start : start + len(row)]
+        if rows.size and rows.max() >= self.vocab_size:
+            for row, shard in zip(rows, shards.tolist(), strict=True):
+                check_ids(self.paths[shard], row, self.vocab_size)
+        return rows
+
+
+@dataclass
+class Batch:
+    """A micro-batch of M rows (padding included) of T tokens.
+
+    tokens, targets: int64 [M, T]; targets are the tokens one place later.
+    weight: float32 [M], 1 for a real row, 0 for padding.
+    positions: int64 [M], a row's place in the global batch, -1 for padding.
+    digest: 64-bit unsigned digest of the real rows' tokens and places. Digests of micro-batches
+        and ranks add up (modulo 2**64) to the same one of the global batch at any world size.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    weight: torch.Tensor
+    positions: torch.Tensor
+    digest: int
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(
+            change(self.tokens),
+            change(self.targets),
+            change(self.weight),
+            change(self.positions),
+            self.digest,
+        )
+
+    def __reduce__(self) -> Any:
+        # Between processes a batch is one small tensor, which torch puts into shared memory. Sent
+        # through the pipe itself, messages are so long that a process killed in the middle of one
+        # leaves the queue locked and its reader waiting for ever.
+        real = int(self.weight.sum())
+        rows = torch.cat([self.tokens[:real], self.targets[:real, -1:]], dim=1)
+        return _rebuild, (
+            rows.to(torch.int16),
+            int(self.positions[0]),
+            len(self.positions),
+            self.digest,
+        )
+
+
+def make_batch(rows: npt.NDArray[np.int64], places: range, size: int) -> Batch:
+    """A batch of ``size`` rows from ``rows`` int64 [n <= size, T+1] at ``places`` of the batch."""
+    return _assemble(rows, places, size, _digest(rows, places))
+
+
+def _rebuild(rows: torch.Tensor, first_place: int, size: int, digest: int) -> Batch:
+    tokens = rows.numpy().view(np.uint16)  # int16 on the way: torch cannot pickle its uint16
+    return _assemble(tokens, range(first_place, first_place + len(rows)), size, digest)
+
+
+def _assemble(rows: npt.NDArray[Any], places: range, size: int, digest: int) -> Batch:
+    padded = np.zeros((size, rows.shape[1]), dtype=np.int64)
+    padded[: len(rows)] = rows
+    positions = np.full(size, -1, dtype=np.int64)
+    positions[: len(rows)] = places
+    tokens = torch.from_numpy(padded)
+    return Batch(
+        tokens=tokens[:, :-1].contiguous(),
+        targets=tokens[:, 1:].contiguous(),
+        weight=torch.from_numpy((positions >= 0).astype(np.float32)),
+        positions=torch.from_numpy(positions),
+        digest=digest,
+    )
+
+
+def _digest(rows: npt.NDArray[np.int64], places: range) -> int:
+    """Sum over rows of a hash of (place, tokens): additive, yet it sees the order."""
+    total = 0
+    for place, row in zip(places, rows.astype("<u2"), strict=True):
+        data = place.to_bytes(8, "little") + row.tobytes()
+        total += int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return total % 2**64
+
+
+class TrainLoader:
+    """An endless iterator over one rank's micro-batches, ``layout.num_micro`` per step.
+
+    Args:
+        dataset: Where the samples are.
+        layout: The rank's share of each global batch.
+        seed: Of the order.
+        samples_consumed: Where to begin, in samples of the whole run (a loader's only state;
+            reading on, the property of this name counts whole global batches taken).
+        workers: Loader processes; 0 reads in this one.
+        prefetch: Micro-batches that each process keeps ready.
+        pin_memory: Hand out page-locked batches (CUDA only).
+
+    The processes start here, so that they fill their queues while the model is built. Use it as
+    a context manager, or call ``close``.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        layout: BatchLayout,
+        *,
+        seed: int,
+        samples_consumed: int = 0,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        self._layout = layout
+        self._workers = workers
+        self._start = samples_consumed
+        self._yielded = 0
+        with _quiet_start(), signals_left_to_parent():
+            loader: Any = StatefulDataLoader(
+                _Stream(dataset, layout, seed, samples_consumed),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                pin_memory=pin_memory,
+                multiprocessing_context=_context if workers else None,
+                worker_init_fn=_begin_worker,
+                # Its own snapshots are bound to the number of workers: not used, so not taken.
+                snapshot_every_n_steps=0,
+                # Its seed draw would advance the global generator of the training process.
+                generator=torch.Generator(),
+            )
+            self._batches: Iterator[Any] | None = iter(loader)
+
+    @property
+    def samples_consumed(self) -> int:
+        """Samples of all whole global batches taken so far, over the whole run."""
+        return self._start + self._yielded // self._layout.num_micro * self._layout.sequences
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next micro-batch.
+
+        Raises:
+            UserError: bad data, found in whichever process read it, or a process that died.
+        """
+        if self._batches is None:
+            raise ValueError("the loader is closed")
+        try:
+            item = next(self._batches)
+        except (EOFError, OSError, RuntimeError) as error:  # all that a dead process looks like
+            self.close()
+            if not self._workers:
+                raise
+            raise UserError(
+                f"a data loader process died ({error}): perhaps killed for want of memory, or of "
+                "shared memory (/dev/shm); give the job more, or lower data.workers"
+            ) from error
+        if isinstance(item, UserError):
+            self.close()  # the batches of the other processes would follow out of order
+            raise item
+        self._yielded += 1
+        return item
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self._batches = None
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Stream(IterableDataset[Any]):
+    """What one loader process yields: every workers-th micro-batch of the rank, from its own on.
+
+    StatefulDataLoader takes from the processes in turn, which restores the order.
+    """
+
+    def __init__(
+        self, dataset: TokenDataset, layout: BatchLayout, seed: int, samples_consumed: int
+    ) -> None:
+        self.dataset, self.layout = dataset, layout
+        self.seed, self.samples_consumed = seed, samples_consumed
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        info = get_worker_info()
+        first, stride = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            for index in itertools.count(first, stride):
+                yield self._micro_batch(index)
+        except UserError as error:
+            # As a value: the loader would bury a raised one in a traceback of its own.
+            yield error
+
+    def _micro_batch(self, index: int) -> Batch:
+        step, micro = divmod(index, self.layout.num_micro)
+        places = self.layout.micro_rows(micro)
+        first = self.samples_consumed + step * self.layout.sequences + places.start
+        ids = sample_order(first, len(places), len(self.dataset), self.seed)
+        return make_batch(self.dataset.read(ids), places, self.layout.micro_size)
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Start loader processes without what multiprocessing and torch would add to it.
+
+    A new process imports the program's main module again: seconds of the trainer's imports, and
+    trouble if it is a script without a guard. Nothing that is sent to it comes from there.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.13 deprecates
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _begin_worker(_: int) -> None:
+    become_helper()

@@ -1,0 +1,73 @@
+"""The order of samples: a pure function of (seed, epoch) that needs no memory.
+
+Every epoch visits all samples once, in an order given by a keyed bijection of range(n): a
+balanced Feistel network on the smallest even number of bits that holds n, walked along its cycle
+until it lands inside range(n) (Black and Rogaway, "Ciphers with arbitrary finite domains").
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+_ROUNDS = 8
+# Tiny domains mix badly: below 3 bits a half there are too few round functions to draw from.
+_MIN_HALF_BITS = 3
+
+Ids = npt.NDArray[np.int64]
+Key = npt.NDArray[np.uint64]
+
+
+def epoch_key(seed: int, epoch: int) -> Key:
+    """Round keys of one epoch's permutation, uint64 [rounds]."""
+    digest = hashlib.blake2b(f"order {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    return np.frombuffer(digest, dtype="<u8")
+
+
+def permute(positions: Ids, n: int, key: Key) -> Ids:
+    """Image of each position under the permutation of range(n) that ``key`` selects.
+
+    Args:
+        positions: int64, any shape, values in 0..n-1.
+        n: Size of the permuted range, at least 1.
+        key: From ``epoch_key``.
+    """
+    half_bits = max(_MIN_HALF_BITS, -(-(n - 1).bit_length() // 2))
+    values = _feistel(positions.astype(np.uint64), half_bits, key)
+    outside = values >= n
+    while outside.any():
+        values[outside] = _feistel(values[outside], half_bits, key)
+        outside = values >= n
+    return values.astype(np.int64)
+
+
+def sample_order(first: int, count: int, num_samples: int, seed: int) -> Ids:
+    """Ids of the global samples first..first+count-1, int64 [count].
+
+    Sample i is the one at position i % num_samples of epoch i // num_samples; a range may
+    straddle epochs.
+    """
+    epochs, positions = np.divmod(np.arange(first, first + count, dtype=np.int64), num_samples)
+    ids = np.empty_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        inside = epochs == epoch
+        ids[inside] = permute(positions[inside], num_samples, epoch_key(seed, epoch))
+    return ids
+
+
+def _feistel(values: npt.NDArray[np.uint64], half_bits: int, key: Key) -> npt.NDArray[np.uint64]:
+    shift = np.uint64(half_bits)
+    mask = np.uint64((1 << half_bits) - 1)
+    left, right = values >> shift, values & mask
+    for round_key in key:
+        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    return (left << shift) | right
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of SplitMix64: every output bit depends on every input bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,265 @@
+"""Text into token shards: ``python -m jepa_dist.data.prepare [INPUT ...]``.
+
+Without INPUT it prepares the default corpus: the standard library of the running Python.
+The output folder holds train_000000.bin ..., val_000000.bin ... and meta.json, and appears whole
+or not at all; what is in it does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jepa_dist.data import corpus
+from jepa_dist.data.corpus import SPLITS, InputFile, Split
+from jepa_dist.data.documents import Encoder, split_of, tasks
+from jepa_dist.data.meta import META_NAME, read_meta
+from jepa_dist.data.shards import ShardWriter, Tokens, read_count
+from jepa_dist.data.staging import staged
+from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from jepa_dist.data.workers import ordered_map
+from jepa_dist.errors import UserError
+
+DEFAULT_OUT = "data/stdlib"
+_MOST_WORKERS = 16
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code (2 for a user's mistake, 130 if interrupted)."""
+    options = _parser().parse_args(argv)
+    # A scheduler's SIGTERM should clean up just as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(prepare(options))
+    except UserError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jepa_dist.data.prepare",
+        description="Turn text into token shards; without INPUT, the text of Python's standard "
+        "library.",
+    )
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help=".txt or .jsonl file, or a folder of them")
+    add("--out", help=f"output folder (default without INPUT: {DEFAULT_OUT})")
+    add("--tokenizer", default=BYTES, help="'bytes' (default) or the path of a SentencePiece model")
+    add("--field", default="text", help="field of a .jsonl line that holds the text")
+    add("--separator", help=r"text between the documents of a .txt file, e.g. '\n\n'")
+    validation = parser.add_mutually_exclusive_group()
+    add_validation = validation.add_argument
+    add_validation("--val", action="append", default=[], metavar="INPUT", help="validation text")
+    add_validation("--val-fraction", type=_fraction, default=0.01, help="of the documents (0.01)")
+    add("--shard-tokens", type=_positive, default=100_000_000, help="most tokens of a shard")
+    workers = min(os.cpu_count() or 1, _MOST_WORKERS)
+    add("--workers", type=_positive, default=workers, help=f"processes ({workers})")
+    add("--overwrite", action="store_true", help="replace an output made with other settings")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError("must be between 0 and 1")
+    return value
+
+
+# ---------------------------------------------------------------------------- the work
+
+
+def prepare(options: argparse.Namespace) -> str:
+    """Prepare what the options ask for, unless it is there already; one line saying what was done.
+
+    Raises:
+        UserError: bad input, an output made with other settings, or an empty split.
+    """
+    out = _out(options)
+    tokenizer = load_tokenizer(options.tokenizer)
+    separator = _separator(options.separator)
+    source, files = _files(options)
+    settings = {
+        "listing": corpus.listing(files),
+        "tokenizer": tokenizer.name,
+        "field": options.field,
+        "separator": options.separator,
+        "val_fraction": None if options.val else options.val_fraction,
+        "shard_tokens": options.shard_tokens,
+    }
+    if out.exists() and _is_done(out, settings, options.overwrite):
+        return f"{out}: already prepared with these settings"
+    if separator is None:
+        _check_whole_files(files, options.val_fraction)
+    encoder = Encoder(tokenizer, options.field, options.val_fraction)
+    with staged(out) as folder:
+        totals = _write(folder, files, separator, encoder, options)
+        meta = {"source": source, **settings, **_describe(tokenizer), **totals}
+        (folder / META_NAME).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    documents, tokens = totals["documents"], totals["tokens"]
+    return f"{out}: " + ", ".join(
+        f"{split} {documents[split]:,} documents, {tokens[split]:,} tokens" for split in documents
+    )
+
+
+def _out(options: argparse.Namespace) -> Path:
+    if options.out is None and options.inputs:
+        raise UserError("--out: name the output folder for your INPUT, e.g. --out data/mine")
+    if options.val and not options.inputs:
+        raise UserError("--val: goes with INPUT; the default corpus is split by itself")
+    return Path(options.out or DEFAULT_OUT)
+
+
+def _separator(text: str | None) -> bytes | None:
+    if text is None:
+        return None
+    try:  # "\n" arrives from the shell as two characters
+        separator = text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
+    except UnicodeError as error:
+        raise UserError(f"--separator {text!r}: {error}") from None
+    if not separator:
+        raise UserError(r"--separator: is empty; expected the text between documents, e.g. '\n\n'")
+    return separator
+
+
+def _files(options: argparse.Namespace) -> tuple[Any, list[InputFile]]:
+    if not options.inputs:
+        return corpus.default_corpus()
+    files = corpus.user_files(options.inputs, split="train" if options.val else None)
+    return options.inputs, files + corpus.user_files(options.val, split="val")
+
+
+def _is_done(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether ``out`` holds what ``settings`` would make; False if it may be replaced."""
+    if out.is_dir() and not any(out.iterdir()):
+        return False
+    meta = read_meta(out) if out.is_dir() else None
+    if meta is None:  # never delete what this program did not make
+        raise UserError(f"{out}: exists and was not prepared by this program; choose another --out")
+    differing = [
+        f"{key} {meta.get(key)!r}, now {value!r}"
+        for key, value in settings.items()
+        if meta.get(key) != value
+    ]
+    if overwrite:
+        return False
+    if differing:
+        raise UserError(
+            f"{out}: was prepared with {'; '.join(differing)}; choose another --out, or replace "
+            "it with --overwrite"
+        )
+    for name in meta["shards"]:
+        read_count(out / name)
+    return True
+
+
+def _check_whole_files(files: Sequence[InputFile], val_fraction: float) -> None:
+    """Find an empty split before the work where files are documents and the split is known."""
+    if not any(file.is_jsonl for file in files):
+        splits = [split_of(file, 0, val_fraction) for file in files if file.size]
+        _check_splits({split: splits.count(split) for split in SPLITS})
+
+
+def _check_splits(documents: dict[Split, int]) -> None:
+    if not documents["train"] or not documents["val"]:
+        name = "validation" if documents["train"] else "training"
+        raise UserError(
+            f"of {sum(documents.values())} documents none fell into the {name} split; cut .txt "
+            r"files into documents with --separator (e.g. '\n\n'), change --val-fraction, or "
+            "name validation text with --val INPUT"
+        )
+
+
+def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
+
+
+class _ShardSet:
+    """Writes one split as train_000000.bin, train_000001.bin, ..., each filled to the brim."""
+
+    def __init__(self, folder: Path, split: Split, shard_tokens: int) -> None:
+        self.counts: dict[str, int] = {}
+        self._folder, self._split, self._most = folder, split, shard_tokens
+        self._open = contextlib.ExitStack()
+        self._writer: ShardWriter | None = None
+
+    def write(self, tokens: Tokens) -> None:
+        """Append token ids."""
+        while len(tokens):
+            if self._writer is None or self._writer.count == self._most:
+                self._writer = self._next()
+            room = self._most - self._writer.count
+            self._writer.write(tokens[:room])
+            self.counts[self._writer.path.name] = self._writer.count
+            tokens = tokens[room:]
+
+    def _next(self) -> ShardWriter:
+        self._open.close()
+        path = self._folder / f"{self._split}_{len(self.counts):06d}.bin"
+        return self._open.enter_context(ShardWriter(path))
+
+    def __enter__(self) -> _ShardSet:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+
+def _write(
+    folder: Path,
+    files: Sequence[InputFile],
+    separator: bytes | None,
+    encoder: Encoder,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Encode all files into shards in ``folder``; what meta.json says about the result."""
+    total = sum(file.size for file in files)
+    with contextlib.ExitStack() as stack:
+        sets: dict[Split, _ShardSet] = {
+            split: stack.enter_context(_ShardSet(folder, split, options.shard_tokens))
+            for split in SPLITS
+        }
+        documents: dict[Split, int] = dict.fromkeys(sets, 0)
+        progress = stack.enter_context(
+            tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None)
+        )
+        results = ordered_map(encoder, tasks(files, separator), options.workers)
+        for encoded in stack.enter_context(contextlib.closing(results)):
+            progress.update(encoded.bytes_read)
+            for split, shards in sets.items():
+                documents[split] += encoded.documents[split]
+                for tokens in encoded.tokens[split]:
+                    shards.write(tokens)
+        _check_splits(documents)
+    return {
+        "documents": documents,
+        "tokens": {split: sum(shards.counts.values()) for split, shards in sets.items()},
+        "shards": {name: n for shards in sets.values() for name, n in shards.counts.items()},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""A folder that appears under its name whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from jepa_dist.errors import UserError
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``target`` that takes its place when the block ends normally.
+
+    An existing ``target`` is replaced. After an exception the folder is removed; one left behind
+    by a killed process is cleared by the next call.
+
+    Raises:
+        UserError: another process is writing the same target.
+    """
+    staging = target.with_name(f".{target.name}.partial")
+    retired = target.with_name(f".{target.name}.replaced")
+    staging.mkdir(parents=True, exist_ok=True)
+    with _locked(staging, target):
+        _clear(staging)
+        try:
+            yield staging
+        except BaseException:
+            shutil.rmtree(staging)
+            raise
+        shutil.rmtree(retired, ignore_errors=True)
+        if target.exists():
+            target.rename(retired)
+        staging.rename(target)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, target: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system releases when its holder dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder before us may just have published this very folder.
+        if not folder.exists() or not os.path.samestat(folder.stat(), os.fstat(descriptor)):
+            raise BlockingIOError
+        yield
+    except BlockingIOError:
+        raise UserError(
+            f"{target}: another process is preparing this folder; wait for it, or choose "
+            "another --out"
+        ) from None
+    finally:
+        os.close(descriptor)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jepa_dist.data.baseline import ngram_bits_per_byte
+from jepa_dist.data.shards import write_shard
+from jepa_dist.data.tokenizer import ByteCounter
+from jepa_dist.errors import UserError
+
+
+def test_equals_a_count_with_dictionaries(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shards = [np.minimum(rng.geometric(0.2, size) - 1, 256) for size in (500, 2, 1, 300)]
+    paths = [tmp_path / f"{i}.bin" for i in range(len(shards))]
+    for path, tokens in zip(paths, shards, strict=True):
+        write_shard(path, tokens)
+    windows = np.minimum(rng.geometric(0.15, (5, 20)) - 1, 256)
+    windows[2, 7] = 256
+    expected = by_dictionaries([s.tolist() for s in shards], windows.tolist())
+    found = ngram_bits_per_byte(paths, windows, 257)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def by_dictionaries(shards: list[list[int]], windows: list[list[int]]) -> dict[str, float]:
+    grams: Counter[tuple[int, ...]] = Counter()
+    contexts: Counter[tuple[int, ...]] = Counter()
+    for shard in shards:
+        for i in range(2, len(shard)):
+            for order in (1, 2, 3):
+                gram = tuple(shard[i - order + 1 : i + 1])
+                grams[gram] += 1
+                contexts[gram[:-1]] += 1
+
+    def probability(gram: tuple[int, ...]) -> float:
+        lower = probability(gram[1:]) if len(gram) > 1 else 1 / 257
+        return (grams[gram] + lower) / (contexts[gram[:-1]] + 1)
+
+    bits = {2: 0.0, 3: 0.0}
+    num_bytes = 0
+    for window in windows:
+        for i in range(1, len(window)):
+            num_bytes += window[i] != 256
+            for order in bits:
+                bits[order] -= math.log2(probability(tuple(window[max(0, i - order + 1) : i + 1])))
+    return {"bigram": bits[2] / num_bytes, "trigram": bits[3] / num_bytes}
+
+
+def test_probabilities_sum_to_one(tmp_path: Path) -> None:
+    """Over all possible last targets of one context, through the public function alone."""
+    rng = np.random.default_rng(1)
+    path = tmp_path / "a.bin"
+    write_shard(path, rng.integers(0, 5, 200))
+    counter = ByteCounter(np.ones(8, np.int16), np.zeros(8, bool), np.zeros(8, bool))
+    for order in ("bigram", "trigram"):
+        total = 0.0
+        for last in range(8):
+            windows = np.array([[1, 2, last]])
+            both = ngram_bits_per_byte([path], windows, 8, counter)
+            first = ngram_bits_per_byte([path], windows[:, :2], 8, counter)
+            assert both is not None
+            assert first is not None
+            total += 2 ** -(2 * both[order] - first[order])
+        assert total == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_big_vocabulary_has_no_baseline(tmp_path: Path) -> None:
+    assert ngram_bits_per_byte([tmp_path / "never read.bin"], np.zeros((1, 3), int), 513) is None
+
+
+def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.bin", np.array([1, 2, 300, 4]))
+    with pytest.raises(UserError, match=r"a\.bin: holds token id 300"):
+        ngram_bits_per_byte([tmp_path / "a.bin"], np.zeros((1, 3), int), 257)
+
+
+def test_thirty_megabytes_take_seconds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    write_shard(tmp_path / "a.bin", np.minimum(rng.geometric(0.05, 30_000_000), 256))
+    started = time.process_time()
+    ngram_bits_per_byte([tmp_path / "a.bin"], np.zeros((600, 513), int), 257)
+    assert time.process_time() - started < 6
