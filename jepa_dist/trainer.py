@@ -114,7 +114,9 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update()
-        self.reduction.submit(plan.step, sums, digest % 2**64, {"grad_norm": grad_norm})
+        self.reduction.submit(
+            plan.step, sums, host_sums={}, digest=digest % 2**64, shared={"grad_norm": grad_norm}
+        )
 
     def loss(self, batch: Batch, plan: StepPlan, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss of the global batch, and its parts as sums over rows.

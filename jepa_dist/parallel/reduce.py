@@ -1,11 +1,15 @@
-"""What ranks report upward: one small reduction per step, read on the host only when asked.
+"""What ranks report upward: one small reduction per step, never waited for but by logged steps.
 
-Nothing here waits for the device except ``drain``, which logging steps call.
+A step's numbers form one float64 row on the device: sums to be added up over ranks, then what all
+ranks have alike. The row is reduced and copied to the host asynchronously; ``arrived`` hands out
+the rows that are there, ``drain`` waits for all.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,15 +19,7 @@ from torch import Tensor
 from jepa_dist.parallel.world import World
 
 _LIMB_BITS = 16
-_LIMBS = 4
-
-
-class _Pending(NamedTuple):
-    step: int
-    names: tuple[str, ...]
-    sums: Tensor
-    work: dist.Work | None
-    shared: Mapping[str, Tensor]
+_LIMBS = tuple(f"digest_{i}" for i in range(4))
 
 
 class StepReport(NamedTuple):
@@ -35,57 +31,96 @@ class StepReport(NamedTuple):
     """Sum of the ranks' data digests, modulo 2**64."""
 
 
+@dataclass
+class _Pending:
+    step: int
+    names: tuple[str, ...]
+    row: Tensor
+    work: dist.Work | None
+    event: torch.cuda.Event | None
+
+    def has_arrived(self) -> bool:
+        if self.event is not None:
+            return self.event.query()
+        return self.work is None or self.work.is_completed()
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+        elif self.work is not None:
+            self.work.wait()
+
+    def report(self) -> StepReport:
+        values = dict(zip(self.names, self.row.tolist(), strict=True))
+        limbs = [int(values.pop(name)) for name in _LIMBS]
+        digest = sum(limb << (_LIMB_BITS * i) for i, limb in enumerate(limbs))
+        return StepReport(self.step, values, digest % 2**64)
+
+
 class MetricsReduction:
-    """Sums every rank's numbers of a step over all ranks, asynchronously."""
+    """Sums every rank's numbers of a step over all ranks, asynchronously and in order."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._pending: list[_Pending] = []
+        self._pending: deque[_Pending] = deque()
 
     def submit(
-        self, step: int, sums: Mapping[str, Tensor], digest: int, shared: Mapping[str, Tensor]
+        self,
+        step: int,
+        sums: Mapping[str, Tensor],
+        host_sums: Mapping[str, float],
+        digest: int,
+        shared: Mapping[str, Tensor],
     ) -> None:
         """Start the reduction of one step.
 
         Args:
             step: Optimiser step.
-            sums: Scalars on the device to be added up over ranks; the same names on every rank.
-            digest: This rank's data digest, an unsigned 64-bit integer that is added up too.
-            shared: Scalars that every rank already has alike (such as the gradient norm).
+            sums: Scalars on the device, added up over ranks; the same names on every rank.
+            host_sums: Numbers of the host, added up likewise.
+            digest: This rank's data digest, an unsigned 64-bit integer, added up modulo 2**64.
+            shared: Scalars that every rank has alike (such as the gradient norm).
         """
         # 16-bit limbs: float64 adds them exactly for up to 2**37 ranks.
-        limbs = [float(digest >> (_LIMB_BITS * i) & 0xFFFF) for i in range(_LIMBS)]
-        local = torch.tensor(limbs, dtype=torch.float64)
-        if self._world.device.type == "cuda":
-            local = local.pin_memory().to(self._world.device, non_blocking=True)
-        packed = torch.cat([torch.stack([value.double() for value in sums.values()]), local])
+        limbs = [float(digest >> (_LIMB_BITS * i) & 0xFFFF) for i in range(len(_LIMBS))]
+        host = torch.tensor([*host_sums.values(), *limbs], dtype=torch.float64)
+        row = torch.cat([_stack(sums), self._to_device(host), _stack(shared)])
+        names = (*sums, *host_sums, *_LIMBS, *shared)
         work = None
         if self._world.world_size > 1:
-            work = dist.all_reduce(packed, async_op=True)
-        self._pending.append(_Pending(step, tuple(sums), packed, work, dict(shared)))
+            work = dist.all_reduce(row[: len(names) - len(shared)], async_op=True)
+        self._pending.append(self._to_host(_Pending(step, names, row, work, event=None)))
 
-    def drain(self) -> list[StepReport]:
-        """Numbers of all steps submitted since the last call; waits for the device once."""
-        if not self._pending:
-            return []
-        for pending in self._pending:
-            if pending.work is not None:
-                pending.work.wait()
-        rows = torch.stack([_row(pending) for pending in self._pending]).tolist()
-        reports = [_report(p, row) for p, row in zip(self._pending, rows, strict=True)]
-        self._pending.clear()
+    def arrived(self) -> list[StepReport]:
+        """Reports of the oldest steps that are there already; waits for nothing."""
+        reports = []
+        while self._pending and self._pending[0].has_arrived():
+            reports.append(self._pending.popleft().report())
         return reports
 
+    def drain(self) -> list[StepReport]:
+        """Reports of all steps not handed out yet; waits for the device."""
+        for pending in self._pending:
+            pending.wait()
+        return self.arrived()
 
-def _row(pending: _Pending) -> Tensor:
-    shared = [value.detach().double() for value in pending.shared.values()]
-    return torch.cat([pending.sums, torch.stack(shared)]) if shared else pending.sums
+    def _to_device(self, host: Tensor) -> Tensor:
+        if self._world.device.type == "cpu":
+            return host
+        return host.pin_memory().to(self._world.device, non_blocking=True)
+
+    def _to_host(self, pending: _Pending) -> _Pending:
+        """Queue the copy behind the reduction; on a CPU the row is where it should be."""
+        if self._world.device.type == "cpu":
+            return pending
+        if pending.work is not None:
+            pending.work.wait()  # the stream waits, not the host
+        row = torch.empty(pending.row.shape, dtype=torch.float64, pin_memory=True)
+        row.copy_(pending.row, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return _Pending(pending.step, pending.names, row, None, event)
 
 
-def _report(pending: _Pending, row: list[float]) -> StepReport:
-    count = len(pending.names)
-    limbs = row[count : count + _LIMBS]
-    values = dict(zip(pending.names, row[:count], strict=True))
-    values |= dict(zip(pending.shared, row[count + _LIMBS :], strict=True))
-    digest = sum(int(limb) << (_LIMB_BITS * i) for i, limb in enumerate(limbs)) % 2**64
-    return StepReport(pending.step, values, digest)
+def _stack(scalars: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([value.detach().double() for value in scalars.values()])
