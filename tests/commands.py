@@ -1,0 +1,141 @@
+"""Run commands as a user does: real processes, a hard time limit, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from tests.tiny import REPOSITORY
+
+TRAIN = (sys.executable, "-m", "jepa_dist.train")
+TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2")
+
+_TAG = "COMMAND_OF_TEST"
+# Processes that notice only now that their parent is gone.
+_GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended; ``output`` is stdout and stderr together."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+class Command:
+    """A running command; leaving the ``with`` block ends it and everything it started."""
+
+    def __init__(
+        self, command: Sequence[Any], cwd: Path = REPOSITORY, environ: dict[str, Any] | None = None
+    ) -> None:
+        self._tag = uuid.uuid4().hex
+        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._started = time.monotonic()
+        self._process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=cwd,
+            env=_environment({**(environ or {}), _TAG: self._tag}),
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait(self, timeout: float) -> Finished:
+        """Wait for the end, and see that nothing is left running.
+
+        Raises:
+            AssertionError: it takes longer, or leaves a process behind.
+        """
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.output()}") from None
+        seconds = time.monotonic() - self._started
+        self._wait_until(lambda: not self.processes(), _GRACE_SECONDS, "leaves processes behind")
+        return Finished(code, self.output(), seconds)
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float) -> None:
+        """Wait until ``condition`` holds while the command runs."""
+
+        def holds() -> bool:
+            assert self._process.poll() is None, f"ended too early:\n{self.output()}"
+            return condition()
+
+        self._wait_until(holds, timeout, "what was waited for did not happen")
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that runs for this command, orphans included."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The process of a rank that torchrun started."""
+        (found,) = [
+            process
+            for process in psutil.Process(self._process.pid).children()
+            if process.environ().get("RANK") == str(rank)
+        ]
+        return found
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the command itself."""
+        self._process.send_signal(number)
+
+    def output(self) -> str:
+        """What it has printed up to now."""
+        self._output.seek(0)
+        return self._output.read()
+
+    def _wait_until(self, condition: Callable[[], bool], timeout: float, problem: str) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{problem}:\n{self.output()}"
+            time.sleep(0.05)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(_TAG) == self._tag
+        except (psutil.Error, OSError):  # gone, a zombie, or somebody else's
+            return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        self._output.close()
+
+
+def run_command(
+    *command: Any,
+    timeout: float = 120,
+    cwd: Path = REPOSITORY,
+    environ: dict[str, Any] | None = None,
+) -> Finished:
+    """Run a command to its end."""
+    with Command(command, cwd, environ) as running:
+        return running.wait(timeout)
+
+
+def _environment(changes: dict[str, Any]) -> dict[str, str]:
+    """Ours without switches that change what is run; on the CPU whatever the machine has."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JEPA_")}
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return kept | fixed | {name: str(value) for name, value in changes.items()}
