@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jepa_dist.config import Config
@@ -21,13 +21,38 @@ def check_data(config: Config) -> None:
     """
     problems = [*_split_problems(config, "train"), *_split_problems(config, "val")]
     try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        load_checked_tokenizer(config, ("train", "val"))
     except UserError as error:
-        problems += [f"data.tokenizer: {problem}" for problem in error.problems]
-    else:
-        problems += _vocabulary_problems(config, tokenizer)
+        problems += error.problems
     if problems:
         raise UserError(*problems)
+
+
+def load_checked_tokenizer(config: Config, splits: Iterable[str]) -> Tokenizer | None:
+    """The configured tokenizer, known to be the model's and that of the data; None if unset.
+
+    Raises:
+        UserError: it cannot be loaded, or the model's or the data's vocabulary is another.
+    """
+    data, vocab_size = config.data, config.model.vocab_size
+    tokenizer = None
+    problems = []
+    if data.tokenizer is not None:
+        try:
+            tokenizer = load_tokenizer(data.tokenizer)
+        except UserError as error:
+            problems += [f"data.tokenizer: {problem}" for problem in error.problems]
+    if tokenizer is not None and tokenizer.vocab_size != vocab_size:
+        problems.append(
+            f"data.tokenizer={data.tokenizer!r}: has {tokenizer.vocab_size} ids, but "
+            f"model.vocab_size={vocab_size}; set model.vocab_size={tokenizer.vocab_size} or name "
+            "the tokenizer of the data"
+        )
+    for split in splits:
+        problems += _meta_problems(config, split, tokenizer)
+    if problems:
+        raise UserError(*problems)
+    return tokenizer
 
 
 def _split_problems(config: Config, split: str) -> Iterator[str]:
@@ -45,27 +70,20 @@ def _split_problems(config: Config, split: str) -> Iterator[str]:
         )
 
 
-def _vocabulary_problems(config: Config, tokenizer: Tokenizer) -> Iterator[str]:
-    data, expected = config.data, config.model.vocab_size
-    if tokenizer.vocab_size != expected:
+def _meta_problems(config: Config, split: str, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """What the note beside prepared shards says, against model and tokenizer."""
+    pattern, expected = getattr(config.data, split), config.model.vocab_size
+    meta = read_meta(pattern)
+    if not meta:
+        return
+    told = f"data.{split}={pattern!r}: {_meta_name(pattern)} says"
+    if meta["vocab_size"] != expected:
+        yield f"{told} vocab_size={meta['vocab_size']}, but model.vocab_size={expected}"
+    if tokenizer is not None and meta["tokenizer"] != tokenizer.name:
         yield (
-            f"data.tokenizer={data.tokenizer!r}: has {tokenizer.vocab_size} ids, but "
-            f"model.vocab_size={expected}; set model.vocab_size={tokenizer.vocab_size} or name "
-            "the tokenizer of the data"
+            f"{told} the tokenizer was {meta['tokenizer']!r}, but "
+            f"data.tokenizer={config.data.tokenizer!r} is {tokenizer.name!r}"
         )
-    for key, pattern in (("data.train", data.train), ("data.val", data.val)):
-        meta = read_meta(pattern)
-        if meta and meta["vocab_size"] != expected:
-            yield (
-                f"{key}={pattern!r}: {_meta_name(pattern)} says vocab_size={meta['vocab_size']}, "
-                f"but model.vocab_size={expected}"
-            )
-        if meta and meta["tokenizer"] != tokenizer.name:
-            yield (
-                f"{key}={pattern!r}: {_meta_name(pattern)} says the tokenizer was "
-                f"{meta['tokenizer']!r}, but data.tokenizer={data.tokenizer!r} is "
-                f"{tokenizer.name!r}"
-            )
 
 
 def _meta_name(pattern: str) -> str:

@@ -1,25 +1,51 @@
-"""Models of the parameter-golf challenge's script (PR #1412): settings and weights in.
+"""Models of the parameter-golf challenge's script (PR #1412), in and out.
 
-Settings carry the script's environment-variable names in lower case, weights its parameter names.
-Those are ours too, except that the MLP of a block's p-th further execution lives inside the block
-here (``blocks.L.loop_mlps.{p-1}``) and not beside it (``override_mlps.L_pP``).
+    python -m jepa_dist.interop.parameter_golf import final_model.pt --settings S.json --out DIR
+    python -m jepa_dist.interop.parameter_golf export DIR --out final_model.pt
+
+Settings are the script's environment variables in lower case, as one JSON object; ``export``
+writes them beside the weights. Weights carry its parameter names. Those are ours too, except that
+the MLP of a block's p-th further execution lives inside the block here
+(``blocks.L.loop_mlps.{p-1}``) and not beside it (``override_mlps.L_pP``).
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from jepa_dist.config import ModelConfig
+from jepa_dist.config import Config, ModelConfig, check
 from jepa_dist.errors import UserError
+from jepa_dist.failure import told_once
+from jepa_dist.interop.safetensors_io import (
+    Description,
+    check_tensors,
+    find_export,
+    publish,
+    read_description,
+    read_state,
+    write_export,
+)
+from jepa_dist.interop.verify import Signature, mismatches
+from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.model.gpt import GPT
 
 _RENAMED = {"seq_len": "train_seq_len", "skip_gates": "skip_gates_enabled"}
 # What the script always does; here it can be left out.
 _ALWAYS_ON = {"x0_mix": True, "branch_scales": True, "unet_skips": True}
+# Not needed to run a trained model.
+_OPTIONAL = ("tied_embed_init_std",)
+
+
+# ---------------------------------------------------------------------------- settings
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
@@ -28,21 +54,67 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     ``rope_train_seq_len`` is ignored, as it is there: the rotary rescale follows ``train_seq_len``.
 
     Raises:
-        UserError: a setting is missing.
+        UserError: settings missing, of the wrong type, or impossible together; all of them.
     """
-    names = [name for name in ModelConfig.model_fields if name not in _ALWAYS_ON]
-    values: dict[str, Any] = dict(_ALWAYS_ON)
-    missing = []
-    for name in names:
-        theirs = _RENAMED.get(name, name)
-        if theirs in settings:
-            values[name] = settings[theirs]
-        elif name != "tied_embed_init_std":  # not needed to run a trained model
-            missing.append(theirs)
+    names = {name: _RENAMED.get(name, name) for name in _their_fields()}
+    missing = [t for n, t in names.items() if t not in settings and n not in _OPTIONAL]
     if missing:
         raise UserError(f"parameter-golf settings: missing {', '.join(missing)}")
+    values = {ours: settings[theirs] for ours, theirs in names.items() if theirs in settings}
     values["embedding_dim"] = values["embedding_dim"] or values["model_dim"]
-    return ModelConfig.model_validate(values)
+    try:
+        model = _without_idle_settings(ModelConfig.model_validate({**_ALWAYS_ON, **values}))
+    except ValidationError as error:
+        raise UserError(*(_explain(item) for item in error.errors())) from None
+    problems = check(Config(model=model))
+    if problems:
+        raise UserError(*(f"parameter-golf settings: {problem}" for problem in problems))
+    return model
+
+
+def _without_idle_settings(model: ModelConfig) -> ModelConfig:
+    """The same model; what has no effect in the script, but is refused here, is switched off."""
+    never_parallel = model.parallel_residual_start >= model.num_layers
+    idle: dict[str, Any] = {"parallel_residual_start": -1} if never_parallel else {}
+    if model.num_loops == 0:
+        idle["untie_loop_mlps"] = False
+    return model.model_copy(update=idle)
+
+
+def settings_of(model: ModelConfig) -> dict[str, Any]:
+    """The settings with which the challenge's script builds this model.
+
+    Raises:
+        UserError: the model leaves out what the script cannot leave out; all of it.
+    """
+    problems = [
+        f"model.{name}=false: the challenge's script always has it; only models with it can be "
+        "exported to final_model.pt"
+        for name in _ALWAYS_ON
+        if not getattr(model, name)
+    ]
+    for name, off in (("qk_gain_init", None), ("logit_softcap", 0.0)):
+        if getattr(model, name) == off:
+            problems.append(
+                f"model.{name}={off}: the challenge's script cannot switch it off; only models "
+                "with it can be exported to final_model.pt"
+            )
+    if problems:
+        raise UserError(*problems)
+    values = {_RENAMED.get(name, name): getattr(model, name) for name in _their_fields()}
+    return values | {"embedding_dim": model.embed_width}
+
+
+def _their_fields() -> list[str]:
+    return [name for name in ModelConfig.model_fields if name not in _ALWAYS_ON]
+
+
+def _explain(item: Any) -> str:
+    name = str(item["loc"][0])
+    return f"parameter-golf settings: {_RENAMED.get(name, name)}={item['input']!r}: {item['msg']}"
+
+
+# ---------------------------------------------------------------------------- weights
 
 
 def build(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> GPT:
@@ -50,29 +122,47 @@ def build(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> GPT:
 
     Args:
         settings: The script's settings (lower-case names), e.g. ``num_layers``, ``train_seq_len``.
-        state: Its parameters by its names.
+        state: Its parameters by its names, of any floating dtype.
 
     Raises:
-        UserError: tensors missing, unknown or of the wrong shape; all of them are listed.
+        UserError: tensors missing, unknown, or of the wrong shape or kind; all of them are listed.
     """
     model = GPT(model_config(settings))
-    ours = {from_reference_name(name): tensor for name, tensor in state.items()}
-    expected = dict(model.named_parameters())
-    problems = [
-        *(f"state: {to_reference_name(n)}: missing" for n in expected if n not in ours),
-        *(f"state: {to_reference_name(n)}: not in this model" for n in ours if n not in expected),
-        *(
-            f"state: {to_reference_name(n)}: shape {tuple(ours[n].shape)}, "
-            f"expected {tuple(parameter.shape)}"
-            for n, parameter in expected.items()
-            if n in ours and ours[n].shape != parameter.shape
-        ),
-    ]
-    if problems:
-        raise UserError(*problems)
-    for name, parameter in expected.items():
+    ours = translate(state, model, "state")
+    for name, parameter in model.named_parameters():
         parameter.data.copy_(ours[name])
     return model
+
+
+def translate(state: Mapping[str, Tensor], model: GPT, source: str) -> dict[str, Tensor]:
+    """The challenge's weights in float32 under our names, in the model's order.
+
+    Args:
+        state: Its parameters by its names, of any floating dtype.
+        model: What they are for; its parameters may be on meta.
+        source: Where they come from, for the messages.
+
+    Raises:
+        UserError: tensors missing, unknown, or of the wrong shape or kind; all of them are listed.
+    """
+    expected = {
+        to_reference_name(name): Signature(tuple(parameter.shape), "floating")
+        for name, parameter in model.named_parameters()
+    }
+    found = {name: Signature(tuple(t.shape), _kind(t)) for name, t in state.items()}
+    problems = mismatches(source, expected, found)
+    if problems:
+        raise UserError(*problems)
+    # Copies: views into one storage, as a file may hold them, could not be written again.
+    return {
+        from_reference_name(name): torch.empty(state[name].shape).copy_(state[name].detach())
+        for name in expected
+    }
+
+
+def _kind(tensor: Tensor) -> str:
+    is_plain = tensor.layout == torch.strided and tensor.is_floating_point()
+    return "floating" if is_plain else f"{tensor.dtype} {tensor.layout}"
 
 
 def from_reference_name(name: str) -> str:
@@ -91,3 +181,133 @@ def to_reference_name(name: str) -> str:
         return name
     layer, index, rest = match.groups()
     return f"override_mlps.{layer}_p{int(index) + 1}.{rest}"
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def read_final_model(path: Path) -> dict[str, Tensor]:
+    """The state dict in a ``final_model.pt``, on the CPU, by the script's names.
+
+    Read with ``weights_only=True``: a file that would run code is refused, not run.
+
+    Raises:
+        UserError: unreadable, not a file of tensors alone.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # damaged bytes make the unpickler raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: not a file of tensors alone, so it was not loaded ({reason}); "
+            "expected what torch.save(model.state_dict()) writes"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise UserError(
+            f"{path}: holds something else than named tensors; "
+            "expected what torch.save(model.state_dict()) writes"
+        )
+    return dict(state)
+
+
+def import_final_model(path: Path, settings_path: Path, out: Path) -> Path:
+    """``final_model.pt`` to ``model.safetensors`` and ``model.json`` in the folder ``out``.
+
+    The model is to be run in the last recurrence phase, as the script's final evaluation does.
+
+    Returns:
+        Path of the tensor file.
+
+    Raises:
+        UserError: bad settings or weights (all problems at once), or ``out`` cannot be written.
+    """
+    config = Config(model=model_config(_read_settings(settings_path)))
+    with torch.device("meta"):
+        model = GPT(config.model)
+    state = translate(read_final_model(path), model, str(path))
+    description = Description(
+        step=None,
+        phase=LAST_PHASE if config.model.num_loops else 0,
+        weights="live",
+        config=config,
+        metadata={"origin": f"parameter-golf {path.name}"},
+    )
+    return write_export(out, state, description)
+
+
+def export_final_model(source: Path, out: Path) -> Path:
+    """An exported model to ``out`` (a ``final_model.pt``) and its settings as JSON beside it.
+
+    Args:
+        source: Run directory, folder of an export, or .safetensors file.
+        out: File to write.
+
+    Returns:
+        Path of the settings.
+
+    Raises:
+        UserError: no such export, one that the script's model cannot hold, or a full disk.
+    """
+    path = find_export(source, "live")
+    model_settings = read_description(path).config.model
+    settings = json.dumps(settings_of(model_settings), indent=1) + "\n"
+    with torch.device("meta"):
+        check_tensors(path, GPT(model_settings))
+    state = {to_reference_name(name): tensor for name, tensor in read_state(path).items()}
+    beside = out.with_suffix(".json")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        publish(out, lambda partial: torch.save(state, partial))
+        publish(beside, lambda partial: partial.write_text(settings, "utf-8"))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        raise UserError(f"{out}: cannot be written: {error}; name another --out") from None
+    return beside
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected one JSON object of the script's settings")
+    return settings
+
+
+# ---------------------------------------------------------------------------- command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    arguments = _parser().parse_args(argv)
+    with told_once(rank=0):
+        if arguments.direction == "import":
+            print(import_final_model(arguments.file, arguments.settings, arguments.out))
+        else:
+            print(export_final_model(arguments.source, arguments.out))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jepa_dist.interop.parameter_golf",
+        description="Models of the parameter-golf challenge's script, in and out.",
+    )
+    directions = parser.add_subparsers(dest="direction", required=True)
+    incoming = directions.add_parser("import", help="final_model.pt to model.safetensors")
+    incoming.add_argument("file", type=Path, help="the script's final_model.pt")
+    incoming.add_argument(
+        "--settings", type=Path, required=True, help="JSON object of the script's settings"
+    )
+    incoming.add_argument("--out", type=Path, required=True, help="folder to write")
+    outgoing = directions.add_parser("export", help="model.safetensors to final_model.pt")
+    outgoing.add_argument("source", type=Path, help="run directory, or an exported model")
+    outgoing.add_argument("--out", type=Path, required=True, help="file to write")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

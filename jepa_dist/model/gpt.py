@@ -22,7 +22,7 @@ class Output(NamedTuple):
     """What a pass over the model hands out (a pytree, as FSDP2's hooks need)."""
 
     loss_sum: Tensor | None = None
-    """Sum over all targets of row weight times cross-entropy (nats), float32 scalar."""
+    """Sum over all targets of weight times cross-entropy (nats), float32 scalar."""
     logits_BTV: Tensor | None = None
     """Logits after the soft cap, float32; only without targets."""
     tap_BTD: Tensor | None = None
@@ -64,18 +64,19 @@ class HeadRegion(nn.Module):
         head_VE: Tensor,
         proj_ED: Tensor | None,
         targets_BT: Tensor | None,
-        weight_B: Tensor | None,
+        weight: Tensor | None,
     ) -> Tensor:
-        """Loss sum (float32 scalar, weighted by row), or the logits [B, T, V] without targets."""
+        """Loss sum (float32 scalar, weighted), or the logits [B, T, V] without targets."""
         y = rms_norm(x_BTD)
         y = y if proj_ED is None else F.linear(y, proj_ED)
         logits_BTV = F.linear(y, head_VE).float()
         if self.softcap > 0:
             logits_BTV = self.softcap * torch.tanh(logits_BTV / self.softcap)
-        if targets_BT is None or weight_B is None:
+        if targets_BT is None or weight is None:
             return logits_BTV
         nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        return (nll.view_as(targets_BT) * weight_B[:, None]).sum()
+        # [B] becomes [B, 1], [B, T] stays.
+        return (nll.view_as(targets_BT) * weight.view(len(weight), -1)).sum()
 
 
 class GPT(nn.Module):
@@ -116,7 +117,7 @@ class GPT(nn.Module):
         self,
         tokens_BT: Tensor,
         targets_BT: Tensor | None = None,
-        weight_B: Tensor | None = None,
+        weight: Tensor | None = None,
         *,
         phase: int = 0,
         tap: int | None = None,
@@ -126,7 +127,8 @@ class GPT(nn.Module):
         Args:
             tokens_BT: int64 input ids.
             targets_BT: int64 ids to predict; without them the logits are handed out.
-            weight_B: float32 weight of every row in the loss sum (0 for padding rows).
+            weight: float32 weight in the loss sum of every row, [B] (0 for padding rows), or of
+                every target, [B, T].
             phase: Recurrence phase 0, 1 or 2.
             tap: None for no tap, -1 for the final pre-norm state (the very tensor that the head
                 reads), i for block i's output at its last execution.
@@ -134,7 +136,7 @@ class GPT(nn.Module):
         x_BTD = self.embed(tokens_BT, self.tok_emb.weight, _weight(self.embed_proj))
         x_BTD, tap_BTD = self._run_blocks(x_BTD, phase, tap)
         head_VE = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        result = self.head(x_BTD, head_VE, _weight(self.head_proj), targets_BT, weight_B)
+        result = self.head(x_BTD, head_VE, _weight(self.head_proj), targets_BT, weight)
         if targets_BT is None:
             return Output(logits_BTV=result, tap_BTD=tap_BTD)
         return Output(loss_sum=result, tap_BTD=tap_BTD)

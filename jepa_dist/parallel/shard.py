@@ -8,8 +8,8 @@ device until its parameters are shards, so that no rank ever holds all of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,13 @@ from torch.utils.checkpoint import (
 from jepa_dist.config import ParallelConfig
 from jepa_dist.parallel.world import World
 
-InitialValue = Callable[[str, torch.Size, torch.device], Tensor]
+
+class InitialValue(Protocol):
+    """Full initial tensor of a parameter; the same on every rank that asks."""
+
+    def __call__(self, name: str, shape: torch.Size, *, device: torch.device) -> Tensor:
+        """The float32 tensor of this full shape, on ``device``."""
+
 
 # Identical blocks share a graph; this many variants (parallel, XSA, with and without gradient)
 # may exist before the compiler gives up, which with fullgraph is an error.
@@ -57,7 +63,7 @@ def parallelise(
         looped: Those of them that run several times per pass.
         config: Parallel settings.
         world: Ranks and mesh.
-        initial_value: (name, full shape, device) -> full initial tensor, on any rank the same.
+        initial_value: Full initial tensor by name and shape, on any rank the same.
 
     Returns:
         The control over when parameters are gathered and gradients reduced.
@@ -191,12 +197,14 @@ def materialise(model: nn.Module, device: torch.device, initial_value: InitialVa
             assert isinstance(parameter, DTensor)
             local = parameter.to_local()
             if local.numel() > 0:
-                value = initial_value(name, parameter.shape, device)
-                local.copy_(value[_local_slices(parameter)])
+                value = initial_value(name, parameter.shape, device=device)
+                local.copy_(value[local_slices(parameter)])
 
 
-def _local_slices(parameter: DTensor) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the full tensor."""
+def local_slices(parameter: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part of a parameter lies in the full tensor (all of it if plain)."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, size) for size in parameter.shape)
     shape, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )

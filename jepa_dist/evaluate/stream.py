@@ -1,0 +1,58 @@
+"""Token shards read as one sequence, over memory maps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from jepa_dist.data.shards import check_ids, read_count, read_shard
+
+# Each mapping holds a file descriptor, of which a process has only some 1,000.
+_OPEN_SHARDS = 256
+
+
+class TokenStream:
+    """All tokens of several shards, one shard after the other in the order given.
+
+    Cheap to make (headers only); shards are mapped when first read, a bounded number at a time.
+
+    Args:
+        paths: The shards.
+        vocab_size: Number of legal token ids.
+
+    Raises:
+        UserError: a damaged shard.
+    """
+
+    def __init__(self, paths: Sequence[Path], vocab_size: int) -> None:
+        self._paths = list(paths)
+        self._vocab_size = vocab_size
+        self._offsets = np.cumsum([0, *map(read_count, self._paths)])
+        self._map = functools.lru_cache(_OPEN_SHARDS)(read_shard)
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Tokens start..stop-1, int64 [stop - start].
+
+        Raises:
+            UserError: a token id outside the vocabulary, or a shard damaged in the meantime.
+        """
+        return np.concatenate([np.empty(0, np.int64), *self._pieces(start, stop)])
+
+    def _pieces(self, start: int, stop: int) -> Iterator[npt.NDArray[np.int64]]:
+        """The same tokens, shard by shard."""
+        first = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        for index in range(first, len(self._paths)):
+            offset = int(self._offsets[index])
+            if offset >= stop:
+                return
+            piece = self._map(self._paths[index])[max(0, start - offset) : stop - offset]
+            if len(piece):
+                check_ids(self._paths[index], piece, self._vocab_size)
+            yield piece.astype(np.int64)

@@ -1,0 +1,71 @@
+"""Text from a model: token by token, also while the model is sharded.
+
+Every token is one forward pass over one row of ``seq_len`` positions, whatever has been written
+so far: always the same shape, never longer than in training (no rotary rescale), nothing cached.
+That is slow and meant for a short sample now and then. The passes run uncompiled: a graph of this
+shape would serve nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jepa_dist.data.tokenizer import Tokenizer
+from jepa_dist.model.gpt import GPT
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    phase: int,
+    device: torch.device,
+) -> str:
+    """The prompt as the beginning of a document, continued by ``num_tokens`` tokens.
+
+    Collective where the model is sharded: every rank makes the same number of passes, and what
+    one of them draws concerns nobody else. FSDP units may be gathered afterwards (release them).
+
+    Args:
+        model: The model; its vocabulary is the tokenizer's.
+        tokenizer: Encodes the prompt and decodes the result.
+        prompt: Beginning of the text; may be empty.
+        num_tokens: How many tokens to add.
+        temperature: Logits are divided by this before drawing; 0 takes the likeliest token.
+        seed: Of the draws; nothing else is random, and no other generator is touched.
+        phase: Recurrence phase to run the model in.
+        device: Where the model is.
+
+    Returns:
+        The text; the same on every rank up to the rounding of logits.
+    """
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt.encode()).tolist()]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(num_tokens):
+            logits_V = _next_logits(model, ids, phase, device)
+            ids.append(_draw(logits_V, temperature, generator))
+    return tokenizer.decode(ids)
+
+
+def _next_logits(model: GPT, ids: list[int], phase: int, device: torch.device) -> Tensor:
+    """Logits after the last of ``ids``, float64 [V] on the CPU."""
+    length = model.config.seq_len
+    context = ids[-length:]
+    tokens_BT = torch.zeros(1, length, dtype=torch.int64)
+    tokens_BT[0, : len(context)] = torch.tensor(context)
+    logits_BTV = model(tokens_BT.to(device), phase=phase).logits_BTV
+    return logits_BTV[0, len(context) - 1].cpu().double()
+
+
+def _draw(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V = torch.softmax(logits_V / temperature, dim=0)
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))

@@ -1,0 +1,274 @@
+"""A whole model as ``model.safetensors`` with a ``model.json`` beside it that says what it is.
+
+The averaged weights of a run (EMA) are ``ema.safetensors`` and ``ema.json``. The JSON is written
+last: a tensor file without one is not a finished export. Files do not depend on how the model was
+sharded; writing gathers one parameter at a time, reading reads only what a rank holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import jepa_dist
+from jepa_dist.config import Config, check
+from jepa_dist.errors import UserError
+from jepa_dist.interop.verify import Signature, mismatches
+from jepa_dist.model.execution import LAST_PHASE
+from jepa_dist.parallel.shard import fsdp_modules, local_slices
+from jepa_dist.parallel.world import World
+
+Weights = Literal["live", "ema"]
+
+_STEMS: dict[Weights, str] = {"live": "model", "ema": "ema"}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+
+class Description(BaseModel):
+    """What the JSON says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format: Literal[1] = 1
+    """Version of this layout."""
+    step: int | None
+    """Optimiser steps that the weights have seen; None where that is not known."""
+    phase: int = Field(ge=0, le=LAST_PHASE)
+    """Recurrence phase that the weights were last trained in, and are to be run in."""
+    weights: Weights
+    """The parameters themselves, or their moving average."""
+    config: Config
+    """As resolved for the run that made the weights."""
+    metadata: dict[str, str] = Field(default_factory=dict)
+    """For people: versions, number of parameters, origin."""
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def export_model(
+    folder: Path,
+    model: nn.Module,
+    config: Config,
+    step: int,
+    world: World,
+    *,
+    phase: int,
+    weights: Weights = "live",
+) -> Path:
+    """Write a (sharded) model; rank 0 alone writes. Collective.
+
+    Parameters are gathered one at a time; rank 0 keeps them in CPU memory until they are written.
+    For the average, call it while ``EMA.swap`` holds, with ``weights="ema"``.
+
+    Args:
+        folder: Where the two files go; made if need be, files of an earlier export are replaced.
+        model: The model; FSDP units that are still gathered are freed first.
+        config: Configuration of the run.
+        step: Optimiser steps taken.
+        world: The ranks.
+        phase: Recurrence phase to run the weights in.
+        weights: Which weights the model holds now.
+
+    Returns:
+        Path of the tensor file.
+
+    Raises:
+        UserError: on every rank, if the files cannot be written.
+    """
+    state = gather(model, keep=world.is_main)
+    description = Description(step=step, phase=phase, weights=weights, config=config)
+    return world.decide(lambda: write_export(folder, state, description))
+
+
+@torch.no_grad()
+def gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Full parameters by name, on the CPU, in their own dtype. Collective if they are shards.
+
+    Args:
+        model: The model; FSDP units that are still gathered are freed first.
+        keep: Whether this rank wants them; otherwise it only takes part and gets nothing.
+    """
+    for unit in fsdp_modules(model):
+        unit.reshard()
+    state = {}
+    for name, parameter in model.named_parameters():
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if keep:
+            state[name] = full.detach().cpu().contiguous()
+    return state
+
+
+def write_export(folder: Path, state: Mapping[str, Tensor], description: Description) -> Path:
+    """Write full tensors and what they are; each file appears whole, the JSON last.
+
+    Returns:
+        Path of the tensor file.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
+    path = folder / f"{_STEMS[description.weights]}.safetensors"
+    described = description.model_copy(
+        update={"metadata": {**_versions(state), **description.metadata}}
+    )
+    text = described.model_dump_json(by_alias=True, indent=1) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        publish(path, lambda partial: save_file(dict(state), partial))
+        publish(path.with_suffix(".json"), lambda partial: partial.write_text(text, "utf-8"))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be written: {error}; free the disk or name another folder"
+        ) from None
+    return path
+
+
+def _versions(state: Mapping[str, Tensor]) -> dict[str, str]:
+    return {
+        "jepa_dist": jepa_dist.__version__,
+        "torch": torch.__version__,
+        "parameters": str(sum(tensor.numel() for tensor in state.values())),
+    }
+
+
+def publish(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make a file that appears under ``path`` when it is whole and on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def find_export(path: Path, weights: Weights) -> Path:
+    """The tensor file that a run directory, an export's folder or a file name stands for.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"{path}: expected a .safetensors file or a folder that holds one; "
+                "python -m jepa_dist.interop.parameter_golf import reads final_model.pt"
+            )
+        return path
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: no such file or folder; expected a run directory or an exported model"
+        )
+    file = path / f"{_STEMS[weights]}.safetensors"
+    if not file.is_file():
+        reason = {
+            "live": "a run writes it when it ends",
+            "ema": "a run with optim.ema_decay > 0 writes it when it ends",
+        }
+        raise UserError(f"{path}: holds no {file.name}; {reason[weights]}")
+    return file
+
+
+def read_description(path: Path) -> Description:
+    """What the JSON beside a tensor file says.
+
+    Raises:
+        UserError: missing (an unfinished export), damaged, or of another format version.
+    """
+    beside = path.with_suffix(".json")
+    try:
+        description = Description.model_validate_json(beside.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{beside}: cannot be read ({error}); the export beside it is incomplete, "
+            "export the model again"
+        ) from None
+    except ValidationError as error:
+        raise UserError(*(_explain(beside, item) for item in error.errors())) from None
+    problems = check(description.config)
+    if problems:
+        raise UserError(*(f"{beside}: config: {problem}" for problem in problems))
+    return description
+
+
+def _explain(beside: Path, item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"]) or "file"
+    return f"{beside}: {place}: {item['msg']}; export the model again"
+
+
+def check_tensors(path: Path, model: nn.Module) -> None:
+    """Compare a tensor file with a model (parameters may be on meta); reads its header only.
+
+    Raises:
+        UserError: damaged file; tensors missing, unknown, or of another shape or dtype; all listed.
+    """
+    expected = {
+        name: Signature(tuple(parameter.shape), _DTYPES[parameter.dtype])
+        for name, parameter in model.named_parameters()
+    }
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found = {
+            name: Signature(tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
+        }
+    problems = mismatches(str(path), expected, found)
+    if problems:
+        raise UserError(*problems)
+
+
+@torch.no_grad()
+def import_weights(path: Path, model: nn.Module) -> None:
+    """Fill a model's parameters, whole or shards; each rank reads what it holds.
+
+    Not collective. Parameters keep their device and must have the file's dtype.
+
+    Raises:
+        UserError: as ``check_tensors``.
+    """
+    check_tensors(path, model)
+    with _opened(path) as file:
+        for name, parameter in model.named_parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if local.numel() > 0:
+                local.copy_(file.get_slice(name)[local_slices(parameter)])
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _opened(path: Path) -> Any:
+    """The file as a context manager."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); copy or export it again"
+        ) from None
