@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -156,8 +156,9 @@ class DataConfig(_Section):
     """Glob of the training shards, read in sorted order."""
     val: str = "data/stdlib/val_*.bin"
     """Glob of the validation shards."""
-    tokenizer: str = "bytes"
-    """'bytes', or the path of a SentencePiece .model (extra [sentencepiece]); for bits per byte."""
+    tokenizer: str | None = "bytes"
+    """'bytes', or the path of a SentencePiece .model (extra [sentencepiece]); null if it is not
+    at hand (GPT-2 shards, say): then there are no bits per byte and no text samples."""
     workers: Count = 2
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: PositiveInt = 4
@@ -270,6 +271,10 @@ class EvalConfig(_Section):
     """Steps between validations; 0 evaluates only at the end."""
     sequences: Count = 0
     """Validation sequences, from the start of the shards; 0 takes all of them."""
+    sample_tokens: Count = 64
+    """Length of the text sample written at each validation; 0 writes none."""
+    prompt: str = ""
+    """Beginning of the sample."""
 
 
 class Config(_Section):
@@ -497,6 +502,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused below
             if key in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key!r} given twice", problem_mark=key_node.start_mark

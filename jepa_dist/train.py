@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import NoReturn
 
 from jepa_dist.config import Config, check_world, load, to_yaml
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
+from jepa_dist.errors import UserError
 from jepa_dist.failure import told_by_this_rank, told_once
 from jepa_dist.launched import launched_rank, launched_world_size
 
@@ -16,28 +18,42 @@ from jepa_dist.launched import launched_rank, launched_world_size
 def main() -> None:
     """Check everything that can be checked, then train."""
     rank = launched_rank()
-    arguments = parse_arguments()
     with told_once(rank):
+        arguments = parse_arguments()
         resolved = load(arguments.config, arguments.overrides)
         if arguments.print_config:
-            print(resolved.describe())
+            if rank == 0:
+                print(resolved.describe())
             return
         check_world(resolved.config, launched_world_size())
         check_data(resolved.config)
     train(resolved.config, rank)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells mistakes as everything else does: one line, once."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; --help shows how to call it")
+
+
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m jepa_dist.train", description=__doc__)
+    """The command line; options may stand anywhere.
+
+    Raises:
+        UserError: not understood.
+    """
+    parser = _Parser(prog="python -m jepa_dist.train", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/debug.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. jepa.lambda=0.02")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. jepa.lambda=0.02"
+    )
     parser.add_argument(
         "--print-config",
         action="store_true",
         help="print the resolved values and where each came from, then exit",
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def train(config: Config, rank: int) -> None:
@@ -48,7 +64,7 @@ def train(config: Config, rank: int) -> None:
     from jepa_dist.parallel.world import start_world, stop_world
     from jepa_dist.trainer import Trainer
 
-    run_dir = Path(config.run.dir)
+    run_dir = Path(config.run.dir).expanduser()
     with told_by_this_rank(rank):
         world = start_world(config.parallel)
     with told_once(rank):
@@ -58,6 +74,7 @@ def train(config: Config, rank: int) -> None:
         trainer = Trainer(config, world)
         reporter = Reporter(run_dir, config.train.steps, to_yaml(config)) if rank == 0 else None
         summary = trainer.run(reporter)
+        trainer.export(run_dir, summary)
         if reporter is not None:
             reporter.finish(summary)
     stop_world()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,19 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from jepa_dist.build import build_gpt
 from jepa_dist.config import Config
 from jepa_dist.data.baseline import MAX_VOCAB, ngram_bits_per_byte
+from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader, make_batch
 from jepa_dist.data.shards import find_shards
-from jepa_dist.data.tokenizer import load_tokenizer
+from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.evaluate import Validation
+from jepa_dist.generate import generate
+from jepa_dist.interop.safetensors_io import Weights, export_model
 from jepa_dist.jepa.loss import UNSTRUCTURED_LOSS, JepaLoss
-from jepa_dist.model.execution import LAST_PHASE, looped_blocks
+from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.model.flops import training_flops_per_token
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
@@ -33,7 +38,7 @@ from jepa_dist.optim.groups import group_parameters
 from jepa_dist.optim.muon import MuonSettings
 from jepa_dist.optim.optimizer import Optimizer
 from jepa_dist.parallel.reduce import MetricsReduction
-from jepa_dist.parallel.shard import Gathering, compile_region, parallelise
+from jepa_dist.parallel.shard import Gathering, compile_region
 from jepa_dist.parallel.world import World
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
 
@@ -54,7 +59,8 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model)
         self.ema = build_ema(config, self.model)
         self.batches = build_loader(config, world, samples_consumed=0)
-        self.validation = build_validation(config, world, self.layout.micro_size)
+        self.tokenizer = load_checked_tokenizer(config, ("train", "val"))
+        self.validation = build_validation(config, world, self.layout.micro_size, self.tokenizer)
         self.clock = TrainingClock()
         self.plans = PlanChannel(config, world, self.clock)
         self.reduction = MetricsReduction(world)
@@ -148,8 +154,8 @@ class Trainer:
         spans_BS2 = spans_BS2.to(tap_BTD.device, non_blocking=True)
         return self.jepa_loss(tap_BTD, spans_BS2, batch.weight)
 
-    def evaluate(self, plan: StepPlan) -> dict[str, float]:
-        """Validate, at the end of the run also the EMA. Collective."""
+    def evaluate(self, plan: StepPlan) -> dict[str, Any]:
+        """Validate, at the end of the run also the EMA, and write a sample. Collective."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()  # the steps still in flight are not evaluation
         with self.meter.evaluating(), self.clock.paused():
@@ -158,13 +164,44 @@ class Trainer:
                 with self.ema.swap():
                     averaged = self._validate(plan.phase)
                 result |= {key.replace("val/", "val/ema_"): v for key, v in averaged.items()}
-        return result
+            return result | self._sample(plan.phase)
 
-    def _validate(self, phase: int) -> dict[str, float]:
+    def _validate(self, phase: int) -> dict[str, float | None]:
         """One validation; parameters are shards again afterwards, as EMA and updates need."""
         result = self.validation.run(self.model, phase)
         self.gathering.release()
         return result
+
+    def _sample(self, phase: int) -> dict[str, str]:
+        """A text sample, if there is a tokenizer to write it with."""
+        if self.tokenizer is None or self.config.eval.sample_tokens == 0:
+            return {}
+        text = generate(
+            self.model,
+            self.tokenizer,
+            self.config.eval.prompt,
+            num_tokens=self.config.eval.sample_tokens,
+            temperature=1.0,
+            seed=self.config.seed,
+            phase=phase,
+            device=self.world.device,
+        )
+        self.gathering.release()
+        return {"sample": text}
+
+    def export(self, folder: Path, summary: dict[str, Any]) -> None:
+        """Write the trained model, and its EMA if there is one, as safetensors. Collective."""
+
+        def export(weights: Weights) -> None:
+            step, phase = summary["step"], summary["phase"]
+            export_model(
+                folder, self.model, self.config, step, self.world, phase=phase, weights=weights
+            )
+
+        export("live")
+        if self.ema is not None:
+            with self.ema.swap():
+                export("ema")
 
     def warm_up(self) -> None:
         """Compile every graph that the run will need. Collective.
@@ -191,10 +228,12 @@ class Trainer:
     def _baselines(self, reporter: Reporter | None) -> dict[str, float]:
         """Bits per byte that counting reaches, told at once; on rank 0 alone."""
         vocab_size = self.config.model.vocab_size
-        if reporter is None or vocab_size > MAX_VOCAB:
+        if reporter is None or vocab_size > MAX_VOCAB or self.tokenizer is None:
             return {}
         train = find_shards(self.config.data.train, "data.train")
-        counted = ngram_bits_per_byte(train, self.validation.windows(), vocab_size)
+        counted = ngram_bits_per_byte(
+            train, self.validation.windows(), vocab_size, self.tokenizer.byte_counter()
+        )
         assert counted is not None
         reporter.say(
             f"to beat, by counting: bigram {counted['bigram']:.4f}, "
@@ -285,22 +324,8 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 def build_model(config: Config, world: World) -> tuple[GPT, Gathering]:
     """The sharded, compiled model with its initial weights."""
-    with torch.device("meta"):
-        model = GPT(config.model)
-    gathering = parallelise(
-        model,
-        regions=model.regions(),
-        blocks=model.blocks,
-        looped=[model.blocks[index] for index in looped_blocks(config.model)],
-        config=config.parallel,
-        world=world,
-        initial_value=functools.partial(_initial_value, config),
-    )
-    return model, gathering
-
-
-def _initial_value(config: Config, name: str, shape: torch.Size, device: torch.device) -> Tensor:
-    return initial_value(name, shape, config.model, config.seed, device)
+    values = functools.partial(initial_value, config=config.model, seed=config.seed)
+    return build_gpt(config.model, config.parallel, world, values)
 
 
 def build_optimizer(config: Config, model: GPT) -> Optimizer:
@@ -341,10 +366,12 @@ def build_loader(config: Config, world: World, samples_consumed: int) -> TrainLo
     )
 
 
-def build_validation(config: Config, world: World, micro: int) -> Validation:
+def build_validation(
+    config: Config, world: World, micro: int, tokenizer: Tokenizer | None
+) -> Validation:
     """The fixed validation set."""
     dataset = TokenDataset(
         find_shards(config.data.val, "data.val"), config.model.seq_len, config.model.vocab_size
     )
-    counter = load_tokenizer(config.data.tokenizer).byte_counter()
+    counter = None if tokenizer is None else tokenizer.byte_counter()
     return Validation(dataset, config.eval.sequences, micro, counter, world)

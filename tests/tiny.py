@@ -62,6 +62,7 @@ def tiny_overrides(folder: Path, **changes: Any) -> list[str]:
         "optim.embed_lr": 0.01,
         "parallel.compile": False,
         "eval.every": 0,
+        "eval.sample_tokens": 0,
     }
     settings |= {name.replace("__", "."): value for name, value in changes.items()}
     return [f"{key}={_yaml(value)}" for key, value in settings.items()]

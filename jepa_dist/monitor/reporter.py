@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ class Reporter:
         self._run_dir = run_dir
         self._console = Console(steps)
         self._writer = MetricsWriter(run_dir)
-        self._writer.text("config", "\n".join(f"    {line}" for line in config_yaml.splitlines()))
+        self._writer.text("config", config_yaml)
 
     def say(self, text: str) -> None:
         """Tell the user something, on the console only."""
@@ -31,16 +34,15 @@ class Reporter:
             self._writer.write(record)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the closing record of a finished run and tell where everything is."""
+        """Write the closing record of a finished run, tell where everything is, and close.
+
+        (After a failure nothing needs closing: every record is flushed as it is written.)
+        """
         self._writer.summary(summary)
+        self._writer.close()
         self._console.close()
         for line in _closing_lines(summary, self._run_dir):
             self._console.say(line)
-
-    def close(self) -> None:
-        """Flush and close everything; also after a failure."""
-        self._console.close()
-        self._writer.close()
 
 
 def _closing_lines(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
@@ -59,5 +61,14 @@ def _closing_lines(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
     return [
         *lines,
         f"run directory: {run_dir}",
-        f"watch it: tensorboard --logdir {run_dir.parent}",
+        f"watch it: {_tensorboard_command(run_dir.parent)}",
     ]
+
+
+def _tensorboard_command(folder: Path) -> str:
+    """What shows all runs in ``folder``, to be pasted in any directory."""
+    program = Path(sys.executable).with_name("tensorboard")
+    on_path = shutil.which("tensorboard") == str(program)
+    return shlex.join(
+        ["tensorboard" if on_path else str(program), "--logdir", str(folder.resolve())]
+    )

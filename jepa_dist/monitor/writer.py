@@ -20,9 +20,9 @@ class MetricsWriter:
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
-    def text(self, tag: str, text: str) -> None:
-        """Show a text (Markdown) in TensorBoard."""
-        self._board.add_text(tag, text, 0)
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Show a text in TensorBoard, as it stands."""
+        self._board.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
 
     def write(self, record: Record) -> None:
         """Append one record; its ``step`` places the scalars in TensorBoard."""
@@ -30,6 +30,8 @@ class MetricsWriter:
         for tag, value in record.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and tag != "step":
                 self._board.add_scalar(tag, value, record["step"])
+        if "sample" in record:
+            self.text("sample", record["sample"], record["step"])
         self._board.flush()
 
     def summary(self, record: Record) -> None:
