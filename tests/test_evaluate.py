@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from jepa_dist.config import Config, ParallelConfig
+from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.loader import TokenDataset
 from jepa_dist.data.shards import write_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
 from jepa_dist.evaluate import Validation
-from jepa_dist.evaluate.__main__ import check_tokenizer, find_windows, resolve
+from jepa_dist.evaluate.__main__ import find_windows, resolve
 from jepa_dist.evaluate.score import score
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.weights import find_weights, load_model
@@ -273,8 +274,8 @@ def test_a_foreign_tokenizer_or_too_little_text_is_refused(tmp_path: Path) -> No
     values = {"data": {"val": f"{tmp_path}/val_*.bin"}}
     config = Config.model_validate({**values, "model": {"vocab_size": 300, "seq_len": 100}})
     with pytest.raises(UserError) as error:
-        check_tokenizer(config)
-    assert "has 257 ids, but the model's vocabulary has 300" in error.value.problems[0]
+        load_checked_tokenizer(config, ("val",))
+    assert "has 257 ids, but model.vocab_size=300" in error.value.problems[0]
     assert "'sentencepiece 123'" in error.value.problems[1]
     with pytest.raises(UserError, match=r"data\.val: its 100 tokens do not fill one window"):
         find_windows(config, stride=None)

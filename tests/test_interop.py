@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from jepa_dist.build import build_gpt
 from jepa_dist.config import Config, ParallelConfig
 from jepa_dist.errors import UserError
-from jepa_dist.evaluate.weights import build_model, find_weights, load_model
+from jepa_dist.evaluate.weights import find_weights, load_model
 from jepa_dist.interop import parameter_golf
 from jepa_dist.interop.safetensors_io import Description, export_model, gather, write_export
 from jepa_dist.model.gpt import GPT
@@ -26,6 +27,10 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
 EAGER = ParallelConfig(compile=False)
+
+
+def zeros(name: str, shape: torch.Size, *, device: torch.device) -> torch.Tensor:
+    return torch.zeros(shape, device=device)
 
 
 def tiny_state(config: Config) -> dict[str, Tensor]:
@@ -147,7 +152,9 @@ def test_places_without_the_weights_asked_for_are_refused(exported: Path, tmp_pa
 def export_to(rank: int, world_size: int, folder: Path, config: Config) -> str:
     world = start_world(EAGER)
     try:
-        export_model(folder, build_model(config.model, EAGER, world), config, 1, world, phase=0)
+        export_model(
+            folder, build_gpt(config.model, EAGER, world, zeros)[0], config, 1, world, phase=0
+        )
     except UserError as error:
         return str(error)
     return ""
