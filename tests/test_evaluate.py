@@ -276,7 +276,8 @@ def test_a_foreign_tokenizer_or_too_little_text_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError) as error:
         load_checked_tokenizer(config, ("val",))
     assert "has 257 ids, but model.vocab_size=300" in error.value.problems[0]
-    assert "'sentencepiece 123'" in error.value.problems[1]
+    assert "vocab_size=257, but model.vocab_size=300" in error.value.problems[1]
+    assert "'sentencepiece 123'" in error.value.problems[2]
     with pytest.raises(UserError, match=r"data\.val: its 100 tokens do not fill one window"):
         find_windows(config, stride=None)
 
