@@ -36,6 +36,7 @@ def config_of(case: Case, corpus: Path) -> Config:
     values: dict[str, Any] = {
         "data.train": corpus / "train_*.bin",
         "data.val": corpus / "val_*.bin",
+        "data.tokenizer": None,
         "data.workers": 0,
         "train.steps": run["steps"],
         "train.log_every": 1,
