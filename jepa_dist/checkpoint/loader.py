@@ -1,0 +1,116 @@
+"""Finding the checkpoint to go on from, and filling the live tensors from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.api import CheckpointException
+
+from jepa_dist.checkpoint.agreement import on_every_rank, plainly
+from jepa_dist.checkpoint.folder import published
+from jepa_dist.checkpoint.manifest import Manifest, check_files, read_manifest, read_state
+from jepa_dist.checkpoint.shards import DTYPES
+from jepa_dist.checkpoint.storage import ShardReader
+from jepa_dist.errors import UserError
+from jepa_dist.interop.verify import Signature, mismatches
+from jepa_dist.parallel.world import World
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to go on from."""
+
+    path: Path | None
+    """The newest checkpoint that is whole, or None. None with messages: all are damaged, which
+    is no reason to start from nothing in silence."""
+    messages: tuple[str, ...]
+    """One line for each newer one that is damaged: which, and why."""
+
+
+def find_resumable(folder: Path, world: World) -> Found:
+    """The newest checkpoint that verifies, digests and all. Collective; the same on every rank.
+
+    Every rank reads its share of the files.
+    """
+    messages = []
+    for path in reversed(world.decide(lambda: list(published(folder).values()))):
+        try:
+            verify_together(path, world)
+        except UserError as error:
+            messages.append(f"{path}: skipped, it is not whole: {_brief(error)}")
+        else:
+            return Found(path, tuple(messages))
+    return Found(None, tuple(messages))
+
+
+def _brief(error: UserError) -> str:
+    first, *others = error.problems
+    return f"{first} (and {len(others)} more)" if others else first
+
+
+def verify_together(path: Path, world: World) -> None:
+    """Verify a checkpoint; every rank reads its share of the files. Collective.
+
+    Raises:
+        UserError: on every rank, with everything that is wrong.
+    """
+    on_every_rank(lambda: _verify_share(path, world), world)
+
+
+def _verify_share(path: Path, world: World) -> None:
+    manifest = read_manifest(path)
+    share = sorted(manifest.files)[world.rank :: world.world_size]
+    problems = check_files(path, manifest, share)
+    if problems:
+        raise UserError(*problems)
+
+
+def load(
+    path: Path, tensors: Mapping[str, Tensor], world: World, *, verified: bool = False
+) -> dict[str, Any]:
+    """Fill ``tensors`` in place, at any world size and mesh. Collective.
+
+    Args:
+        path: The checkpoint.
+        tensors: What ``save`` was given, as it is laid out now.
+        world: The ranks.
+        verified: ``find_resumable`` has just found it whole.
+
+    Returns:
+        What ``save`` was given as ``state``.
+
+    Raises:
+        UserError: on every rank: damaged files, or tensors that are missing, unknown, or of
+            another shape or dtype, all of them; ``tensors`` are as they were.
+    """
+    if not verified:
+        verify_together(path, world)
+    manifest, state = on_every_rank(lambda: _fitting(path, tensors), world)
+    try:
+        state_dict_loader.load(
+            {name: tensor.detach() for name, tensor in tensors.items()},
+            storage_reader=ShardReader(path, manifest),
+            process_group=world.control,
+        )
+    except CheckpointException as error:
+        raise plainly(error) from error
+    return state
+
+
+def _fitting(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Manifest, dict[str, Any]]:
+    """Manifest and state of a checkpoint that holds what ``tensors`` asks for."""
+    manifest, state = read_manifest(path), read_state(path)
+    expected = {
+        name: Signature(tuple(tensor.shape), DTYPES[tensor.dtype])
+        for name, tensor in tensors.items()
+    }
+    found = {name: Signature(entry.shape, entry.dtype) for name, entry in manifest.tensors.items()}
+    problems = mismatches(str(path), expected, found)
+    if problems:
+        raise UserError(*problems)
+    return manifest, state

@@ -1,0 +1,296 @@
+"""Our shard files and manifest as a storage of torch.distributed.checkpoint.
+
+PyTorch plans (which rank writes what, who needs which part of which file at another world size
+or mesh) and carries any rank's failure to all of them; what lies on the disk is ours. Only
+tensors pass through here, so nothing is pickled to or unpickled from a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+import jepa_dist
+from jepa_dist.checkpoint import folder as folders
+from jepa_dist.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    Chunk,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    check_size,
+    digest_of,
+    fingerprint,
+)
+from jepa_dist.checkpoint.shards import DTYPES, Part, ShardFiles, box_of, torch_dtype, write_shard
+from jepa_dist.errors import UserError
+
+
+class SnapshotPlanner(DefaultSavePlanner):
+    """Plans by the live tensors' layout, writes the copies' values."""
+
+    def __init__(self, copies: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The copy that stands for a planned tensor."""
+        return self._copies[index.fqn]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of a save."""
+
+    path: Path
+    bytes: int
+    """Of all files, all ranks."""
+    messages: list[str]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A chunk on the disk, told to rank 0."""
+
+    chunk: Chunk
+    file: FileEntry
+
+
+class ShardWriter(StorageWriter):
+    """Writes one checkpoint; rank 0 publishes it when every rank has written.
+
+    Args:
+        folder: The folder of checkpoints.
+        step: Step of this one.
+        state: Its JSON state; rank 0's counts.
+        after: Called on rank 0 with the published checkpoint; what it returns is told.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        state: Mapping[str, Any],
+        after: Callable[[Path], list[str]],
+    ) -> None:
+        self._folder = folder
+        self._step = step
+        self._state = state
+        self._after = after
+        self._world_size = 1
+        self._staging: Path | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to forget: a writer writes once."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prepare; the staging folder comes with the plan."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As planned."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On rank 0: make the staging folder and tell every rank its file."""
+        with folders.writing(self._folder):
+            self._staging = folders.make_staging(self._folder, self._step)
+        self._world_size = len(plans)
+        return [
+            replace(plan, storage_data=str(self._staging / f"shard_{rank:05d}.safetensors"))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's shard."""
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write(Path(plan.storage_data), plan.items, planner))
+        return done
+
+    def _write(self, path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        parts = {item.index.fqn: _part(item, planner) for item in items}
+        if not parts:
+            return []
+        with folders.writing(path):
+            entry = write_shard(path, parts)
+        return [
+            WriteResult(
+                index=item.index,
+                size_in_bytes=parts[item.index.fqn].data.nbytes,
+                storage_data=_Written(_chunk(path, parts[item.index.fqn]), entry),
+            )
+            for item in items
+        ]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0: state, manifest, the atomic step, and what comes after it."""
+        assert self._staging is not None
+        staging = self._staging
+        written = [result for of_rank in results for result in of_rank]
+        files = {one.storage_data.chunk.file: one.storage_data.file for one in written}
+        _check_shared(staging, files)
+        with folders.writing(staging):
+            files[STATE] = _write_state(staging / STATE, self._state)
+            manifest = self._manifest(files, _tensors(metadata, written))
+            folders.write_text(staging / MANIFEST, manifest.seal())
+            path, messages = folders.publish(staging, self._step)
+        self._staging = None
+        metadata.storage_data = Published(path, manifest.bytes, [*messages, *self._after(path)])
+
+    def discard(self) -> None:
+        """After a failure, on the rank that staged: give the space back."""
+        if self._staging is not None:
+            folders.discard(self._staging)
+
+    def _manifest(self, files: dict[str, FileEntry], tensors: dict[str, TensorEntry]) -> Manifest:
+        return Manifest(
+            step=self._step,
+            saved_at=time.time(),
+            world_size=self._world_size,
+            healthy=bool(self._state.get("healthy", True)),
+            config_fingerprint=fingerprint(self._state.get("config")),
+            data_fingerprint=fingerprint(self._state.get("data_fingerprint")),
+            torch=torch.__version__,
+            jepa_dist=jepa_dist.__version__,
+            files=files,
+            tensors=tensors,
+        )
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Never asked: the folder is given to the constructor."""
+        return False
+
+
+def _part(item: WriteItem, planner: SavePlanner) -> Part:
+    data = planner.resolve_data(item)
+    assert isinstance(data, Tensor)
+    assert item.tensor_data is not None
+    return Part(data, tuple(item.tensor_data.chunk.offsets))
+
+
+def _chunk(path: Path, part: Part) -> Chunk:
+    return Chunk(file=path.name, offset=part.offset, shape=tuple(part.data.shape))
+
+
+def _check_shared(staging: Path, files: Mapping[str, FileEntry]) -> None:
+    """What other ranks wrote must be seen from here."""
+    problems = [check_size(staging / name, entry) for name, entry in files.items()]
+    if any(problems):
+        raise UserError(
+            *(problem for problem in problems if problem),
+            f"{staging.parent}: rank 0 does not see what other ranks wrote; the run directory "
+            "must be on a file system that all nodes share",
+        )
+
+
+def _write_state(path: Path, state: Mapping[str, Any]) -> FileEntry:
+    text = json.dumps(state, indent=1) + "\n"
+    folders.write_text(path, text)
+    data = text.encode()
+    return FileEntry(bytes=len(data), blake2b=digest_of(data).hexdigest())
+
+
+def _tensors(metadata: Metadata, written: Iterable[WriteResult]) -> dict[str, TensorEntry]:
+    chunks: dict[str, list[Chunk]] = {}
+    for result in written:
+        chunks.setdefault(result.index.fqn, []).append(result.storage_data.chunk)
+    entries = {}
+    for name, planned in metadata.state_dict_metadata.items():
+        assert isinstance(planned, TensorStorageMetadata)
+        entries[name] = TensorEntry(
+            dtype=DTYPES[planned.properties.dtype],
+            shape=tuple(planned.size),
+            chunks=tuple(chunks[name]),
+        )
+    return entries
+
+
+class ShardReader(StorageReader):
+    """Reads from a checkpoint what a rank holds. Its files must have been verified."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path = path
+        self._manifest = manifest
+        self._file_of = {
+            MetadataIndex(name, torch.Size(chunk.offset)): chunk.file
+            for name, entry in manifest.tensors.items()
+            for chunk in entry.chunks
+            if 0 not in chunk.shape
+        }
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to forget."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The manifest in PyTorch's terms."""
+        return Metadata({name: _planned(entry) for name, entry in self._manifest.tensors.items()})
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to prepare."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As planned."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As planned."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy every planned block into the live tensor it belongs to."""
+        with ShardFiles(self._path) as files:
+            for item in plan.items:
+                block = files.read(
+                    self._file_of[item.storage_index],
+                    item.storage_index.fqn,
+                    box_of(item.storage_offsets, item.lengths),
+                )
+                planner.resolve_tensor(item).copy_(block)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Never asked: the path is given to the constructor."""
+        return False
+
+
+def _planned(entry: TensorEntry) -> TensorStorageMetadata:
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=torch_dtype(entry.dtype)),
+        size=torch.Size(entry.shape),
+        chunks=[
+            ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape))
+            for chunk in entry.chunks
+            if 0 not in chunk.shape
+        ],
+    )
