@@ -1,14 +1,81 @@
-"""A GPT laid out over the ranks: where the model and its parallelism meet."""
+"""From a configuration to the parts of a run, each laid out over the ranks."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from jepa_dist.config import ModelConfig, ParallelConfig
+from jepa_dist.config import Config, ModelConfig, ParallelConfig
+from jepa_dist.data.layout import BatchLayout
+from jepa_dist.data.loader import TokenDataset, TrainLoader
+from jepa_dist.data.shards import find_shards
+from jepa_dist.data.tokenizer import Tokenizer
+from jepa_dist.evaluate.validation import Validation
 from jepa_dist.model.execution import looped_blocks
 from jepa_dist.model.gpt import GPT
+from jepa_dist.model.init import initial_value
+from jepa_dist.optim.ema import EMA
+from jepa_dist.optim.groups import group_parameters
+from jepa_dist.optim.muon import MuonSettings
+from jepa_dist.optim.optimizer import Optimizer
 from jepa_dist.parallel.shard import Gathering, InitialValue, parallelise
 from jepa_dist.parallel.world import World
+
+
+def build_model(config: Config, world: World) -> tuple[GPT, Gathering]:
+    """The sharded, compiled model with its initial weights."""
+    values = functools.partial(initial_value, config=config.model, seed=config.seed)
+    return build_gpt(config.model, config.parallel, world, values)
+
+
+def build_optimizer(config: Config, model: GPT) -> Optimizer:
+    """The parameter groups of the recipe, over this rank's shards."""
+    groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    muon = MuonSettings(
+        nesterov=config.optim.muon_nesterov,
+        row_normalize=config.optim.muon_row_normalize,
+        steps=config.optim.muon_backend_steps,
+        polar_express=config.optim.muon_coefficients == "polar_express",
+        dtype=dtypes[config.optim.muon_dtype],
+    )
+    return Optimizer(groups, muon)
+
+
+def build_ema(config: Config, model: GPT) -> EMA | None:
+    """The moving average of the parameters, if there is to be one."""
+    if config.optim.ema_decay == 0:
+        return None
+    return EMA(model.named_parameters(), config.optim.ema_decay)
+
+
+def build_loader(config: Config, world: World, samples_consumed: int) -> TrainLoader:
+    """This rank's training batches from the given position on."""
+    return TrainLoader(
+        TokenDataset(
+            find_shards(config.data.train, "data.train"),
+            config.model.seq_len,
+            config.model.vocab_size,
+        ),
+        BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size),
+        seed=config.seed,
+        samples_consumed=samples_consumed,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def build_validation(
+    config: Config, world: World, micro: int, tokenizer: Tokenizer | None
+) -> Validation:
+    """The fixed validation set."""
+    dataset = TokenDataset(
+        find_shards(config.data.val, "data.val"), config.model.seq_len, config.model.vocab_size
+    )
+    counter = None if tokenizer is None else tokenizer.byte_counter()
+    return Validation(dataset, config.eval.sequences, micro, counter, world)
 
 
 def build_gpt(

@@ -57,6 +57,8 @@ class TrainConfig(_Section):
     max_wallclock_seconds: Positive | None = None
     """End after this much training time (evaluation and warm-up excluded), and run all schedules
     on that clock; null runs them on steps alone."""
+    stop_at: PositiveInt | None = None
+    """Stop after this many steps with a checkpoint; schedules remain those of train.steps."""
     log_every: PositiveInt = 10
     """Steps between two metric records (the device is synchronised only then)."""
     enable_looping_at: Fraction = 0.5
@@ -277,6 +279,24 @@ class EvalConfig(_Section):
     """Beginning of the sample."""
 
 
+class CheckpointConfig(_Section):
+    """What a run needs to go on: docs/checkpointing.md. One is always saved when a run stops."""
+
+    every: Count = 1000
+    """Steps between checkpoints; 0 goes by minutes alone."""
+    minutes: NonNegative = 0.0
+    """Minutes between checkpoints, besides those by steps; 0 goes by steps alone."""
+    keep_last: PositiveInt = 2
+    """How many of the newest are kept."""
+    keep_every: Count = 0
+    """Those at multiples of this step are kept for ever; 0 keeps none so."""
+    resume: str = "auto"
+    """auto: go on from the newest whole one in run.dir, if there is any. never: only a new run.
+    Otherwise the folder of a checkpoint, of any run, to go on from in a new run.dir."""
+    allow_other_data: bool = False
+    """Go on although the data are not those that the checkpoint was trained on."""
+
+
 class Config(_Section):
     """Everything that defines a run."""
 
@@ -291,6 +311,7 @@ class Config(_Section):
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
 
 # The environment switches of parameter-golf issue #1772.

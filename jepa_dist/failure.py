@@ -37,7 +37,9 @@ def told_once(rank: int) -> Iterator[None]:
             _print_problems(error, prefix="")
         else:
             time.sleep(_LET_MAIN_SPEAK_SECONDS)
-        sys.exit(EXIT_USER_ERROR)
+        # Not sys.exit: with a process group about, tearing down the interpreter aborts now and
+        # then (FACTS).
+        _leave(EXIT_USER_ERROR)
 
 
 @contextmanager

@@ -42,7 +42,11 @@ class StepPlan:
     log: bool
     evaluate: bool
     last: bool
-    """The run ends after this step."""
+    """The run is complete after this step."""
+    save: bool
+    """A checkpoint follows this step."""
+    stop: bool
+    """Training stops after this step: it is the last one, or it was asked to."""
     spans: Spans | None
     """int64 [global batch, spans per sequence, 2], or None while the objective is off."""
 
@@ -59,6 +63,8 @@ class StepPlan:
             log=False,
             evaluate=False,
             last=False,
+            save=False,
+            stop=False,
             spans=spans,
         )
 
@@ -84,6 +90,8 @@ class StepPlan:
             log=bool(header["log"]),
             evaluate=bool(header["evaluate"]),
             last=bool(header["last"]),
+            save=bool(header["save"]),
+            stop=bool(header["stop"]),
             spans=spans if header["jepa_weight"] > 0 else None,
         )
 
@@ -97,9 +105,9 @@ class TrainingClock:
     def __init__(self) -> None:
         self.start()
 
-    def start(self) -> None:
-        """Begin at zero."""
-        self._started = time.monotonic()
+    def start(self, seconds: float = 0.0) -> None:
+        """Begin, at what earlier starts of the run have spent."""
+        self._started = time.monotonic() - seconds
 
     def seconds(self) -> float:
         """Training time so far."""
@@ -114,12 +122,18 @@ class TrainingClock:
 
 
 class Planner:
-    """Rank 0's decisions. Its only state is the recurrence phase."""
+    """Rank 0's decisions. Of its state a checkpoint keeps the recurrence phase."""
 
-    def __init__(self, config: Config, clock: TrainingClock) -> None:
+    def __init__(self, config: Config, clock: TrainingClock, phase: int = 0) -> None:
         self._config = config
         self._clock = clock
-        self._phase = 0
+        self._phase = phase
+        self._saved_at = time.monotonic()
+        self._stop_requested = False
+
+    def request_stop(self) -> None:
+        """Let the next step that is planned be the one to stop after."""
+        self._stop_requested = True
 
     def plan(self, step: int) -> StepPlan:
         """Decide step ``step``; to be asked for steps in order."""
@@ -136,6 +150,7 @@ class Planner:
         )
         weight = jepa_weight(frac, jepa.lambda_, jepa.start_frac, jepa.ramp_frac)
         last = step == train.steps - 1 or (limit is not None and elapsed >= limit)
+        stop = last or self._stop_requested or step + 1 == train.stop_at
         every = config.eval.every
         evaluate = last or (every > 0 and (step + 1) % every == 0)
         return StepPlan(
@@ -150,11 +165,21 @@ class Planner:
             ),
             phase=self._phase,
             jepa_weight=weight,
-            log=evaluate or (step + 1) % train.log_every == 0,
+            log=evaluate or stop or (step + 1) % train.log_every == 0,
             evaluate=evaluate,
             last=last,
+            save=stop or self._is_time_to_save(step),
+            stop=stop,
             spans=self._sample_jepa_spans(step) if weight > 0 else None,
         )
+
+    def _is_time_to_save(self, step: int) -> bool:
+        config = self._config.checkpoint
+        seconds = time.monotonic() - self._saved_at
+        by_time = config.minutes > 0 and seconds >= 60 * config.minutes
+        if by_time:
+            self._saved_at = time.monotonic()
+        return by_time or (config.every > 0 and (step + 1) % config.every == 0)
 
     def _sample_jepa_spans(self, step: int) -> Spans:
         config = self._config
@@ -171,12 +196,17 @@ class Planner:
 class PlanChannel:
     """Brings rank 0's plans to every rank, one step ahead of their use."""
 
-    def __init__(self, config: Config, world: World, clock: TrainingClock) -> None:
+    def __init__(self, config: Config, world: World, clock: TrainingClock, phase: int = 0) -> None:
         self._world = world
         self._span_shape = (config.batch.sequences, config.jepa.spans_per_sequence, 2)
-        self._planner = Planner(config, clock) if world.is_main else None
+        self._planner = Planner(config, clock, phase) if world.is_main else None
         self._buffer = torch.empty(0)
         self._pending: dist.Work | None = None
+
+    def request_stop(self) -> None:
+        """Ask for a stop; heard on rank 0, which learns of every rank's request."""
+        if self._planner is not None:
+            self._planner.request_stop()
 
     def request(self, step: int) -> None:
         """Start the broadcast of the plan of ``step``; returns at once."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from jepa_dist.config import Config, check_world, load, to_yaml
+from jepa_dist.config import Config, check_world, load, to_dict
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
 from jepa_dist.errors import UserError
@@ -57,36 +56,48 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train(config: Config, rank: int) -> None:
-    """Join the other ranks and run to the end."""
+    """Join the other ranks and run to the end, or until asked to stop."""
     # Imported late: mistakes in the configuration are told before torch takes its seconds.
+    from jepa_dist.checkpoint import Checkpointer, Keep
     from jepa_dist.monitor.reporter import Reporter
-    from jepa_dist.monitor.run_dir import create_run_dir, log_to_run_dir
+    from jepa_dist.monitor.run_dir import log_to_run_dir
     from jepa_dist.parallel.world import start_world, stop_world
+    from jepa_dist.resume import find_start, open_run_dir
     from jepa_dist.trainer import Trainer
 
     run_dir = Path(config.run.dir).expanduser()
     with told_by_this_rank(rank):
         world = start_world(config.parallel)
     with told_once(rank):
-        world.decide(lambda: create_run_dir(run_dir, describe_run(config)))
-    with told_by_this_rank(rank):
-        log_to_run_dir(run_dir, rank)
-        trainer = Trainer(config, world)
-        reporter = Reporter(run_dir, config.train.steps, to_yaml(config)) if rank == 0 else None
-        summary = trainer.run(reporter)
-        trainer.export(run_dir, summary)
-        if reporter is not None:
-            reporter.finish(summary)
+        data = world.decide(lambda: fingerprint_data(config))
+        start = find_start(config, run_dir, data["train"]["digest"], world)
+        if rank == 0:
+            print(*start.messages, sep="\n", end="\n" * bool(start.messages))
+        if not start.is_finished:
+            world.decide(lambda: open_run_dir(run_dir, config, data))
+            keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
+            checkpointer = Checkpointer(run_dir / "checkpoints", world, keep)
+    if not start.is_finished:
+        with told_by_this_rank(rank):
+            log_to_run_dir(run_dir, rank)
+            identity = {"config": to_dict(config), "data_fingerprint": data["train"]["digest"]}
+            trainer = Trainer(config, world, checkpointer, start.checkpoint, identity)
+            reporter = Reporter(run_dir, config, start.step) if rank == 0 else None
+            summary = trainer.run(reporter)
+            checkpointer.close()
+            if summary["finished"]:
+                trainer.export(run_dir, summary)
+            if reporter is not None:
+                reporter.finish(summary)
     stop_world()
 
 
-def describe_run(config: Config) -> dict[str, str]:
-    """What defines the run, as files of its directory: configuration and data fingerprint."""
-    data = {
+def fingerprint_data(config: Config) -> dict[str, Any]:
+    """What the shards are, by split."""
+    return {
         split: fingerprint(find_shards(pattern, f"data.{split}"))
         for split, pattern in (("train", config.data.train), ("val", config.data.val))
     }
-    return {"config.yaml": to_yaml(config), "data.json": json.dumps(data, indent=1) + "\n"}
 
 
 if __name__ == "__main__":

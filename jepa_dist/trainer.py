@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +14,74 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from jepa_dist.build import build_gpt
+from jepa_dist.build import (
+    build_ema,
+    build_loader,
+    build_model,
+    build_optimizer,
+    build_validation,
+)
+from jepa_dist.checkpoint import Checkpointer, load
 from jepa_dist.config import Config
 from jepa_dist.data.baseline import MAX_VOCAB, ngram_bits_per_byte
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.layout import BatchLayout
-from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader, make_batch
+from jepa_dist.data.loader import Batch, make_batch
 from jepa_dist.data.shards import find_shards
-from jepa_dist.data.tokenizer import Tokenizer
-from jepa_dist.evaluate import Validation
 from jepa_dist.generate import generate
 from jepa_dist.interop.safetensors_io import Weights, export_model
 from jepa_dist.jepa.loss import UNSTRUCTURED_LOSS, JepaLoss
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.model.flops import training_flops_per_token
-from jepa_dist.model.gpt import GPT
-from jepa_dist.model.init import initial_value
 from jepa_dist.monitor.compiles import CompileCounter
 from jepa_dist.monitor.hardware import peak_flops, resident_gib
 from jepa_dist.monitor.meter import Meter, TokensDigest
 from jepa_dist.monitor.reporter import Reporter
 from jepa_dist.optim.clip import clip_grad_norm
-from jepa_dist.optim.ema import EMA
-from jepa_dist.optim.groups import group_parameters
-from jepa_dist.optim.muon import MuonSettings
-from jepa_dist.optim.optimizer import Optimizer
-from jepa_dist.parallel.reduce import MetricsReduction
-from jepa_dist.parallel.shard import Gathering, compile_region
+from jepa_dist.parallel.reduce import MetricsReduction, StepReport
+from jepa_dist.parallel.shard import compile_region
 from jepa_dist.parallel.world import World
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
+from jepa_dist.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, besides its tensors (contract C5); nothing in it depends on the ranks."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    samples_consumed: int = 0
+    phase: int = 0
+    """Recurrence phase of the last step."""
+    seconds: float = 0.0
+    """Training time spent, over all starts of the run."""
+    tokens_digest: str = ""
 
 
 class Trainer:
-    """Everything a run needs, built from its configuration. Construct on every rank alike."""
+    """Everything a run needs, built from its configuration. Construct on every rank alike.
 
-    def __init__(self, config: Config, world: World) -> None:
+    Args:
+        config: The run.
+        world: The ranks.
+        checkpointer: Where checkpoints go; None saves none.
+        resume: The checkpoint to go on from, known to be whole and to fit the configuration.
+        identity: What a checkpoint says of the run besides (configuration, data fingerprint).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        checkpointer: Checkpointer | None = None,
+        resume: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config
         self.world = world
+        self.checkpointer = checkpointer
+        self.identity = dict(identity or {})
         self.layout = BatchLayout(
             config.batch.sequences, config.batch.micro, world.rank, world.world_size
         )
@@ -58,45 +91,52 @@ class Trainer:
             compile_region(self.jepa_loss)
         self.optimizer = build_optimizer(config, self.model)
         self.ema = build_ema(config, self.model)
-        self.batches = build_loader(config, world, samples_consumed=0)
+        self.progress = Progress() if resume is None else self.restore(resume)
+        self.batches = build_loader(config, world, self.progress.samples_consumed)
         self.tokenizer = load_checked_tokenizer(config, ("train", "val"))
         self.validation = build_validation(config, world, self.layout.micro_size, self.tokenizer)
         self.clock = TrainingClock()
-        self.plans = PlanChannel(config, world, self.clock)
+        self.plans = PlanChannel(config, world, self.clock, self.progress.phase)
         self.reduction = MetricsReduction(world)
         self.meter = Meter(config.batch.sequences * config.model.seq_len)
-        self.digest = TokensDigest()
+        self.digest = TokensDigest(self.progress.tokens_digest)
+        self.stop_request = StopRequest() if checkpointer is not None else None
         self.compiles = CompileCounter()
+        self.latest: StepReport | None = None
 
     def run(self, reporter: Reporter | None) -> dict[str, Any]:
-        """Train from the first step to the last. Collective.
+        """Train until the last step, or until a stop is asked for. Collective.
 
         Args:
             reporter: Publishes the records; on rank 0 only.
 
         Returns:
-            The last record, with the run's totals and (on rank 0) the baselines.
+            The last record, with totals, ``finished``, and (on rank 0) the baselines.
         """
         try:
             baselines = self._baselines(reporter)
             if self.config.parallel.compile_warmup:
                 self.warm_up()
-            self.clock.start()
+            self.clock.start(self.progress.seconds)
             self.meter.start()
-            self.plans.request(0)
+            self.plans.request(self.progress.step)
             while True:
                 plan = self.plans.take()
-                if not plan.last:
+                if not plan.stop:
                     self.plans.request(plan.step + 1)
                 self.step(plan)
+                self._take_in(self.reduction.arrived())
                 validation = self.evaluate(plan) if plan.evaluate else {}
                 self.compiles.observe(_compiled_graphs(), _kinds_of_work(plan))
                 record = self._record(plan) | validation if plan.log else None
+                if plan.save:
+                    self.save(plan)
                 if reporter is not None:
                     reporter.step(record)
-                if plan.last:
+                if plan.stop:
                     assert record is not None
-                    return record | self.meter.summary() | baselines
+                    totals = self.meter.summary() | {"finished": plan.last}
+                    return record | totals | baselines
         finally:
             self.batches.close()
 
@@ -120,8 +160,13 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update()
+        asked = self.stop_request is not None and self.stop_request.received is not None
         self.reduction.submit(
-            plan.step, sums, host_sums={}, digest=digest % 2**64, shared={"grad_norm": grad_norm}
+            plan.step,
+            sums,
+            host_sums={"stop_requests": float(asked)},
+            digest=digest % 2**64,
+            shared={"grad_norm": grad_norm},
         )
 
     def loss(self, batch: Batch, plan: StepPlan, index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -165,6 +210,62 @@ class Trainer:
                     averaged = self._validate(plan.phase)
                 result |= {key.replace("val/", "val/ema_"): v for key, v in averaged.items()}
             return result | self._sample(plan.phase)
+
+    def _take_in(self, reports: list[StepReport]) -> None:
+        """Account for the steps whose numbers have arrived."""
+        for report in reports:
+            self.latest = report
+            self.digest.update(report.digest)
+            if report.values["stop_requests"] > 0:
+                self.plans.request_stop()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state in tensors (live ones), by kind and name."""
+        parameters = {f"model/{name}": p for name, p in self.model.named_parameters()}
+        averages = {} if self.ema is None else self.ema.state_tensors()
+        return parameters | self.optimizer.state_tensors() | averages
+
+    def save(self, plan: StepPlan) -> None:
+        """Start a checkpoint; wait for it if it is the last thing to do. Collective."""
+        if self.checkpointer is None:
+            return
+        self._take_in(self.reduction.drain())
+        assert self.latest is not None
+        progress = Progress(
+            step=plan.step + 1,
+            samples_consumed=self.batches.samples_consumed,
+            phase=plan.phase,
+            seconds=self.clock.seconds(),
+            tokens_digest=self.digest.hex(),
+        )
+        healthy = all(math.isfinite(value) for value in self.latest.values.values())
+        state = {**asdict(progress), **self.identity, "healthy": healthy}
+        with self.meter.evaluating(), self.clock.paused():
+            self.checkpointer.save(progress.step, self.tensors(), state, wait=plan.stop)
+
+    def restore(self, checkpoint: Path) -> Progress:
+        """Fill all tensors from a checkpoint. Collective.
+
+        Raises:
+            UserError: on every rank, if its tensors are not this run's.
+        """
+        state = load(checkpoint, self.tensors(), self.world, verified=True)
+        return Progress(**{name: state[name] for name in asdict(Progress())})
+
+    def _checkpoint_costs(self) -> dict[str, float]:
+        """What the saves cost that ended since the last record; raises if one failed."""
+        if self.checkpointer is None:
+            return {}
+        reports = self.checkpointer.poll()
+        if not reports:
+            return {}
+        return {
+            "checkpoint/stall_seconds": max(report.stall_seconds for report in reports),
+            "checkpoint/background_seconds": max(report.background_seconds for report in reports),
+            "checkpoint/bytes": float(reports[-1].bytes),
+        }
 
     def _validate(self, phase: int) -> dict[str, float | None]:
         """One validation; parameters are shards again afterwards, as EMA and updates need."""
@@ -243,14 +344,13 @@ class Trainer:
 
     def _record(self, plan: StepPlan) -> dict[str, Any]:
         """Everything that is known of a logged step; waits for the device."""
-        reports = self.reduction.drain()
-        for report in reports:
-            self.digest.update(report.digest)
-        speed = self.meter.lap()
+        self._take_in(self.reduction.drain())
+        assert self.latest is not None
+        values, speed = self.latest.values, self.meter.lap()
         return {
             "step": plan.step + 1,
-            **_losses(plan, reports[-1].values, self.config),
-            "grad_norm": reports[-1].values["grad_norm"],
+            **_losses(plan, values, self.config),
+            "grad_norm": values["grad_norm"],
             "progress": plan.frac,
             "phase": plan.phase,
             **{f"lr/{name}": lr for name, lr in self.optimizer.learning_rates().items()},
@@ -259,6 +359,7 @@ class Trainer:
             **_memory(self.world.device),
             "compile/graphs": _compiled_graphs(),
             "compile/recompiles": self.compiles.recompiles,
+            **self._checkpoint_costs(),
             "tokens_digest": self.digest.hex(),
         }
 
@@ -317,61 +418,3 @@ def _memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         memory["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return memory
-
-
-# ---------------------------------------------------------------------------- building
-
-
-def build_model(config: Config, world: World) -> tuple[GPT, Gathering]:
-    """The sharded, compiled model with its initial weights."""
-    values = functools.partial(initial_value, config=config.model, seed=config.seed)
-    return build_gpt(config.model, config.parallel, world, values)
-
-
-def build_optimizer(config: Config, model: GPT) -> Optimizer:
-    """The parameter groups of the recipe, over this rank's shards."""
-    groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)
-    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    muon = MuonSettings(
-        nesterov=config.optim.muon_nesterov,
-        row_normalize=config.optim.muon_row_normalize,
-        steps=config.optim.muon_backend_steps,
-        polar_express=config.optim.muon_coefficients == "polar_express",
-        dtype=dtypes[config.optim.muon_dtype],
-    )
-    return Optimizer(groups, muon)
-
-
-def build_ema(config: Config, model: GPT) -> EMA | None:
-    """The moving average of the parameters, if there is to be one."""
-    if config.optim.ema_decay == 0:
-        return None
-    return EMA(model.named_parameters(), config.optim.ema_decay)
-
-
-def build_loader(config: Config, world: World, samples_consumed: int) -> TrainLoader:
-    """This rank's training batches from the given position on."""
-    return TrainLoader(
-        TokenDataset(
-            find_shards(config.data.train, "data.train"),
-            config.model.seq_len,
-            config.model.vocab_size,
-        ),
-        BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size),
-        seed=config.seed,
-        samples_consumed=samples_consumed,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        pin_memory=world.device.type == "cuda",
-    )
-
-
-def build_validation(
-    config: Config, world: World, micro: int, tokenizer: Tokenizer | None
-) -> Validation:
-    """The fixed validation set."""
-    dataset = TokenDataset(
-        find_shards(config.data.val, "data.val"), config.model.seq_len, config.model.vocab_size
-    )
-    counter = None if tokenizer is None else tokenizer.byte_counter()
-    return Validation(dataset, config.eval.sequences, micro, counter, world)

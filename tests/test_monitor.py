@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from jepa_dist.errors import UserError
 from jepa_dist.monitor.compiles import CompileCounter
 from jepa_dist.monitor.hardware import peak_flops
 from jepa_dist.monitor.meter import Meter, TokensDigest
-from jepa_dist.monitor.run_dir import create_run_dir
+from jepa_dist.monitor.run_dir import write_run_dir
+from jepa_dist.monitor.writer import MetricsWriter
 
 
 def test_recompiles_are_graphs_that_nothing_new_explains() -> None:
@@ -58,12 +60,20 @@ def test_peaks() -> None:
     assert peak_flops("Some other device") is None
 
 
-def test_run_directory_is_never_overwritten(tmp_path: Path) -> None:
-    create_run_dir(tmp_path / "run", {"config.yaml": "seed: 1\n"})
-    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1\n"
-    with pytest.raises(UserError, match=r"run\.dir=.*exists already"):
-        create_run_dir(tmp_path / "run", {"config.yaml": "seed: 2\n"})
+def test_run_directory(tmp_path: Path) -> None:
+    write_run_dir(tmp_path / "run", {"config.yaml": "seed: 1\n"})
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1\n"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        create_run_dir(tmp_path / "file" / "run", {})
+        write_run_dir(tmp_path / "file" / "run", {})
+
+
+def test_records_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)]
+    whole = "".join(lines) + json.dumps({"step": 2, "final": True}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "lo')
+    writer = MetricsWriter(tmp_path, step=2)
+    writer.write({"step": 3, "loss": 2.0})
+    writer.close()
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in kept] == [(1, 1.0), (2, 1.0), (3, 2.0)]

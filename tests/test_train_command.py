@@ -258,20 +258,30 @@ def test_mistakes_are_told_once_under_torchrun(corpus: Path) -> None:
 # ---------------------------------------------------------------------------- the run directory
 
 
-def test_existing_run_is_not_touched(alone: Finished, corpus: Path, run_dir: Path) -> None:
-    def contents() -> dict[Path, tuple[int, bytes]]:
-        return {
-            path: (path.stat().st_mtime_ns, path.read_bytes())
-            for path in run_dir.rglob("*")
-            if path.is_file()
-        }
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
-    before = contents()
-    finished = run_command(*TRAIN, *settings(corpus, run__dir=run_dir))
+
+def test_a_finished_run_is_not_touched(alone: Finished, corpus: Path, run_dir: Path) -> None:
+    before = contents(run_dir)
+    finished = run_command(*TRAIN, *settings(corpus, run__dir=run_dir, **SHORT))
+    assert finished.code == 0
+    assert f"{run_dir}: finished already, after step 9; nothing to do" in finished.output
+    assert contents(run_dir) == before
+
+
+def test_an_existing_run_is_not_overwritten(alone: Finished, corpus: Path, run_dir: Path) -> None:
+    before = contents(run_dir)
+    again = settings(corpus, run__dir=run_dir, checkpoint__resume="never", **SHORT)
+    finished = run_command(*TRAIN, *again)
     assert finished.code == 2
     (line,) = finished.output.splitlines()
     assert line.startswith(f"error: run.dir={run_dir}: exists already and is not overwritten")
-    assert contents() == before
+    assert contents(run_dir) == before
 
 
 def test_unwritable_run_directory(corpus: Path) -> None:
@@ -368,17 +378,27 @@ def test_killed_rank(corpus: Path, tmp_path: Path, rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "number"),
     [
-        pytest.param(TRAIN, id="alone"),
-        pytest.param(UNDER_TORCHRUN, id="torchrun", marks=pytest.mark.slow),
+        pytest.param(TRAIN, signal.SIGINT, id="alone"),
+        pytest.param(TRAIN, signal.SIGUSR1, id="alone-usr1", marks=pytest.mark.slow),
+        pytest.param(UNDER_TORCHRUN, signal.SIGTERM, id="torchrun", marks=pytest.mark.slow),
     ],
 )
-def test_interrupted_by_its_user(corpus: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
-    arguments = settings(corpus, run__dir=tmp_path / "run", train__steps=10**6, data__workers=1)
+def test_asked_to_stop(corpus: Path, tmp_path: Path, command: tuple[str, ...], number) -> None:
+    run_dir = tmp_path / "run"
+    arguments = settings(corpus, run__dir=run_dir, train__steps=10**6, data__workers=1)
     with Command([*command, *arguments]) as job:
-        job.wait_for(lambda: has_logged(tmp_path / "run"), 60)
-        job.signal(signal.SIGINT)
+        job.wait_for(lambda: has_logged(run_dir), 60)
+        job.signal(number)
         finished = job.wait(60)
-    assert finished.code != 0
-    assert "[rank 0] interrupted" in finished.output
+    assert "stopped after step" in finished.output
+    assert finished.code == 0 or command is UNDER_TORCHRUN  # torchrun reports the signal
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["state"] == "stopped"
+    saved = status["step"]
+    assert (run_dir / "checkpoints" / f"step_{saved:08d}" / "manifest.json").is_file()
+    # The same command goes on, and the record is that of one run.
+    rest = run_command(*TRAIN, *arguments, f"train.stop_at={saved + 3}")
+    assert rest.code == 0, rest.output
+    assert [record["step"] for record in records(run_dir)] == list(range(1, saved + 4))

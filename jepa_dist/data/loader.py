@@ -33,6 +33,9 @@ from jepa_dist.data.shards import check_ids, num_windows, read_count, read_shard
 from jepa_dist.data.workers import become_helper, signals_left_to_parent
 from jepa_dist.errors import UserError
 
+# As long as torchrun waits before it kills.
+_GRACE_SECONDS = 30.0
+
 # Each mapping holds a file descriptor, of which a process has only some 1,000.
 _OPEN_SHARDS = 256
 
@@ -316,4 +319,4 @@ def _quiet_start() -> Iterator[None]:
 
 
 def _begin_worker(_: int) -> None:
-    become_helper()
+    become_helper(outlast_sigterm=_GRACE_SECONDS)

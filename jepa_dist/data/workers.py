@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -19,19 +21,44 @@ Result = TypeVar("Result")
 
 # Ctrl-C and the schedulers' signals reach every process of a terminal's or a job's group, but what
 # to do about them (save, clean up) is the parent's decision, and it still needs its helpers then.
-# SIGTERM stays: it is how multiprocessing ends a helper that hangs.
 _PARENTS_SIGNALS = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+# Of SIGTERM a fork server must know nothing either, but a helper must: it is how multiprocessing
+# ends one that hangs.
+_FORK_SERVERS_SIGNALS = {*_PARENTS_SIGNALS, signal.SIGTERM}
 
 
-def become_helper() -> None:
+def become_helper(outlast_sigterm: float = 0.0) -> None:
     """Make this process a helper: deaf to its parent's signals, and gone when the parent is.
 
     The parent may even be killed by SIGKILL. Its multiprocessing sentinel is watched, which also
     works where the operating system's parent is a fork server (PR_SET_PDEATHSIG and getppid
     would watch that one instead).
+
+    Args:
+        outlast_sigterm: Seconds to go on after a SIGTERM, for a parent that has a step to finish:
+            torchrun ends a rank by a SIGTERM to its whole process group.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
-    threading.Thread(target=_exit_after_parent, name="exit-after-parent", daemon=True).start()
+    # Before any thread starts: threads inherit the mask, and one alone that lets a signal through
+    # is enough for it to end the process.
+    signal.pthread_sigmask(signal.SIG_SETMASK, _FORK_SERVERS_SIGNALS)
+    if outlast_sigterm > 0:
+        _start_thread(_exit_some_time_after_sigterm, outlast_sigterm)
+    else:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _PARENTS_SIGNALS)
+    _start_thread(_exit_after_parent)
+
+
+def _start_thread(target: Callable[..., None], *args: Any) -> None:
+    threading.Thread(target=target, args=args, daemon=True).start()
+
+
+def _exit_some_time_after_sigterm(seconds: float) -> None:
+    sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+    parent = multiprocessing.parent_process()
+    # The parent's own SIGTERM (multiprocessing's, to end a helper) is meant for this process.
+    if parent is None or sender != parent.pid:
+        time.sleep(seconds)
+    os._exit(1)
 
 
 def _exit_after_parent() -> None:
@@ -44,8 +71,10 @@ def _exit_after_parent() -> None:
 @contextlib.contextmanager
 def signals_left_to_parent() -> Iterator[None]:
     """Processes started inside, a fork server too, are deaf to their parent's signals at once."""
-    # A blocked signal stays blocked in whatever a process starts.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+    # A blocked signal stays blocked in whatever a process starts. The resource tracker goes first:
+    # starting it unblocks SIGTERM again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORK_SERVERS_SIGNALS)
     try:
         yield
     finally:

@@ -21,9 +21,11 @@ _COLUMNS = (
 class Console:
     """Progress of the run, for people."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, done: int = 0) -> None:
         self._steps = steps
-        self._bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), smoothing=0.1)
+        self._bar = tqdm(
+            total=steps, initial=done, unit="step", disable=not sys.stderr.isatty(), smoothing=0.1
+        )
 
     def step(self) -> None:
         """One optimiser step is done."""

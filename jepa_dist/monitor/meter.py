@@ -75,8 +75,8 @@ class TokensDigest:
     batch: ranks can add theirs up, and the result does not depend on how many there are.
     """
 
-    def __init__(self) -> None:
-        self._digest = b""
+    def __init__(self, so_far: str = "") -> None:
+        self._digest = bytes.fromhex(so_far)
 
     def update(self, step_sum: int) -> None:
         """Take in one step's sum (unsigned 64-bit)."""

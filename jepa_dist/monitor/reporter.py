@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jepa_dist.config import Config, to_yaml
 from jepa_dist.monitor.console import Console
+from jepa_dist.monitor.run_dir import write_status
 from jepa_dist.monitor.writer import MetricsWriter
 
 
 class Reporter:
     """Publishes records. One per run, on rank 0."""
 
-    def __init__(self, run_dir: Path, steps: int, config_yaml: str) -> None:
+    def __init__(self, run_dir: Path, config: Config, done: int = 0) -> None:
         self._run_dir = run_dir
-        self._console = Console(steps)
-        self._writer = MetricsWriter(run_dir)
-        self._writer.text("config", config_yaml)
+        self._console = Console(config.train.steps, done)
+        self._writer = MetricsWriter(run_dir, done)
+        self._writer.text("config", to_yaml(config))
 
     def say(self, text: str) -> None:
         """Tell the user something, on the console only."""
@@ -34,15 +36,27 @@ class Reporter:
             self._writer.write(record)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the closing record of a finished run, tell where everything is, and close.
+        """Leave ``status.json``, tell how the run ended, and close; of a finished run also write
+        the closing record.
 
         (After a failure nothing needs closing: every record is flushed as it is written.)
         """
-        self._writer.summary(summary)
+        is_finished = summary["finished"]
+        if is_finished:
+            self._writer.summary(summary)
         self._writer.close()
+        state = "finished" if is_finished else "stopped"
+        write_status(self._run_dir, {"state": state, "step": summary["step"], "saved": True})
         self._console.close()
-        for line in _closing_lines(summary, self._run_dir):
+        for line in _closing_lines(summary, self._run_dir) if is_finished else [_stopped(summary)]:
             self._console.say(line)
+
+
+def _stopped(summary: Mapping[str, Any]) -> str:
+    return (
+        f"stopped after step {summary['step']} with a checkpoint; "
+        "the same command goes on from there"
+    )
 
 
 def _closing_lines(summary: Mapping[str, Any], run_dir: Path) -> list[str]:

@@ -1,33 +1,37 @@
-"""The run directory: made once, never overwritten."""
+"""The run directory."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jepa_dist.errors import UserError
 
 
-def create_run_dir(path: Path, files: Mapping[str, str]) -> None:
-    """Make the directory and write what defines the run into it (file name -> text).
+def write_run_dir(path: Path, files: Mapping[str, str]) -> None:
+    """Make the directory if need be and write what defines the run into it (file name -> text).
 
     Raises:
-        UserError: it holds something already, or cannot be written.
+        UserError: it cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(
-            f"run.dir={path}: exists already and is not overwritten; "
-            "name another one (run.dir=...) or move it away"
-        )
     try:
-        (path / "logs").mkdir(parents=True)
+        (path / "logs").mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (path / name).write_text(text, encoding="utf-8")
+            partial = path / f".{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path / name)
     except OSError as error:
         raise UserError(
             f"run.dir={path}: cannot be written: {error.strerror}; name another one (run.dir=...)"
         ) from None
+
+
+def write_status(path: Path, status: Mapping[str, Any]) -> None:
+    """Leave ``status.json``: how the run ended, for scripts (torchrun's exit code does not say)."""
+    write_run_dir(path, {"status.json": json.dumps(status) + "\n"})
 
 
 def log_to_run_dir(path: Path, rank: int) -> None:

@@ -14,11 +14,19 @@ Record = Mapping[str, Any]
 
 
 class MetricsWriter:
-    """Writes one record per logged step; for rank 0 only."""
+    """Writes one record per logged step; for rank 0 only.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+    Args:
+        run_dir: Where both live.
+        step: Steps done before this start; what an earlier start recorded beyond is dropped,
+            since those steps are taken again.
+    """
+
+    def __init__(self, run_dir: Path, step: int = 0) -> None:
+        metrics = run_dir / "metrics.jsonl"
+        _drop_records_beyond(metrics, step)
+        self._file = metrics.open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Show a text in TensorBoard, as it stands."""
@@ -42,3 +50,20 @@ class MetricsWriter:
         """Flush both."""
         self._board.close()
         self._file.close()
+
+
+def _drop_records_beyond(metrics: Path, step: int) -> None:
+    """Rewrite the file in one step; a last line that was cut short goes, too."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step and "final" not in record:
+            kept.append(line + "\n")
+    partial = metrics.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(metrics)

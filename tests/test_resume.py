@@ -1,0 +1,157 @@
+"""Contract C5 with real processes: stop, go on, and be the run that never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from jepa_dist.checkpoint import Checkpointer, Keep
+from jepa_dist.config import Config, to_dict
+from jepa_dist.parallel.world import start_world
+from jepa_dist.resume import find_start
+from jepa_dist.trainer import Trainer
+from tests.ranks import run_ranks
+from tests.test_world_sizes import Recorder, assert_same_run
+from tests.tiny import tiny_config, write_corpus
+
+# Everything that has state: Muon, EMA, accumulation, recurrence phases, JEPA, validation between.
+ALL = {
+    "optim__matrix": "muon",
+    "optim__matrix_lr": 0.005,
+    "optim__ema_decay": 0.9,
+    "jepa__start_frac": 0.2,
+    "jepa__ramp_frac": 0.5,
+    "batch__micro": 1,
+    "eval__every": 6,
+}
+
+
+def train(rank: int, world_size: int, config: Config, fingerprint: str = "data") -> dict[str, Any]:
+    """As the command does it; records, and all state in full at the end."""
+    world = start_world(config.parallel)
+    run_dir = Path(config.run.dir)
+    start = find_start(config, run_dir, fingerprint, world)
+    checkpointer = Checkpointer(run_dir / "checkpoints", world, Keep(last=2))
+    identity = {"config": to_dict(config), "data_fingerprint": fingerprint}
+    trainer = Trainer(config, world, checkpointer, start.checkpoint, identity)
+    recorder = Recorder()
+    summary = trainer.run(recorder if rank == 0 else None)  # type: ignore[arg-type]
+    checkpointer.close()
+    state = {name: _full(tensor) for name, tensor in trainer.tensors().items()}
+    return {
+        "records": [*recorder.records, summary],
+        "state": state,
+        "start": start,
+        "samples": trainer.batches.samples_consumed,
+    }
+
+
+def _full(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().clone()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_corpus(tmp_path)
+    return tmp_path
+
+
+def config(corpus: Path, name: str, **changes: Any) -> Config:
+    return tiny_config(corpus, run__dir=corpus / name, **{**ALL, **changes})
+
+
+def test_bit_for_bit_at_the_same_world_size(corpus: Path) -> None:
+    straight = run_ranks(train, 2, config(corpus, "straight"))[0]
+    first = run_ranks(train, 2, config(corpus, "parts", train__stop_at=9))[0]
+    assert [r["step"] for r in first["records"]][-1] == 9
+    assert not first["records"][-1]["finished"]
+    rest = run_ranks(train, 2, config(corpus, "parts"))[0]
+    assert rest["start"].step == 9
+    assert rest["records"][-1]["finished"]
+    whole = first["records"][:-1] + rest["records"][:-1]
+    expected = straight["records"][:-1]
+    assert [r["step"] for r in whole] == [r["step"] for r in expected] == list(range(1, 21))
+    same = ("loss/ce", "loss/jepa", "grad_norm", "val/loss", "tokens_digest", "phase", "lr/matrix")
+    for ours, reference in zip(whole, expected, strict=True):
+        for key in same:
+            assert ours.get(key) == reference.get(key), (ours["step"], key)
+    assert rest["samples"] == straight["samples"]
+    assert rest["state"].keys() == straight["state"].keys()
+    for name, tensor in straight["state"].items():
+        assert torch.equal(rest["state"][name], tensor), name
+
+
+def test_any_world_size_along_the_way(corpus: Path) -> None:
+    straight = run_ranks(train, 1, config(corpus, "straight"))[0]["records"]
+    records: list[dict[str, Any]] = []
+    for world_size, stop_at in ((4, 5), (2, 9), (3, 15), (1, None)):
+        changes = {} if stop_at is None else {"train__stop_at": stop_at}
+        part = run_ranks(train, world_size, config(corpus, "parts", **changes))[0]
+        records += part["records"][:-1]
+    assert_same_run([*records, part["records"][-1]], straight)
+
+
+def test_mesh_and_jepa_may_change_and_it_is_said(corpus: Path) -> None:
+    run_ranks(train, 2, config(corpus, "run", train__stop_at=5))
+    changes = {"parallel__dp_replicate": 2, "jepa__lambda": 0.3}
+    part = run_ranks(train, 4, config(corpus, "run", **changes))[0]
+    assert part["start"].step == 5
+    told = "\n".join(part["start"].messages)
+    assert "jepa.lambda: was 0.1, is 0.3" in told
+    assert "parallel.dp_replicate: was 1, is 2" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "fingerprint", "told"),
+    [
+        ({"model__num_layers": 5}, "data", r"model\.num_layers: was 4, is 5"),
+        ({"seed": 7}, "data", r"seed: was 0, is 7"),
+        ({}, "other", r"data\.train: not the shards"),
+    ],
+)
+def test_another_run_is_refused(corpus: Path, changes, fingerprint, told) -> None:
+    run_ranks(train, 1, config(corpus, "run", train__stop_at=2))
+    with pytest.raises(RuntimeError, match=told):
+        run_ranks(train, 1, config(corpus, "run", **changes), fingerprint)
+    allowed = config(corpus, "run", checkpoint__allow_other_data=True, train__stop_at=3)
+    if fingerprint == "other":
+        assert run_ranks(train, 1, allowed, fingerprint)[0]["start"].step == 2
+
+
+def test_damage_falls_back_and_says_so(corpus: Path) -> None:
+    run_ranks(train, 2, config(corpus, "run", train__stop_at=4, checkpoint__every=2))
+    folder = corpus / "run" / "checkpoints"
+    shard = next((folder / "step_00000004").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(bytes(data))
+    part = run_ranks(train, 2, config(corpus, "run", train__stop_at=6))[0]
+    assert part["start"].step == 2
+    assert "step_00000004: skipped" in part["start"].messages[0]
+
+
+def test_branching_from_a_checkpoint(corpus: Path) -> None:
+    run_ranks(train, 2, config(corpus, "run", train__stop_at=4))
+    source = corpus / "run" / "checkpoints" / "step_00000004"
+    branch = config(corpus, "branch", checkpoint__resume=source, train__stop_at=6)
+    assert run_ranks(train, 2, branch)[0]["start"].step == 4
+    assert (corpus / "branch" / "checkpoints" / "step_00000006").is_dir()
+
+
+def test_never_refuses_an_occupied_directory(corpus: Path) -> None:
+    run_ranks(train, 1, config(corpus, "run", train__stop_at=2))
+    with pytest.raises(RuntimeError, match="exists already and is not overwritten"):
+        run_ranks(train, 1, config(corpus, "run", checkpoint__resume="never"))
+
+
+def test_a_foreign_directory_is_refused(corpus: Path) -> None:
+    (corpus / "run").mkdir()
+    (corpus / "run" / "thesis.tex").write_text("precious")
+    with pytest.raises(RuntimeError, match="holds no checkpoint and was not made by this"):
+        run_ranks(train, 1, config(corpus, "run"))
