@@ -38,7 +38,7 @@ def told_once(rank: int) -> Iterator[None]:
         else:
             time.sleep(_LET_MAIN_SPEAK_SECONDS)
         # Not sys.exit: with a process group about, tearing down the interpreter aborts now and
-        # then (FACTS).
+        # then.
         _leave(EXIT_USER_ERROR)
 
 

@@ -11,11 +11,12 @@ from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
 from jepa_dist.errors import UserError
 from jepa_dist.failure import told_by_this_rank, told_once
-from jepa_dist.launched import launched_rank, launched_world_size
+from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size
 
 
 def main() -> None:
     """Check everything that can be checked, then train."""
+    die_with_launcher()
     rank = launched_rank()
     with told_once(rank):
         arguments = parse_arguments()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,15 @@ def test_any_world_size_along_the_way(corpus: Path) -> None:
         part = run_ranks(train, world_size, config(corpus, "parts", **changes))[0]
         records += part["records"][:-1]
     assert_same_run([*records, part["records"][-1]], straight)
+
+
+def test_the_clock_of_a_timed_run_goes_on(corpus: Path) -> None:
+    timed = {"train__max_wallclock_seconds": 1000}
+    first = run_ranks(train, 1, config(corpus, "run", train__stop_at=5, **timed))[0]["records"]
+    rest = run_ranks(train, 1, config(corpus, "run", train__stop_at=8, **timed))[0]["records"]
+    progress = [record["progress"] for record in [*first[:-1], *rest[:-1]]]
+    assert len(progress) == 8
+    assert all(later > earlier > 0 for earlier, later in pairwise(progress))
 
 
 def test_mesh_and_jepa_may_change_and_it_is_said(corpus: Path) -> None:

@@ -113,7 +113,7 @@ def run(rank: int, world_size: int, config: Config, case: Case) -> dict[str, Any
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("case", cases("traj"))
 def test_trajectory(case: Case, world_size: int, tmp_path: Path) -> None:
-    write_corpus(tmp_path)
+    write_corpus(tmp_path, num_ids=case.info["settings"]["vocab_size"])
     config = config_of(case, tmp_path)
     ours = run_ranks(run, world_size, config, case)[0]
     golden = case.tensors()

@@ -13,12 +13,14 @@ from jepa_dist.data.shards import write_shard
 REPOSITORY = Path(__file__).parent.parent
 
 
-def write_corpus(folder: Path, train_tokens: int = 6000, val_tokens: int = 500) -> None:
-    """Random bytes with some structure: each byte is near the one before it."""
+def write_corpus(
+    folder: Path, train_tokens: int = 6000, val_tokens: int = 500, num_ids: int = 61
+) -> None:
+    """Random ids below ``num_ids`` with some structure: each is near the one before it."""
     generator = np.random.Generator(np.random.PCG64(0))
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train_0", train_tokens), ("train_1", 777), ("val_0", val_tokens)):
-        walk = np.cumsum(generator.integers(-2, 3, count)) % 61
+        walk = np.cumsum(generator.integers(-2, 3, count)) % num_ids
         write_shard(folder / f"{name}.bin", walk.astype(np.uint16))
 
 

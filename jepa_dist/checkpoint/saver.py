@@ -65,7 +65,7 @@ class Checkpointer:
         self._folder = folder
         self._world = world
         self._keep = keep
-        # Collectives of two threads on one group get mixed up and hang (FACTS.md section 4).
+        # Collectives of two threads on one group get mixed up and hang.
         self._group = dist.new_group(backend="gloo")
         self._copies = _HostCopies()
         self._flight: _Flight | None = None

@@ -113,7 +113,7 @@ class Block(nn.Module):
     """One transformer block: attention and MLP, one after the other or side by side.
 
     Blocks that differ only in numbers share one compiled graph: what differs by layer is a tensor
-    (``norm_scale``), booleans stand for true variants only (FACTS: graphs = variants).
+    (``norm_scale``), booleans stand for true variants only.
     """
 
     norm_scale: Tensor | None

@@ -109,7 +109,7 @@ class Gathering:
     """When parameters are gathered and gradients reduced, within one optimiser step.
 
     Micro-batches before the last neither reduce gradients nor free parameters. Looped blocks stay
-    gathered from their first pass until the last backward is done (FACTS: 13 instead of 33
+    gathered from their first pass until the last backward is done (measured: 13 instead of 33
     all-gathers for four of eight blocks run three times).
     """
 
@@ -128,7 +128,7 @@ class Gathering:
     def release(self) -> None:
         """Free what is still gathered; parameters are shards again. After backward or evaluation.
 
-        (FACTS: after a forward without backward the root would stay gathered.)
+        (After a forward without backward the root would stay gathered.)
         """
         self._model.reshard()
         for block in self._kept:

@@ -87,7 +87,7 @@ def start_world(config: ParallelConfig) -> World:
 
 
 def stop_world() -> None:
-    """Leave the process group; without this, exits abort now and then (FACTS)."""
+    """Leave the process group; without this, exits abort now and then."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

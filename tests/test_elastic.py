@@ -1,0 +1,65 @@
+"""torchrun's restarts and the checkpoints together: a killed rank costs work, never the run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Command, Finished, run_command
+from tests.test_train_command import records, settings
+from tests.tiny import write_corpus
+
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+ELASTIC = (
+    *(TORCHRUN, "--nnodes=1:1", "--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.5"),
+    *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "jepa_dist.train"),
+)
+# Without this, restarted ranks read stale addresses and never meet.
+ENVIRON = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+STEPS = 60
+
+
+def arguments(corpus: Path, name: str) -> list[str]:
+    changes = {"run__dir": corpus / name, "train__steps": STEPS, "checkpoint__every": 5}
+    return settings(corpus, data__workers=1, **changes)
+
+
+def last_step(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_costs_work_but_not_the_run(tmp_path: Path, victim: int) -> None:
+    write_corpus(tmp_path, train_tokens=20_000)
+    undisturbed = run_command(*ELASTIC, *arguments(tmp_path, "undisturbed"), environ=ENVIRON)
+    assert undisturbed.code == 0, undisturbed.output
+    run_dir = tmp_path / "disturbed"
+    with Command([*ELASTIC, *arguments(tmp_path, "disturbed")], environ=ENVIRON) as job:
+        job.wait_for(lambda: last_step(run_dir) >= 12, 60)
+        job.rank(victim).kill()
+        finished: Finished = job.wait(120)
+    assert finished.code == 0, finished.output
+    assert "going on from" in finished.output
+    ours, expected = records(run_dir), records(tmp_path / "undisturbed")
+    assert [record["step"] for record in ours] == [*range(1, STEPS + 1), STEPS]
+    assert ours[-1]["final"] is True
+    # At the same world size, bit for bit.
+    for key in ("tokens_digest", "loss/total", "val/loss", "grad_norm"):
+        assert ours[-1][key] == expected[-1][key], key
+
+
+def test_ranks_die_with_their_agent(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    run_dir = tmp_path / "run"
+    endless = [*arguments(tmp_path, "run"), "train.steps=1000000"]
+    with Command([*ELASTIC, *endless], environ=ENVIRON) as job:
+        job.wait_for(lambda: last_step(run_dir) >= 2, 60)
+        job.signal(signal.SIGKILL)
+        job.wait(30)  # fails if anything is left
