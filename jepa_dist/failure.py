@@ -37,9 +37,10 @@ def told_once(rank: int) -> Iterator[None]:
             _print_problems(error, prefix="")
         else:
             time.sleep(_LET_MAIN_SPEAK_SECONDS)
-        # Not sys.exit: with a process group about, tearing down the interpreter aborts now and
-        # then.
-        _leave(EXIT_USER_ERROR)
+        if _has_process_group():
+            # Tearing down the interpreter with one about aborts now and then.
+            _leave(EXIT_USER_ERROR)
+        sys.exit(EXIT_USER_ERROR)
 
 
 @contextmanager
@@ -75,6 +76,14 @@ def told_by_this_rank(rank: int) -> Iterator[None]:
 def _print_problems(error: UserError, prefix: str) -> None:
     for problem in error.problems:
         print(f"{prefix}error: {problem}", file=sys.stderr)
+
+
+def _has_process_group() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_initialized()
 
 
 def _is_broken_collective(error: Exception) -> bool:
