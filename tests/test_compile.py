@@ -124,6 +124,7 @@ def test_compiled_equals_eager(corpus: Path) -> None:
     assert_same_run(records, eager)
 
 
+@pytest.mark.slow
 def test_warm_up_leaves_nothing_to_compile_and_changes_nothing(corpus: Path) -> None:
     changes = {"jepa__start_frac": 0.5, "eval__every": 7, "optim__matrix": "muon"}
     cold = run_ranks(count, 2, compiled(corpus, **changes))[0][0]

@@ -88,6 +88,7 @@ def test_bit_for_bit_at_the_same_world_size(corpus: Path) -> None:
         assert torch.equal(rest["state"][name], tensor), name
 
 
+@pytest.mark.slow
 def test_any_world_size_along_the_way(corpus: Path) -> None:
     straight = run_ranks(train, 1, config(corpus, "straight"))[0]["records"]
     records: list[dict[str, Any]] = []

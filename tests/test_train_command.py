@@ -311,7 +311,8 @@ def place_of(corpus: Path, step: int, world_size: int, rank: int) -> tuple[Path,
     return shards[shard], window * config.model.seq_len + 5
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_damaged_data_met_by_one_rank(tmp_path: Path, workers: int) -> None:
     write_corpus(tmp_path, train_tokens=200_000)
     shard, token = place_of(tmp_path, step=100, world_size=2, rank=1)
@@ -377,12 +378,13 @@ def test_killed_rank(corpus: Path, tmp_path: Path, rank: int) -> None:
     assert "final" not in records(tmp_path / "run")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "number"),
     [
         pytest.param(TRAIN, signal.SIGINT, id="alone"),
-        pytest.param(TRAIN, signal.SIGUSR1, id="alone-usr1", marks=pytest.mark.slow),
-        pytest.param(UNDER_TORCHRUN, signal.SIGTERM, id="torchrun", marks=pytest.mark.slow),
+        pytest.param(TRAIN, signal.SIGUSR1, id="alone-usr1"),
+        pytest.param(UNDER_TORCHRUN, signal.SIGTERM, id="torchrun"),
     ],
 )
 def test_asked_to_stop(corpus: Path, tmp_path: Path, command: tuple[str, ...], number) -> None:
