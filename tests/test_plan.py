@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from jepa_dist.config import Config
 from jepa_dist.parallel.world import start_world
@@ -78,7 +79,15 @@ def test_pack_and_unpack(tmp_path: Path) -> None:
             assert np.array_equal(ours, expected) if field.name == "spans" else ours == expected
 
 
-def receive(rank: int, world_size: int, config: Config) -> list[StepPlan]:
+def receive(rank: int, world_size: int, config: Config) -> tuple[list[StepPlan], list[bool]]:
+    """The plans that a rank is told, and for every broadcast whether it was asynchronous."""
+    plain, broadcasts = dist.broadcast, []
+
+    def counted(*args, **options):
+        broadcasts.append(options.get("async_op", False))
+        return plain(*args, **options)
+
+    dist.broadcast = counted
     channel = PlanChannel(config, start_world(config.parallel), TrainingClock())
     told = []
     channel.request(0)
@@ -86,13 +95,14 @@ def receive(rank: int, world_size: int, config: Config) -> list[StepPlan]:
         told.append(channel.take())
         if step < 19:
             channel.request(step + 1)
-    return told
+    return told, broadcasts
 
 
 def test_every_rank_is_told_the_same(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     expected = plans(config, 20)
-    for told in run_ranks(receive, 3, config):
+    for told, broadcasts in run_ranks(receive, 3, config):
+        assert broadcasts == [True] * 20  # one a step, and none that is waited for at once
         for ours, plan in zip(told, expected, strict=True):
             assert ours.step == plan.step
             assert ours.phase == plan.phase
