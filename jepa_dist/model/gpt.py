@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jepa_dist.config import ModelConfig
 from jepa_dist.model.execution import LAST_PHASE, Execution, execution_order
+from jepa_dist.model.head import HeadRegion
 from jepa_dist.model.layers import Block, rms_norm, rope_tables
 
 
@@ -49,34 +50,6 @@ class SkipRegion(nn.Module):
         if gate_D is None:
             return x_BTD + skip_BTD
         return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(gate_D))
-
-
-class HeadRegion(nn.Module):
-    """Final norm, output projection, soft cap, and the cross-entropy when targets are given."""
-
-    def __init__(self, softcap: float) -> None:
-        super().__init__()
-        self.softcap = softcap
-
-    def forward(
-        self,
-        x_BTD: Tensor,
-        head_VE: Tensor,
-        proj_ED: Tensor | None,
-        targets_BT: Tensor | None,
-        weight: Tensor | None,
-    ) -> Tensor:
-        """Loss sum (float32 scalar, weighted), or the logits [B, T, V] without targets."""
-        y = rms_norm(x_BTD)
-        y = y if proj_ED is None else F.linear(y, proj_ED)
-        logits_BTV = F.linear(y, head_VE).float()
-        if self.softcap > 0:
-            logits_BTV = self.softcap * torch.tanh(logits_BTV / self.softcap)
-        if targets_BT is None or weight is None:
-            return logits_BTV
-        nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        # [B] becomes [B, 1], [B, T] stays.
-        return (nll.view_as(targets_BT) * weight.view(len(weight), -1)).sum()
 
 
 class GPT(nn.Module):

@@ -1,0 +1,154 @@
+"""The head: final norm, output projection, soft cap and cross-entropy.
+
+Where logits are large they never exist as a whole: the rows go through in chunks, and a chunk's
+gradients are computed right after its loss, while its logits are at hand. Nothing is computed
+twice; what stays until backward is one gradient of the states and one of the projection, instead
+of the logits in several versions. docs/performance.md has the figures.
+
+Tensor names carry their shape: N rows (B * T flattened), D model width, E embedding width,
+V vocabulary; B batch, T sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_dist.model.layers import rms_norm
+
+# Where chunks pay (bench head): below, the logits are small beside everything else. Every chunk is
+# unrolled in the compiled graph, so their number is bounded: eight cost seconds to compile, and
+# more would save little.
+_SMALLEST_VOCAB = 1024
+_FEWEST_LOGITS = 2**21
+_FEWEST_ROWS = 256
+_MOST_CHUNKS = 8
+
+
+def num_chunks(rows: int, vocab_size: int) -> int:
+    """Into how many chunks the rows are cut; 1 where full logits are as good."""
+    if vocab_size < _SMALLEST_VOCAB:
+        return 1
+    fitting = min(rows // _FEWEST_ROWS, rows * vocab_size // _FEWEST_LOGITS)
+    return max(1, min(fitting, _MOST_CHUNKS))
+
+
+class HeadRegion(nn.Module):
+    """Final norm, output projection, soft cap, and the cross-entropy when targets are given.
+
+    Holds no parameters: a tied embedding belongs to the root.
+    """
+
+    def __init__(self, softcap: float) -> None:
+        super().__init__()
+        self.softcap = softcap
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        head_VE: Tensor,
+        proj_ED: Tensor | None,
+        targets_BT: Tensor | None,
+        weight: Tensor | None,
+    ) -> Tensor:
+        """Loss sum (float32 scalar, weighted), or the logits [B, T, V] without targets."""
+        y = rms_norm(x_BTD)
+        y = y if proj_ED is None else F.linear(y, proj_ED)
+        if targets_BT is None or weight is None:
+            return capped_logits(y, head_VE, self.softcap)
+        # [B] becomes [B, 1], [B, T] stays.
+        weight_BT = weight.view(len(weight), -1).expand_as(targets_BT)
+        rows = Rows(y.flatten(0, 1), targets_BT.flatten(), weight_BT.flatten())
+        chunks = num_chunks(targets_BT.numel(), len(head_VE))
+        if chunks == 1:
+            return loss_sum(rows, head_VE, self.softcap)
+        return chunked_loss_sum(rows, head_VE, self.softcap, chunks)
+
+
+class Rows(NamedTuple):
+    """What the loss is computed of."""
+
+    y_NE: Tensor
+    """Normed states, in the activations' dtype."""
+    targets_N: Tensor
+    """int64 ids to predict."""
+    weight_N: Tensor
+    """float32 weight of each row in the sum."""
+
+    def chunks(self, number: int) -> Iterator[Rows]:
+        """The rows in at most this many pieces, as equal as possible."""
+        pieces = (tensor.chunk(number) for tensor in self)
+        return (Rows(*piece) for piece in zip(*pieces, strict=True))
+
+
+def capped_logits(y: Tensor, head_VE: Tensor, softcap: float) -> Tensor:
+    """Logits after the soft cap (0: none), float32 [..., V]."""
+    logits = F.linear(y, head_VE).float()
+    return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
+
+
+def loss_sum(rows: Rows, head_VE: Tensor, softcap: float) -> Tensor:
+    """Weighted sum of the cross-entropy over the rows (float32 scalar), with all logits at once."""
+    logits_NV = capped_logits(rows.y_NE, head_VE, softcap)
+    nll_N = F.cross_entropy(logits_NV, rows.targets_N, reduction="none")
+    return (nll_N * rows.weight_N).sum()
+
+
+def chunked_loss_sum(rows: Rows, head_VE: Tensor, softcap: float, chunks: int) -> Tensor:
+    """The same sum, with the logits of one chunk at a time."""
+    if torch.is_grad_enabled():
+        loss: Tensor = _LossWithGradients.apply(*rows, head_VE, softcap, chunks)
+        return loss
+    return torch.stack([loss_sum(chunk, head_VE, softcap) for chunk in rows.chunks(chunks)]).sum()
+
+
+class _LossWithGradients(torch.autograd.Function):
+    """Computes the gradients in forward; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_NE: Tensor,
+        targets_N: Tensor,
+        weight_N: Tensor,
+        head_VE: Tensor,
+        softcap: float,
+        chunks: int,
+    ) -> Tensor:
+        losses, grads_y = [], []
+        # float32: in bfloat16 the sum would lose what the later chunks add.
+        grad_head_VE = torch.zeros_like(head_VE, dtype=torch.float32)
+        for chunk in Rows(y_NE, targets_N, weight_N).chunks(chunks):
+            loss, grad_logits_NV = _loss_and_gradient(chunk, head_VE, softcap)
+            losses.append(loss)
+            grads_y.append(grad_logits_NV @ head_VE)
+            grad_head_VE += grad_logits_NV.T @ chunk.y_NE
+        ctx.save_for_backward(torch.cat(grads_y), grad_head_VE)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # In float32: a factor such as 1 / (tokens of the global batch) is inexact in bfloat16.
+        grad_y_NE, grad_head_VE = ctx.saved_tensors
+        dtype = grad_y_NE.dtype
+        grad_y_NE = (grad_y_NE.float() * grad).to(dtype)
+        grad_head_VE = (grad_head_VE * grad).to(dtype)
+        return grad_y_NE, None, None, grad_head_VE, None, None
+
+
+def _loss_and_gradient(rows: Rows, head_VE: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Loss sum of the rows; its gradient at the uncapped logits, [N, V] in the states' dtype."""
+    logits_NV = capped_logits(rows.y_NE, head_VE, softcap)
+    log_sum_N1 = torch.logsumexp(logits_NV, dim=1, keepdim=True)
+    targets_N1, weight_N1 = rows.targets_N[:, None], rows.weight_N[:, None]
+    loss = (weight_N1 * (log_sum_N1 - logits_NV.gather(1, targets_N1))).sum()
+    # A comparison rather than a scatter: the compiler fuses it with what surrounds it.
+    is_target_NV = torch.arange(len(head_VE), device=logits_NV.device) == targets_N1
+    grad_NV = weight_N1 * (torch.exp(logits_NV - log_sum_N1) - is_target_NV.float())
+    if softcap > 0:
+        grad_NV = grad_NV * (1 - (logits_NV / softcap).square())  # tanh' = 1 - tanh^2
+    return loss, grad_NV.to(rows.y_NE.dtype)
