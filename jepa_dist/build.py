@@ -7,6 +7,7 @@ import functools
 import torch
 
 from jepa_dist.config import Config, ModelConfig, ParallelConfig
+from jepa_dist.data.boundaries import DocumentStarts
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import TokenDataset, TrainLoader
 from jepa_dist.data.shards import find_shards
@@ -26,7 +27,8 @@ from jepa_dist.parallel.world import World
 def build_model(config: Config, world: World) -> tuple[GPT, Gathering]:
     """The sharded, compiled model with its initial weights."""
     values = functools.partial(initial_value, config=config.model, seed=config.seed)
-    return build_gpt(config.model, config.parallel, world, values)
+    layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
+    return build_gpt(config.model, config.parallel, world, values, layout.num_micro)
 
 
 def build_optimizer(config: Config, model: GPT) -> Optimizer:
@@ -50,20 +52,42 @@ def build_ema(config: Config, model: GPT) -> EMA | None:
     return EMA(model.named_parameters(), config.optim.ema_decay)
 
 
-def build_loader(config: Config, world: World, samples_consumed: int) -> TrainLoader:
-    """This rank's training batches from the given position on."""
+def build_loader(
+    config: Config, world: World, samples_consumed: int, skip: range = range(0)
+) -> TrainLoader:
+    """This rank's training batches from the given position on, without those of ``skip``."""
     return TrainLoader(
-        TokenDataset(
-            find_shards(config.data.train, "data.train"),
-            config.model.seq_len,
-            config.model.vocab_size,
-        ),
+        _training_samples(config),
         BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size),
         seed=config.seed,
         samples_consumed=samples_consumed,
+        skip=skip,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         pin_memory=world.device.type == "cuda",
+    )
+
+
+def _training_samples(config: Config) -> TokenDataset:
+    paths = find_shards(config.data.train, "data.train")
+    return TokenDataset(paths, config.model.seq_len, config.model.vocab_size)
+
+
+def build_document_starts(
+    config: Config, world: World, bos_id: int | None, *, step: int, consumed: int, skip: range
+) -> DocumentStarts | None:
+    """Where documents begin in the batches from ``step`` on, if spans are to keep within them;
+    on rank 0, which samples them."""
+    if not config.jepa.within_documents or bos_id is None or not world.is_main:
+        return None
+    return DocumentStarts(
+        _training_samples(config),
+        bos_id,
+        sequences=config.batch.sequences,
+        seed=config.seed,
+        step=step,
+        samples_consumed=consumed,
+        skip=skip,
     )
 
 
@@ -79,7 +103,11 @@ def build_validation(
 
 
 def build_gpt(
-    config: ModelConfig, parallel: ParallelConfig, world: World, initial_value: InitialValue
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    world: World,
+    initial_value: InitialValue,
+    micro_batches: int = 1,
 ) -> tuple[GPT, Gathering]:
     """The sharded, compiled model with its first values.
 
@@ -88,6 +116,7 @@ def build_gpt(
         parallel: Compilation, precision, sharding.
         world: Ranks and mesh.
         initial_value: Full initial tensor by name and shape, the same on every rank.
+        micro_batches: Forward and backward passes per optimiser step.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -99,5 +128,6 @@ def build_gpt(
         config=parallel,
         world=world,
         initial_value=initial_value,
+        micro_batches=micro_batches,
     )
     return model, gathering

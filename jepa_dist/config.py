@@ -59,6 +59,8 @@ class TrainConfig(_Section):
     on that clock; null runs them on steps alone."""
     stop_at: PositiveInt | None = None
     """Stop after this many steps with a checkpoint; schedules remain those of train.steps."""
+    max_bad_steps: PositiveInt = 10
+    """Steps in a row, skipped because loss or gradient is not finite, before a roll-back."""
     log_every: PositiveInt = 10
     """Steps between two metric records (the device is synchronised only then)."""
     enable_looping_at: Fraction = 0.5
@@ -161,6 +163,8 @@ class DataConfig(_Section):
     tokenizer: str | None = "bytes"
     """'bytes', or the path of a SentencePiece .model (extra [sentencepiece]); null if it is not
     at hand (GPT-2 shards, say): then there are no bits per byte and no text samples."""
+    bos_id: Count | None = None
+    """Id that begins every document; null takes what meta.json or the tokenizer says."""
     workers: Count = 2
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: PositiveInt = 4
@@ -184,6 +188,9 @@ class JepaConfig(_Section):
     """Spans sampled per sequence; their losses are averaged."""
     sampler: Literal["start_then_length", "uniform"] = "start_then_length"
     """Uniform start then uniform length, or uniform over all legal spans."""
+    within_documents: bool = False
+    """Only spans that lie in one document, the state before them included (needs BOS ids in the
+    shards). Sequences without such a span do not count."""
     norm_floor: NonNegative = 0.05
     """Floor of both norms in the cosine, relative to the RMS norm of the sequence's tapped states;
     0 uses an absolute 1e-8 and can explode at the start of training."""
@@ -261,7 +268,12 @@ class ParallelConfig(_Section):
     reshard_after_forward: bool = True
     """Free gathered parameters after each block's forward (less memory, one more gather)."""
     keep_looped_gathered: bool = True
-    """Keep looped blocks gathered from their first pass until backward is done."""
+    """Keep looped blocks gathered from their first pass until backward is done, and reduce their
+    gradients once."""
+    accumulate: Literal["gathered", "sharded"] = "gathered"
+    """Between micro-batches: parameters gathered and gradients whole, so that a step gathers and
+    reduces once; or both sharded, at a gather and a reduction per micro-batch (for models of which
+    a rank cannot hold a whole copy)."""
     timeout_seconds: Positive = 600.0
     """A collective that waits longer ends the job instead of hanging."""
 
@@ -290,11 +302,52 @@ class CheckpointConfig(_Section):
     """How many of the newest are kept."""
     keep_every: Count = 0
     """Those at multiples of this step are kept for ever; 0 keeps none so."""
+    grace_seconds: Positive = 300.0
+    """Longest time from a stop signal to the exit; a rank that has not saved by then leaves all the
+    same. Choose a little less than the cluster grants."""
     resume: str = "auto"
     """auto: go on from the newest whole one in run.dir, if there is any. never: only a new run.
     Otherwise the folder of a checkpoint, of any run, to go on from in a new run.dir."""
     allow_other_data: bool = False
     """Go on although the data are not those that the checkpoint was trained on."""
+
+
+class ProfileConfig(_Section):
+    """A look at single steps (docs/monitoring.md); slows them down."""
+
+    start: Count = 20
+    """Steps that this start of the run takes before; the first ones compile."""
+    steps: Count = 0
+    """How many are traced; 0 traces nothing."""
+    ranks: list[Count] = [0]
+    """Which ranks leave a trace."""
+
+
+class MonitorConfig(_Section):
+    """What is watched while the run trains."""
+
+    late_seconds: NonNegative = 120.0
+    """A rank that stays in one place (step and phase) for longer is told about, with everybody's
+    Python stacks in the logs; 0 does not watch. Compiling counts as a place."""
+    jepa_every: Count = 100
+    """Steps between two looks at whether the objective is alive and what it learns
+    (docs/objective.md), while it is on; such steps are logged. 0 never looks."""
+    dead_gradient_ratio: NonNegative = 1e-5
+    """Warn when the gradient of lambda * JEPA at the tapped state is less than this share of
+    cross-entropy's: far less than cross-entropy's own changes from batch to batch."""
+    collapse_share: Fraction = 0.25
+    """Warn when the effective rank of the tapped states is below this share of what it was when
+    first looked at, twice in a row."""
+    straggler_ratio: NonNegative = 1.3
+    """Warn when the slowest rank takes so many times as long as a typical one for the same
+    computation, several records in a row; 0 does not compare ranks."""
+    histogram_every: Count = 0
+    """Steps between two histograms of parameters and gradients in TensorBoard (the shards of
+    rank 0); 0 makes none."""
+    profile: ProfileConfig = ProfileConfig()
+    memory_snapshot: bool = False
+    """Record the allocations of every CUDA device and leave them in profile/ at the end. What is
+    allocated when memory runs out is left there in any case."""
 
 
 class Config(_Section):
@@ -312,6 +365,7 @@ class Config(_Section):
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
 
 # The environment switches of parameter-golf issue #1772.
@@ -439,6 +493,10 @@ def check(config: Config) -> list[str]:
             f"model.seq_len={model.seq_len}: the JEPA objective needs at least 3 positions",
         ),
         (
+            config.data.bos_id is None or config.data.bos_id < model.vocab_size,
+            f"data.bos_id={config.data.bos_id}: must be below model.vocab_size={model.vocab_size}",
+        ),
+        (
             jepa.max_span_frac > 0 or jepa.lambda_ == 0,
             "jepa.max_span_frac=0.0: must be above 0 when jepa.lambda > 0",
         ),
@@ -542,7 +600,12 @@ _Loader.add_implicit_resolver(
 _Layer = Iterable[tuple[str, Any, str]]
 
 
-def _from_file(path: Path) -> _Layer:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping; an empty file is an empty one.
+
+    Raises:
+        UserError: unreadable, not YAML, a key given twice, or no mapping.
+    """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -551,11 +614,14 @@ def _from_file(path: Path) -> _Layer:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not valid YAML: {reason}") from None
     if tree is None:
-        return []
+        return {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-    named = {str(name): value for name, value in tree.items()}
-    return [(key, value, f"file {path}") for key, value in _flatten_known(named)]
+    return {str(name): value for name, value in tree.items()}
+
+
+def _from_file(path: Path) -> _Layer:
+    return [(key, value, f"file {path}") for key, value in _flatten_known(read_mapping(path))]
 
 
 def _flatten_known(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -580,22 +646,28 @@ def _from_environment(environ: Mapping[str, str]) -> _Layer:
                 f"environment {name}: unknown switch{_suggest(name, ENVIRONMENT)}; "
                 f"known are {', '.join(ENVIRONMENT)}"
             )
-        key = ENVIRONMENT[name]
-        layer.append((key, _parse(environ[name], f"environment {name}"), f"environment {name}"))
+        source = f"environment {name}"
+        layer.append((ENVIRONMENT[name], parse_value(environ[name], source), source))
     return layer
 
 
 def _from_command_line(overrides: Iterable[str]) -> _Layer:
-    layer = []
+    layer: list[tuple[str, Any, str]] = []
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"command line: {item!r}: expected KEY=VALUE, e.g. jepa.lambda=0.02")
-        layer.append((key.strip(), _parse(text, f"command line {item}"), "command line"))
+        value = parse_value(text, f"command line {item}")
+        layer += [(k, v, "command line") for k, v in _flatten_known({key.strip(): value})]
     return layer
 
 
-def _parse(text: str, source: str) -> Any:
+def parse_value(text: str, source: str) -> Any:
+    """The value in ``KEY=VALUE``.
+
+    Raises:
+        UserError: not YAML; ``source`` says where it was given.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
@@ -605,11 +677,11 @@ def _parse(text: str, source: str) -> Any:
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in values.items():
-        section, dot, name = key.rpartition(".")
-        if dot:
-            tree.setdefault(section, {})[name] = value
-        else:
-            tree[name] = value
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
     return tree
 
 
@@ -618,7 +690,8 @@ def _known_keys() -> list[str]:
 
 
 def _sections() -> list[str]:
-    return [name for name, value in to_dict(Config()).items() if isinstance(value, dict)]
+    parts = [key.split(".") for key in _known_keys()]
+    return sorted({".".join(path[:n]) for path in parts for n in range(1, len(path))})
 
 
 def _unknown_key(key: str, source: str) -> str | None:
@@ -675,25 +748,31 @@ def reference_page() -> str:
         "|---|---|",
         *[f"| `{name}` | `{key}` |" for name, key in ENVIRONMENT.items()],
     ]
-    defaults = to_dict(Config())
     for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            lines += ["", f"## {name}", "", (section.__doc__ or "").strip(), ""]
-            lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-            for leaf, leaf_field in section.model_fields.items():
-                alias = leaf_field.alias or leaf
-                lines.append(_row(f"{name}.{alias}", leaf_field, defaults[name][alias]))
-        else:
-            lines += ["", "## top level", ""]
-            lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-            lines.append(_row(name, field, defaults[name]))
+        lines += ["", *_section(name, field)]
     return "\n".join(lines) + "\n"
 
 
-def _row(key: str, field: Any, default: Any) -> str:
+def _section(name: str, field: Any) -> list[str]:
+    """A heading and the table of its keys; sections within follow."""
+    header = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    if not _is_section(field):
+        return ["## top level", "", *header, _row(name, field)]
+    within = [(f"{name}.{f.alias or leaf}", f) for leaf, f in field.annotation.model_fields.items()]
+    rows = [_row(key, leaf) for key, leaf in within if not _is_section(leaf)]
+    lines = [f"## {name}", "", (field.annotation.__doc__ or "").strip(), "", *header, *rows]
+    for key, leaf in within:
+        lines += ["", *_section(key, leaf)] if _is_section(leaf) else []
+    return lines
+
+
+def _is_section(field: Any) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _row(key: str, field: Any) -> str:
     meaning = " ".join((field.description or "").split())
-    return f"| `{key}` | {_type_name(field)} | `{_yaml_scalar(default)}` | {meaning} |"
+    return f"| `{key}` | {_type_name(field)} | `{_yaml_scalar(field.default)}` | {meaning} |"
 
 
 def _type_name(field: Any) -> str:
@@ -702,8 +781,8 @@ def _type_name(field: Any) -> str:
     if options and all(isinstance(option, str) for option in options):
         return ", ".join(f"`{option}`" for option in options)
     bare = [getattr(part, "__origin__", part) for part in options or [annotation]]
-    names = [part.__name__ for part in bare]
-    return " or ".join("null" if name == "NoneType" else name for name in names)
+    names = ["null" if part.__name__ == "NoneType" else part.__name__ for part in bare]
+    return f"list of {names[0]}" if annotation in (list[Count],) else " or ".join(names)
 
 
 if __name__ == "__main__":

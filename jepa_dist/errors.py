@@ -1,6 +1,6 @@
 """The one exception that every room raises for something the *user* can mend.
 
-The front door prints it without a traceback, one line per problem, and exits with code 2
+The front door prints it without a traceback, one line per problem, and exits with its code
 (contract C7). A message names the key or file, what was expected, and the way out.
 """
 
@@ -8,6 +8,14 @@ The front door prints it without a traceback, one line per problem, and exits wi
 class UserError(Exception):
     """Bad configuration, data or state file: one or more one-line problems."""
 
+    exit_code = 2
+
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class TrainingError(UserError):
+    """The run itself cannot go on; raised on every rank alike, so that rank 0 alone tells it."""
+
+    exit_code = 3

@@ -12,14 +12,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from jepa_dist.errors import UserError
+from jepa_dist.errors import TrainingError, UserError
 
 EXIT_FAILURE = 1
-EXIT_USER_ERROR = 2
 
 # Ranks other than 0 leave this much later, or torchrun would end rank 0 before it has spoken.
 _LET_MAIN_SPEAK_SECONDS = 2.0
@@ -29,33 +28,45 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def told_once(rank: int) -> Iterator[None]:
-    """For what fails on every rank alike: rank 0 prints the problems, all exit with code 2."""
+    """For what fails on every rank alike: rank 0 prints the problems, all exit with its code."""
     try:
         yield
     except UserError as error:
-        if rank == 0:
-            _print_problems(error, prefix="")
-        else:
-            time.sleep(_LET_MAIN_SPEAK_SECONDS)
-        if _has_process_group():
-            # Tearing down the interpreter with one about aborts now and then.
-            _leave(EXIT_USER_ERROR)
-        sys.exit(EXIT_USER_ERROR)
+        _tell_once(error, rank)
+
+
+def _tell_once(error: UserError, rank: int) -> NoReturn:
+    if rank == 0:
+        _print_problems(error, prefix="")
+    else:
+        time.sleep(_LET_MAIN_SPEAK_SECONDS)
+    if _has_process_group():
+        # Tearing down the interpreter with one about aborts now and then.
+        _leave(error.exit_code)
+    sys.exit(error.exit_code)
 
 
 @contextmanager
-def told_by_this_rank(rank: int) -> Iterator[None]:
+def told_by_this_rank(rank: int, on_failure: Callable[[str], None] | None = None) -> Iterator[None]:
     """For what may fail on one rank only: it reports and leaves at once, skipping all clean-up.
 
     Clean-up would wait for ranks that wait for this one.
+
+    Args:
+        rank: This one.
+        on_failure: Called first, with one line that says what happened.
     """
     try:
-        yield
+        with _noted(on_failure):
+            yield
+    except TrainingError as error:
+        log.error("%s", error)
+        _tell_once(error, rank)
     except UserError as error:
         _record_for_torchrun(error)
         log.error("%s", error)
         _print_problems(error, prefix=f"[rank {rank}] ")
-        _leave(EXIT_USER_ERROR)
+        _leave(error.exit_code)
     except KeyboardInterrupt:
         print(f"[rank {rank}] interrupted", file=sys.stderr)
         _leave(128 + 2)
@@ -71,6 +82,18 @@ def told_by_this_rank(rank: int) -> Iterator[None]:
                 file=sys.stderr,
             )
         _leave(EXIT_FAILURE)
+
+
+@contextmanager
+def _noted(on_failure: Callable[[str], None] | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if on_failure is not None:
+            # The error that is under way matters more than a note that cannot be written.
+            with suppress(Exception):
+                on_failure(str(error).partition("\n")[0] or type(error).__name__)
+        raise
 
 
 def _print_problems(error: UserError, prefix: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 
 
 def is_launched() -> bool:
@@ -25,6 +26,17 @@ def launched_local_rank() -> int:
 def launched_world_size() -> int:
     """Number of ranks (1 without a launcher)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def tell_place() -> None:
+    """On several hosts, say once for each of them which ranks it has got."""
+    if launched_local_rank() != 0 or int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
+        return
+    first, count = launched_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
+    ranks = f"rank {first}" if count == 1 else f"ranks {first} to {first + count - 1}"
+    # Virtual nodes of SLURM share the name of their host.
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    print(f"{ranks} of {launched_world_size()}: {host}", flush=True)
 
 
 def die_with_launcher() -> None:

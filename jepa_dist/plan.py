@@ -8,9 +8,11 @@ CPU group: when a step begins, its plan has arrived.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jepa_dist.config import Config
-from jepa_dist.jepa.spans import sample_spans
+from jepa_dist.data.boundaries import DocumentStarts
+from jepa_dist.jepa.spans import sample_spans, sample_spans_within
 from jepa_dist.optim.schedule import jepa_weight, lr_multiplier, muon_momentum, next_phase
 from jepa_dist.parallel.world import World
 
@@ -40,15 +43,22 @@ class StepPlan:
     jepa_weight: float
     """Lambda of this step; 0 switches the objective off: no spans, no JEPA region."""
     log: bool
+    probe: bool
+    """The objective's vital signs are taken in this step, and logged."""
     evaluate: bool
     last: bool
     """The run is complete after this step."""
     save: bool
     """A checkpoint follows this step."""
+    settle: bool
+    """The save in flight was seen to be done on rank 0: all take note of its end at this step."""
     stop: bool
     """Training stops after this step: it is the last one, or it was asked to."""
+    roll_back: bool
+    """The run goes back to its last healthy checkpoint after this step."""
     spans: Spans | None
-    """int64 [global batch, spans per sequence, 2], or None while the objective is off."""
+    """int64 [global batch, spans per sequence, 2], or None while the objective is off; zeros along
+    a row that has no legal span."""
 
     @classmethod
     def of_nothing(cls, phase: int, jepa_weight: float, spans: Spans | None) -> StepPlan:
@@ -61,12 +71,25 @@ class StepPlan:
             phase=phase,
             jepa_weight=jepa_weight,
             log=False,
+            probe=False,
             evaluate=False,
             last=False,
             save=False,
+            settle=False,
             stop=False,
+            roll_back=False,
             spans=spans,
         )
+
+    @property
+    def num_span_rows(self) -> int:
+        """Rows of the global batch that have spans."""
+        return 0 if self.spans is None else int(np.count_nonzero(self.spans[:, 0, 0]))
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether the next step comes right after this one."""
+        return not (self.stop or self.roll_back)
 
     def pack(self, span_shape: tuple[int, int, int]) -> Tensor:
         """As one float64 tensor of fixed size (all integers here are far below 2**53)."""
@@ -80,23 +103,12 @@ class StepPlan:
         values = packed.numpy()
         header = dict(zip(_HEADER, values[: len(_HEADER)].tolist(), strict=True))
         spans = values[len(_HEADER) :].astype(np.int64).reshape(span_shape)
-        return cls(
-            step=int(header["step"]),
-            frac=header["frac"],
-            lr_multiplier=header["lr_multiplier"],
-            muon_momentum=header["muon_momentum"],
-            phase=int(header["phase"]),
-            jepa_weight=header["jepa_weight"],
-            log=bool(header["log"]),
-            evaluate=bool(header["evaluate"]),
-            last=bool(header["last"]),
-            save=bool(header["save"]),
-            stop=bool(header["stop"]),
-            spans=spans if header["jepa_weight"] > 0 else None,
-        )
+        typed = {name: _HEADER[name](value) for name, value in header.items()}
+        return cls(**typed, spans=spans if header["jepa_weight"] > 0 else None)
 
 
-_HEADER = tuple(field.name for field in fields(StepPlan) if field.name != "spans")
+_TYPES: dict[Any, type] = {"int": int, "float": float, "bool": bool}
+_HEADER = {field.name: _TYPES[field.type] for field in fields(StepPlan) if field.name != "spans"}
 
 
 class TrainingClock:
@@ -121,22 +133,54 @@ class TrainingClock:
         self._started += time.monotonic() - began
 
 
-class Planner:
-    """Rank 0's decisions. Of its state a checkpoint keeps the recurrence phase."""
+class SpansAhead:
+    """Spans of a step, worked out in a thread while the step before it runs."""
 
-    def __init__(self, config: Config, clock: TrainingClock, phase: int = 0) -> None:
+    def __init__(self, sample: Callable[[int], Spans]) -> None:
+        self._sample = sample
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="spans")
+        self._begun: dict[int, Future[Spans]] = {}
+
+    def __call__(self, step: int) -> Spans:
+        """The spans of ``step``; those of the next one are begun."""
+        begun = self._begun.pop(step, None)
+        spans = self._sample(step) if begun is None else begun.result()
+        self._begun = {step + 1: self._thread.submit(self._sample, step + 1)}
+        return spans
+
+
+class Planner:
+    """Rank 0's decisions. Of its state a checkpoint keeps the recurrence phase.
+
+    ``documents`` are given if spans are to keep within them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clock: TrainingClock,
+        phase: int = 0,
+        documents: DocumentStarts | None = None,
+    ) -> None:
         self._config = config
         self._clock = clock
         self._phase = phase
+        self._documents = documents
+        # To read every row of the global batch takes long enough to be worth doing beforehand.
+        self._spans = SpansAhead(self._sample_within) if documents else self._sample_jepa_spans
         self._saved_at = time.monotonic()
-        self._stop_requested = False
+        self.stop_reason: str | None = None
+        """Why training is to stop; the next step that is planned will be the one to stop after."""
+        self.roll_back = False
+        """Whether the next step that is planned will be the one to roll back after."""
 
-    def request_stop(self) -> None:
-        """Let the next step that is planned be the one to stop after."""
-        self._stop_requested = True
+    def plan(self, step: int, settle: bool = False) -> StepPlan:
+        """Decide step ``step``; to be asked for steps in order.
 
-    def plan(self, step: int) -> StepPlan:
-        """Decide step ``step``; to be asked for steps in order."""
+        Args:
+            step: Which.
+            settle: A save in flight has ended.
+        """
         config = self._config
         train, optim, jepa = config.train, config.optim, config.jepa
         limit, elapsed = train.max_wallclock_seconds, self._clock.seconds()
@@ -150,9 +194,12 @@ class Planner:
         )
         weight = jepa_weight(frac, jepa.lambda_, jepa.start_frac, jepa.ramp_frac)
         last = step == train.steps - 1 or (limit is not None and elapsed >= limit)
-        stop = last or self._stop_requested or step + 1 == train.stop_at
-        every = config.eval.every
-        evaluate = last or (every > 0 and (step + 1) % every == 0)
+        last = last and not self.roll_back
+        if step + 1 == train.stop_at:
+            self.stop_reason = f"train.stop_at={train.stop_at}"
+        stop = last or (self.stop_reason is not None and not self.roll_back)
+        probe = weight > 0 and _is_due(step, config.monitor.jepa_every)
+        evaluate = last or (_is_due(step, config.eval.every) and not self.roll_back)
         return StepPlan(
             step=step,
             frac=frac,
@@ -165,12 +212,15 @@ class Planner:
             ),
             phase=self._phase,
             jepa_weight=weight,
-            log=evaluate or stop or (step + 1) % train.log_every == 0,
+            log=evaluate or probe or stop or self.roll_back or _is_due(step, train.log_every),
+            probe=probe,
             evaluate=evaluate,
             last=last,
-            save=stop or self._is_time_to_save(step),
+            save=not self.roll_back and (stop or self._is_time_to_save(step)),
+            settle=settle,
             stop=stop,
-            spans=self._sample_jepa_spans(step) if weight > 0 else None,
+            roll_back=self.roll_back,
+            spans=self._spans(step) if weight > 0 else None,
         )
 
     def _is_time_to_save(self, step: int) -> bool:
@@ -179,39 +229,63 @@ class Planner:
         by_time = config.minutes > 0 and seconds >= 60 * config.minutes
         if by_time:
             self._saved_at = time.monotonic()
-        return by_time or (config.every > 0 and (step + 1) % config.every == 0)
+        return by_time or _is_due(step, config.every)
 
     def _sample_jepa_spans(self, step: int) -> Spans:
-        config = self._config
-        return sample_spans(
-            config.seed,
-            step,
-            (config.batch.sequences, config.jepa.spans_per_sequence),
-            config.model.seq_len,
-            config.jepa.max_span_frac,
-            config.jepa.sampler,
+        config, jepa = self._config, self._config.jepa
+        shape, seq_len = (config.batch.sequences, jepa.spans_per_sequence), config.model.seq_len
+        return sample_spans(config.seed, step, shape, seq_len, jepa.max_span_frac, jepa.sampler)
+
+    def _sample_within(self, step: int) -> Spans:
+        assert self._documents is not None
+        starts_BT, jepa = self._documents.read(step), self._config.jepa
+        how_many = jepa.spans_per_sequence
+        return sample_spans_within(
+            self._config.seed, step, starts_BT, how_many, jepa.max_span_frac, jepa.sampler
         )
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Whether what is done every so many steps (0: never) is done in this one."""
+    return every > 0 and (step + 1) % every == 0
 
 
 class PlanChannel:
     """Brings rank 0's plans to every rank, one step ahead of their use."""
 
-    def __init__(self, config: Config, world: World, clock: TrainingClock, phase: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        clock: TrainingClock,
+        phase: int = 0,
+        documents: DocumentStarts | None = None,
+    ) -> None:
         self._world = world
         self._span_shape = (config.batch.sequences, config.jepa.spans_per_sequence, 2)
-        self._planner = Planner(config, clock, phase) if world.is_main else None
+        self._planner = Planner(config, clock, phase, documents) if world.is_main else None
         self._buffer = torch.empty(0)
         self._pending: dist.Work | None = None
 
-    def request_stop(self) -> None:
+    def request_stop(self, reason: str) -> None:
         """Ask for a stop; heard on rank 0, which learns of every rank's request."""
-        if self._planner is not None:
-            self._planner.request_stop()
+        if self._planner is not None and self._planner.stop_reason is None:
+            self._planner.stop_reason = reason
 
-    def request(self, step: int) -> None:
+    def request_roll_back(self) -> None:
+        """Ask to go back to the last healthy checkpoint; heard on rank 0."""
+        if self._planner is not None:
+            self._planner.roll_back = True
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why training stops early, if it does; known on rank 0."""
+        return None if self._planner is None else self._planner.stop_reason
+
+    def request(self, step: int, settle: bool = False) -> None:
         """Start the broadcast of the plan of ``step``; returns at once."""
         if self._planner is not None:
-            self._buffer = self._planner.plan(step).pack(self._span_shape)
+            self._buffer = self._planner.plan(step, settle).pack(self._span_shape)
         else:
             size = len(_HEADER) + int(np.prod(self._span_shape))
             self._buffer = torch.empty(size, dtype=torch.float64)

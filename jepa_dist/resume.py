@@ -20,13 +20,16 @@ from jepa_dist.checkpoint.loader import verify_together
 from jepa_dist.checkpoint.manifest import read_state
 from jepa_dist.config import Config, flatten, to_dict, to_yaml
 from jepa_dist.errors import UserError
-from jepa_dist.monitor.run_dir import write_run_dir
+from jepa_dist.monitor.run_dir import read_status, write_run_dir
 from jepa_dist.parallel.world import World
 
 # Keys that a checkpoint cannot go on without being the same, by the beginning of their names.
 _ESSENTIAL = ("seed", "model.", "optim.matrix", "data.tokenizer")
 # Keys that say where things are and when to save or stop, not what the run is.
-_INCIDENTAL = ("run.", "checkpoint.", "train.stop_at", "data.", "eval.", "train.log_every")
+_INCIDENTAL = (
+    *("run.", "checkpoint.", "data.", "eval.", "monitor."),
+    *("train.stop_at", "train.log_every", "train.max_bad_steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,22 @@ def _start_at(
         return state, differences(checkpoint, state, config, data_fingerprint)
 
     state, changes = world.decide(compare)
-    step, limit = state["step"], config.train.max_wallclock_seconds
-    is_finished = step >= config.train.steps or (limit is not None and state["seconds"] >= limit)
+    step = state["step"]
+    is_finished = world.decide(lambda: _is_finished(config, state))
     told = (
         f"{config.run.dir}: finished already, after step {step}; nothing to do"
         if is_finished
         else f"going on from {checkpoint}, after step {step}"
     )
     return Start(checkpoint, step, is_finished, (*messages, *changes, told))
+
+
+def _is_finished(config: Config, state: Mapping[str, Any]) -> bool:
+    """Whether all steps are done and what follows them (export, status) is, too."""
+    step, limit = state["step"], config.train.max_wallclock_seconds
+    is_complete = step >= config.train.steps or (limit is not None and state["seconds"] >= limit)
+    status = read_status(Path(config.run.dir).expanduser())
+    return is_complete and (status.get("state"), status.get("step")) == ("finished", step)
 
 
 def differences(

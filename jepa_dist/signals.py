@@ -4,24 +4,66 @@ from __future__ import annotations
 
 import os
 import signal
-from types import FrameType
+import socket
+import sys
+import threading
+import time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_GRACE_OVER = 4
+
+# One request may arrive twice: SLURM signals every process of a step, and torchrun passes on to its
+# ranks what it gets.
+_ECHO_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop. Installs handlers; a second signal exits at once.
+    """Whether this process was asked to stop. Installs handlers; a second signal, if it is no echo
+    of the first (within two seconds), exits at once.
 
-    The handler only sets a flag: the step is finished, a checkpoint saved, and every rank stops at
-    the same step, because rank 0 puts it into the plan (contract C2).
+    The step is finished, a checkpoint saved, and every rank stops at the same step, because rank 0
+    puts it into the plan (contract C2). A thread receives the signals: Python would not run a
+    handler while the main thread waits in a collective, and that is where a rank that must be
+    ended is stuck.
+
+    Args:
+        grace_seconds: From the first signal on; a process that still runs then exits (code 4).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_seconds: float) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._grace_seconds = grace_seconds
+        self._inbox, outbox = socket.socketpair()
+        outbox.setblocking(False)
+        self._outbox = outbox  # keeps it open
         for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self) -> None:
+        while True:
+            for number in self._inbox.recv(64):
+                if number in STOP_SIGNALS:
+                    self._receive(signal.Signals(number))
+
+    def _receive(self, number: signal.Signals) -> None:
+        now = time.monotonic()
         if self.received is not None:
-            os._exit(128 + number)
-        self.received = signal.Signals(number)
+            if now - self._received_at > _ECHO_SECONDS:
+                os._exit(128 + number)
+            return
+        self.received, self._received_at = number, now
+        timer = threading.Timer(self._grace_seconds, self._give_up)
+        timer.daemon = True
+        timer.start()
+
+    def _give_up(self) -> None:
+        print(
+            f"error: not stopped {self._grace_seconds:g} s after {self.received!s}: leaving "
+            "without a checkpoint (checkpoint.grace_seconds)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_GRACE_OVER)

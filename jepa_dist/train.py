@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +12,9 @@ from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
 from jepa_dist.errors import UserError
 from jepa_dist.failure import told_by_this_rank, told_once
-from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size
+from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size, tell_place
+from jepa_dist.monitor.run_dir import check_run_dir
+from jepa_dist.monitor.startup import Startup
 
 
 def main() -> None:
@@ -27,6 +30,10 @@ def main() -> None:
             return
         check_world(resolved.config, launched_world_size())
         check_data(resolved.config)
+        if arguments.check:
+            check_run_dir(Path(resolved.config.run.dir).expanduser())
+            return
+    tell_place()
     train(resolved.config, rank)
 
 
@@ -53,22 +60,36 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="print the resolved values and where each came from, then exit",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check configuration, data and run directory as a start would, then exit",
+    )
     return parser.parse_intermixed_args()
 
 
 def train(config: Config, rank: int) -> None:
     """Join the other ranks and run to the end, or until asked to stop."""
+    startup = Startup()
+    startup.done("check")
     # Imported late: mistakes in the configuration are told before torch takes its seconds.
     from jepa_dist.checkpoint import Checkpointer, Keep
+    from jepa_dist.model.summary import model_summary
+    from jepa_dist.monitor.memory import memory_watched
+    from jepa_dist.monitor.profiler import StepProfiler
     from jepa_dist.monitor.reporter import Reporter
-    from jepa_dist.monitor.run_dir import log_to_run_dir
-    from jepa_dist.parallel.world import start_world, stop_world
+    from jepa_dist.monitor.run_dir import log_to_run_dir, note_failure
+    from jepa_dist.monitor.watchdog import Watchdog
+    from jepa_dist.parallel.world import record_collectives, start_world, stop_world
     from jepa_dist.resume import find_start, open_run_dir
     from jepa_dist.trainer import Trainer
 
+    startup.done("imports")
     run_dir = Path(config.run.dir).expanduser()
+    record_collectives(run_dir / "logs")
     with told_by_this_rank(rank):
         world = start_world(config.parallel)
+    startup.done("process_group")
     with told_once(rank):
         data = world.decide(lambda: fingerprint_data(config))
         start = find_start(config, run_dir, data["train"]["digest"], world)
@@ -78,16 +99,30 @@ def train(config: Config, rank: int) -> None:
             world.decide(lambda: open_run_dir(run_dir, config, data))
             keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
             checkpointer = Checkpointer(run_dir / "checkpoints", world, keep)
+    startup.done("find_checkpoint")
     if not start.is_finished:
-        with told_by_this_rank(rank):
+        with (
+            told_by_this_rank(rank, on_failure=partial(note_failure, run_dir, rank)),
+            memory_watched(run_dir, rank, snapshot=config.monitor.memory_snapshot),
+        ):
             log_to_run_dir(run_dir, rank)
             identity = {"config": to_dict(config), "data_fingerprint": data["train"]["digest"]}
-            trainer = Trainer(config, world, checkpointer, start.checkpoint, identity)
-            reporter = Reporter(run_dir, config, start.step) if rank == 0 else None
-            summary = trainer.run(reporter)
-            checkpointer.close()
-            if summary["finished"]:
-                trainer.export(run_dir, summary)
+            reporter = None
+            if rank == 0:
+                reporter = Reporter(run_dir, config, start.step, world.world_size)
+            trainer = Trainer(config, world, checkpointer, start.checkpoint, identity, startup)
+            if reporter is not None:
+                parameters = trainer.model.named_parameters()
+                reporter.text("model", model_summary(parameters, config.model))
+            late = config.monitor.late_seconds
+            with (
+                Watchdog(run_dir, rank, world.world_size, lambda: trainer.meter.place, late),
+                StepProfiler(config.monitor.profile, run_dir, rank) as profiler,
+            ):
+                summary = trainer.run(reporter, profiler)
+                checkpointer.close()
+                if summary["finished"]:
+                    trainer.export(run_dir, summary)
             if reporter is not None:
                 reporter.finish(summary)
     stop_world()

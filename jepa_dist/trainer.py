@@ -3,60 +3,59 @@
 from __future__ import annotations
 
 import itertools
-import math
+import signal
+import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch._dynamo
 from torch import Tensor
 
 from jepa_dist.build import (
+    build_document_starts,
     build_ema,
     build_loader,
     build_model,
     build_optimizer,
     build_validation,
 )
-from jepa_dist.checkpoint import Checkpointer, load
+from jepa_dist.checkpoint import Checkpointer, find_resumable, load, set_aside_after
 from jepa_dist.config import Config
 from jepa_dist.data.baseline import MAX_VOCAB, ngram_bits_per_byte
-from jepa_dist.data.check import load_checked_tokenizer
+from jepa_dist.data.check import known_bos, load_checked_tokenizer
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch, make_batch
 from jepa_dist.data.shards import find_shards
+from jepa_dist.errors import TrainingError
+from jepa_dist.evaluate.score import InterruptedEvaluationError
 from jepa_dist.generate import generate
+from jepa_dist.health import BadSteps, is_healthy
 from jepa_dist.interop.safetensors_io import Weights, export_model
-from jepa_dist.jepa.loss import UNSTRUCTURED_LOSS, JepaLoss
+from jepa_dist.jepa.loss import JepaLoss
+from jepa_dist.jepa.probe import TapProbe
 from jepa_dist.model.execution import LAST_PHASE
-from jepa_dist.model.flops import training_flops_per_token
+from jepa_dist.monitor.clipped import ClippedShare
 from jepa_dist.monitor.compiles import CompileCounter
-from jepa_dist.monitor.hardware import peak_flops, resident_gib
-from jepa_dist.monitor.meter import Meter, TokensDigest
+from jepa_dist.monitor.meter import Meter, RollingDigest
+from jepa_dist.monitor.profiler import StepProfiler
 from jepa_dist.monitor.reporter import Reporter
+from jepa_dist.monitor.startup import Startup
+from jepa_dist.monitor.stragglers import RankTimes
 from jepa_dist.optim.clip import clip_grad_norm
+from jepa_dist.optim.shards import shard_values
+from jepa_dist.optim.update_ratio import UpdateRatio
 from jepa_dist.parallel.reduce import MetricsReduction, StepReport
 from jepa_dist.parallel.shard import compile_region
 from jepa_dist.parallel.world import World
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
-from jepa_dist.signals import StopRequest
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, besides its tensors (contract C5); nothing in it depends on the ranks."""
-
-    step: int = 0
-    """Optimiser steps done."""
-    samples_consumed: int = 0
-    phase: int = 0
-    """Recurrence phase of the last step."""
-    seconds: float = 0.0
-    """Training time spent, over all starts of the run."""
-    tokens_digest: str = ""
+from jepa_dist.progress import Progress
+from jepa_dist.records import compiled_graphs, kinds_of_work, losses, memory, mfu
+from jepa_dist.signals import STOP_SIGNALS, StopRequest
 
 
 class Trainer:
@@ -68,6 +67,7 @@ class Trainer:
         checkpointer: Where checkpoints go; None saves none.
         resume: The checkpoint to go on from, known to be whole and to fit the configuration.
         identity: What a checkpoint says of the run besides (configuration, data fingerprint).
+        startup: Measures what this start costs.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         resume: Path | None = None,
         identity: Mapping[str, Any] | None = None,
+        startup: Startup | None = None,
     ) -> None:
         self.config = config
         self.world = world
@@ -91,80 +92,149 @@ class Trainer:
             compile_region(self.jepa_loss)
         self.optimizer = build_optimizer(config, self.model)
         self.ema = build_ema(config, self.model)
-        self.progress = Progress() if resume is None else self.restore(resume)
-        self.batches = build_loader(config, world, self.progress.samples_consumed)
         self.tokenizer = load_checked_tokenizer(config, ("train", "val"))
+        self.bos_id = known_bos(config, self.tokenizer)
+        self.probe = TapProbe(
+            config.model.seq_len, config.jepa.max_span_frac, self.bos_id, world.device
+        )
         self.validation = build_validation(config, world, self.layout.micro_size, self.tokenizer)
         self.clock = TrainingClock()
-        self.plans = PlanChannel(config, world, self.clock, self.progress.phase)
-        self.reduction = MetricsReduction(world)
-        self.meter = Meter(config.batch.sequences * config.model.seq_len)
-        self.digest = TokensDigest(self.progress.tokens_digest)
-        self.stop_request = StopRequest() if checkpointer is not None else None
+        self.meter = Meter(config.batch.sequences * config.model.seq_len, world.device)
+        self.rank_times = self._compare_ranks()
+        self.update_ratio = UpdateRatio(self.optimizer.parameters())
+        self.clipped = ClippedShare(config.optim.grad_clip_norm)
+        self.histograms: dict[str, npt.NDArray[np.float32]] = {}
         self.compiles = CompileCounter()
-        self.latest: StepReport | None = None
+        self.bad_steps = BadSteps()
+        self.stop_request = (
+            None if checkpointer is None else StopRequest(config.checkpoint.grace_seconds)
+        )
+        self.startup = startup or Startup()
+        self.startup.done("build")
+        self._begin_at(Progress() if resume is None else self.restore(resume))
+        self.startup.done("restore")
 
-    def run(self, reporter: Reporter | None) -> dict[str, Any]:
+    def _compare_ranks(self) -> RankTimes:
+        """Have the head timed on every rank, unless ranks are not to be compared. Collective."""
+        compare = self.config.monitor.straggler_ratio > 0
+        hosts = self.world.gather(socket.gethostname()) if compare else []
+        times = RankTimes(self.world.rank, hosts, self.world.device)
+        self.model.register_module("head", times.around(self.model.head))
+        return times
+
+    def _begin_at(self, progress: Progress) -> None:
+        """Everything that follows from how far the run is."""
+        self.progress = progress
+        self.batches = build_loader(
+            self.config, self.world, progress.samples_consumed, progress.skip
+        )
+        documents = build_document_starts(
+            self.config,
+            self.world,
+            self.bos_id,
+            step=progress.step,
+            consumed=progress.samples_consumed,
+            skip=progress.skip,
+        )
+        self.plans = PlanChannel(self.config, self.world, self.clock, progress.phase, documents)
+        self.reduction = MetricsReduction(self.world)
+        self.latest: StepReport | None = None
+        self.tokens_digest = RollingDigest(progress.tokens_digest)
+        self.spans_digest = RollingDigest(progress.spans_digest)
+
+    def run(
+        self, reporter: Reporter | None, profiler: StepProfiler | None = None
+    ) -> dict[str, Any]:
         """Train until the last step, or until a stop is asked for. Collective.
 
         Args:
             reporter: Publishes the records; on rank 0 only.
+            profiler: Is told of every step.
 
         Returns:
-            The last record, with totals, ``finished``, and (on rank 0) the baselines.
+            The last record, with totals, how it ended (``finished``, ``saved``, ``reason``), and
+            (on rank 0) the baselines.
+
+        Raises:
+            TrainingError: on every rank: the loss does not stay finite.
         """
         try:
             baselines = self._baselines(reporter)
-            if self.config.parallel.compile_warmup:
-                self.warm_up()
+            if self._is_complete():
+                return self._conclude() | baselines
+            if self.config.parallel.compile_warmup and not self.warm_up():
+                return self._ended_before_training()
             self.clock.start(self.progress.seconds)
             self.meter.start()
             self.plans.request(self.progress.step)
             while True:
                 plan = self.plans.take()
-                if not plan.stop:
-                    self.plans.request(plan.step + 1)
+                if plan.is_followed:
+                    self.plans.request(plan.step + 1, settle=self._save_has_ended())
+                if profiler is not None:
+                    profiler.step()
                 self.step(plan)
                 self._take_in(self.reduction.arrived())
+                if plan.step == self.progress.step:
+                    self.startup.done("first_step")
                 validation = self.evaluate(plan) if plan.evaluate else {}
-                self.compiles.observe(_compiled_graphs(), _kinds_of_work(plan))
+                self.compiles.observe(compiled_graphs(), kinds_of_work(plan))
+                if plan.settle and self.checkpointer is not None:
+                    self.checkpointer.wait()
                 record = self._record(plan) | validation if plan.log else None
-                if plan.save:
-                    self.save(plan)
                 if reporter is not None:
                     reporter.step(record)
+                    if self.histograms:
+                        reporter.histograms(self.histograms, plan.step + 1)
+                # After the record: a start that goes on from this checkpoint does not write it.
+                if plan.save and self.checkpointer is not None:
+                    self.save(self._progress_after(plan), wait=plan.stop)
+                if plan.roll_back:
+                    self.roll_back(reporter)
                 if plan.stop:
                     assert record is not None
-                    totals = self.meter.summary() | {"finished": plan.last}
-                    return record | totals | baselines
+                    return record | self._ending(plan, validation) | baselines
         finally:
             self.batches.close()
 
     def step(self, plan: StepPlan) -> None:
-        """One optimiser step: accumulate the gradient of the global batch, clip, update."""
-        self.meter.step()
+        """One optimiser step: accumulate the gradient of the global batch, clip, update.
+
+        A step whose loss or gradient is not finite updates nothing, on any rank; the host learns
+        of it when the step's report arrives.
+        """
+        self.meter.step(plan.step, saving=self._is_saving())
         self.optimizer.set_schedule(plan.lr_multiplier, plan.muon_momentum)
+        if plan.spans is not None:
+            self.spans_digest.update(plan.spans.astype("<i8").tobytes())
         sums: dict[str, Tensor] = {}
+        probed: dict[str, Tensor] = {}
         digest = 0
         for index in range(self.layout.num_micro):
-            with self.meter.waiting_for_data():
+            with self.meter.phase("data_wait"):
                 batch = next(self.batches)
             digest += batch.digest
             self.gathering.begin_micro_batch(is_last=index == self.layout.num_micro - 1)
-            loss, parts = self.loss(batch.to(self.world.device, non_blocking=True), plan, index)
-            loss.backward()
+            with self.meter.phase("forward"):
+                loss, parts = self.loss(batch.to(self.world.device, non_blocking=True), plan, index)
+            with self.meter.phase("backward"):
+                _nan_unless_finite(loss).backward()
+                probed |= self.probe.measure()
             sums = {name: sums.get(name, 0) + value.detach() for name, value in parts.items()}
         self.gathering.release()
-        grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update()
-        asked = self.stop_request is not None and self.stop_request.received is not None
+        with self.meter.phase("optimizer"):
+            grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip_norm)
+            self.histograms = self._histograms(plan)
+            if plan.log:
+                self.update_ratio.before()
+            self.optimizer.step(skip=(~grad_norm.isfinite()).float())
+            self.optimizer.zero_grad()
+            if self.ema is not None:
+                self.ema.update()
         self.reduction.submit(
             plan.step,
-            sums,
-            host_sums={"stop_requests": float(asked)},
+            sums | probed | self.update_ratio.after(),
+            host_sums=self._stop_signals() | self.rank_times.host_sums(),
             digest=digest % 2**64,
             shared={"grad_norm": grad_norm},
         )
@@ -182,42 +252,71 @@ class Trainer:
         if plan.spans is None:
             zero = torch.zeros_like(ce)
             return ce, {"ce": ce, "jepa": zero, "floored": zero}
-        jepa_sum, floored = self._jepa_loss_fn(output.tap_BTD, batch, plan, index)
-        jepa = jepa_sum / sequences
+        tap_BTD = output.tap_BTD
+        if plan.probe and index == 0:
+            tap_BTD = self.probe.watch(tap_BTD, batch.tokens, len(self.layout.micro_rows(0)))
+        jepa_sum, floored = self._jepa_loss_fn(tap_BTD, batch, plan, index)
+        jepa = jepa_sum / max(1, plan.num_span_rows)
         return ce + plan.jepa_weight * jepa, {"ce": ce, "jepa": jepa, "floored": floored}
 
     def _jepa_loss_fn(
         self, tap_BTD: Tensor, batch: Batch, plan: StepPlan, index: int
     ) -> tuple[Tensor, Tensor]:
-        """The JEPA region on this micro-batch's spans (padding rows get a legal one)."""
+        """The JEPA region on this micro-batch's spans; rows without any do not count."""
         assert plan.spans is not None
         rows = self.layout.micro_rows(index)
-        spans_BS2 = torch.ones(len(batch.weight), *plan.spans.shape[1:], dtype=torch.int64)
+        spans_BS2 = torch.zeros(len(batch.weight), *plan.spans.shape[1:], dtype=torch.int64)
         spans_BS2[: len(rows)] = torch.from_numpy(plan.spans[rows.start : rows.stop])
         if tap_BTD.is_cuda:
             spans_BS2 = spans_BS2.pin_memory()
         spans_BS2 = spans_BS2.to(tap_BTD.device, non_blocking=True)
-        return self.jepa_loss(tap_BTD, spans_BS2, batch.weight)
+        weight_B = batch.weight * (spans_BS2[:, 0, 0] > 0)
+        return self.jepa_loss(tap_BTD, spans_BS2.clamp(min=1), weight_B)
 
     def evaluate(self, plan: StepPlan) -> dict[str, Any]:
-        """Validate, at the end of the run also the EMA, and write a sample. Collective."""
+        """Validate, at the end of the run also the EMA, and write a sample. Collective.
+
+        Returns nothing when a stop was asked for meanwhile.
+        """
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()  # the steps still in flight are not evaluation
-        with self.meter.evaluating(), self.clock.paused():
-            result = self._validate(plan.phase)
-            if plan.last and self.ema is not None:
-                with self.ema.swap():
-                    averaged = self._validate(plan.phase)
-                result |= {key.replace("val/", "val/ema_"): v for key, v in averaged.items()}
+        with self.meter.phase("evaluation"), self.clock.paused():
+            try:
+                result = self._validate(plan.phase)
+                if plan.last and self.ema is not None:
+                    with self.ema.swap():
+                        averaged = self._validate(plan.phase)
+                    result |= {key.replace("val/", "val/ema_"): v for key, v in averaged.items()}
+            except InterruptedEvaluationError:
+                self.plans.request_stop("asked to stop during evaluation")
+                return {}
             return result | self._sample(plan.phase)
 
     def _take_in(self, reports: list[StepReport]) -> None:
         """Account for the steps whose numbers have arrived."""
         for report in reports:
             self.latest = report
-            self.digest.update(report.digest)
-            if report.values["stop_requests"] > 0:
-                self.plans.request_stop()
+            self.tokens_digest.update(report.digest.to_bytes(8, "little"))
+            self.bad_steps.observe(report)
+            self.clipped.observe(report.values["grad_norm"])
+            self.rank_times.observe(report.values)
+            signals = [n.name for n in STOP_SIGNALS if report.values[_signal_key(n)] > 0]
+            if signals:
+                self.plans.request_stop(f"asked to stop ({', '.join(signals)})")
+        if self.bad_steps.in_row >= self.config.train.max_bad_steps:
+            self.plans.request_roll_back()
+
+    def _stop_signals(self) -> dict[str, float]:
+        """Which signal this rank has been sent, to be added up over ranks."""
+        received = None if self.stop_request is None else self.stop_request.received
+        return {_signal_key(number): float(number == received) for number in STOP_SIGNALS}
+
+    def _is_stop_asked(self) -> bool:
+        """Whether any rank was asked to stop. Collective."""
+        self.meter.still_alive()
+        if self.stop_request is None:
+            return False
+        return self.world.any(self.stop_request.received is not None)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -227,23 +326,73 @@ class Trainer:
         averages = {} if self.ema is None else self.ema.state_tensors()
         return parameters | self.optimizer.state_tensors() | averages
 
-    def save(self, plan: StepPlan) -> None:
-        """Start a checkpoint; wait for it if it is the last thing to do. Collective."""
-        if self.checkpointer is None:
-            return
+    def save(self, progress: Progress, *, wait: bool) -> None:
+        """Start a checkpoint; ``wait`` until it is published. Collective."""
+        assert self.checkpointer is not None
+        healthy = self.latest is None or is_healthy(self.latest)
+        state = {**asdict(progress), **self.identity, "healthy": healthy}
+        with self.meter.phase("checkpoint"), self.clock.paused():
+            self.checkpointer.save(progress.step, self.tensors(), state, wait=wait)
+
+    def _progress_after(self, plan: StepPlan) -> Progress:
+        """How far the run is once ``plan`` is done; waits for the device."""
         self._take_in(self.reduction.drain())
-        assert self.latest is not None
-        progress = Progress(
+        return replace(
+            self.progress,
             step=plan.step + 1,
             samples_consumed=self.batches.samples_consumed,
             phase=plan.phase,
             seconds=self.clock.seconds(),
-            tokens_digest=self.digest.hex(),
+            tokens_digest=self.tokens_digest.hex(),
+            spans_digest=self.spans_digest.hex(),
         )
-        healthy = all(math.isfinite(value) for value in self.latest.values.values())
-        state = {**asdict(progress), **self.identity, "healthy": healthy}
-        with self.meter.evaluating(), self.clock.paused():
-            self.checkpointer.save(progress.step, self.tensors(), state, wait=plan.stop)
+
+    def roll_back(self, reporter: Reporter | None) -> None:
+        """Go back to the last healthy checkpoint and pass over the data that came with the bad
+        steps; once in a run. Collective.
+
+        The state is saved again at once, so that a restart passes over them, too.
+
+        Raises:
+            TrainingError: on every rank: it has been done before, or there is nothing to go to.
+        """
+        self._take_in(self.reduction.drain())
+        window = self._bad_samples()
+        told = f"loss or gradient was not finite for {self.bad_steps.in_row} steps in a row"
+        if self.checkpointer is None or self.progress.skip_count:
+            raise TrainingError(*_advice(told, window, "it was rolled back once already"))
+        self.checkpointer.wait()
+        folder = self.checkpointer.folder
+        found = find_resumable(folder, self.world, only_healthy=True)
+        if found.path is None:
+            raise TrainingError(*_advice(told, window, "there is no healthy checkpoint"))
+        restored = self.restore(found.path)
+        self.world.decide(lambda: set_aside_after(folder, restored.step))
+        self.batches.close()
+        self._begin_at(replace(restored, skip_start=window.start, skip_count=len(window)))
+        self.bad_steps.end_row()
+        self.save(self.progress, wait=True)
+        if reporter is not None:
+            reporter.go_back(
+                self.progress.step,
+                f"{told}: going back to step {restored.step}; samples {window.start} to "
+                f"{window.stop - 1} of the order will be passed over",
+            )
+        self.clock.start(restored.seconds)
+        self.plans.request(restored.step)
+
+    def _bad_samples(self) -> range:
+        """Places in the order of what the bad steps consumed."""
+        steps = self.bad_steps.first_of_row - self.progress.step
+        start = self.progress.samples_consumed + steps * self.config.batch.sequences
+        return range(start, self.batches.samples_consumed)
+
+    def _is_saving(self) -> bool:
+        return self.checkpointer is not None and self.checkpointer.in_flight
+
+    def _save_has_ended(self) -> bool:
+        """Whether there is the end of a save to take note of."""
+        return self.checkpointer is not None and self.checkpointer.has_landed
 
     def restore(self, checkpoint: Path) -> Progress:
         """Fill all tensors from a checkpoint. Collective.
@@ -253,6 +402,45 @@ class Trainer:
         """
         state = load(checkpoint, self.tensors(), self.world, verified=True)
         return Progress(**{name: state[name] for name in asdict(Progress())})
+
+    # ---------------------------------------------------------------- beginning and end
+
+    def _is_complete(self) -> bool:
+        """Whether there is no step left: an earlier start was ended before it could conclude."""
+        train = self.config.train
+        limit = train.max_wallclock_seconds
+        return self.progress.step >= train.steps or (
+            limit is not None and self.progress.seconds >= limit
+        )
+
+    def _conclude(self) -> dict[str, Any]:
+        """What follows the last step: validation and the closing record."""
+        plan = replace(StepPlan.of_nothing(self.progress.phase, 0.0, None), last=True)
+        validation = self.evaluate(plan)
+        return {
+            "step": self.progress.step,
+            "phase": self.progress.phase,
+            **validation,
+            **self._digests(),
+            **self._ending(plan, validation),
+        }
+
+    def _ending(self, plan: StepPlan, validation: Mapping[str, Any]) -> dict[str, Any]:
+        """How training ended, and its totals; a last validation cut short is still to be done."""
+        finished = plan.last and bool(validation)
+        return self.meter.summary() | {
+            "finished": finished,
+            "saved": self.checkpointer is not None,
+            "reason": "all steps are done" if finished else self.plans.stop_reason,
+        }
+
+    def _ended_before_training(self) -> dict[str, Any]:
+        return {
+            "step": self.progress.step,
+            "finished": False,
+            "saved": self.progress.step > 0,
+            "reason": "asked to stop before the first step",
+        }
 
     def _checkpoint_costs(self) -> dict[str, float]:
         """What the saves cost that ended since the last record; raises if one failed."""
@@ -269,9 +457,10 @@ class Trainer:
 
     def _validate(self, phase: int) -> dict[str, float | None]:
         """One validation; parameters are shards again afterwards, as EMA and updates need."""
-        result = self.validation.run(self.model, phase)
-        self.gathering.release()
-        return result
+        try:
+            return self.validation.run(self.model, phase, self._is_stop_asked)
+        finally:
+            self.gathering.release()
 
     def _sample(self, phase: int) -> dict[str, str]:
         """A text sample, if there is a tokenizer to write it with."""
@@ -304,8 +493,8 @@ class Trainer:
             with self.ema.swap():
                 export("ema")
 
-    def warm_up(self) -> None:
-        """Compile every graph that the run will need. Collective.
+    def warm_up(self) -> bool:
+        """Compile every graph that the run will need; False if a stop was asked for. Collective.
 
         Forward and backward on a batch of zeros, in every phase, with and without the objective,
         and once without gradient as validation does: weights, optimiser, data position and
@@ -316,6 +505,8 @@ class Trainer:
         batch = make_batch(rows, range(size), size).to(self.world.device)
         spans = np.ones((config.batch.sequences, config.jepa.spans_per_sequence, 2), dtype=np.int64)
         for phase, weight in itertools.product(*_variants(config)):
+            if self._is_stop_asked():
+                return False
             plan = StepPlan.of_nothing(phase, weight, spans if weight else None)
             self.gathering.begin_micro_batch(is_last=True)
             self.loss(batch, plan, index=0)[0].backward()
@@ -324,7 +515,9 @@ class Trainer:
             with torch.no_grad():
                 self.model(batch.tokens, batch.targets, batch.weight, phase=phase)
             self.gathering.release()
-        self.compiles.observe(_compiled_graphs(), {"train", "jepa", "evaluate"})
+        self.compiles.observe(compiled_graphs(), {"train", "jepa", "evaluate"})
+        self.startup.done("warm_up")
+        return True
 
     def _baselines(self, reporter: Reporter | None) -> dict[str, float]:
         """Bits per byte that counting reaches, told at once; on rank 0 alone."""
@@ -349,19 +542,58 @@ class Trainer:
         values, speed = self.latest.values, self.meter.lap()
         return {
             "step": plan.step + 1,
-            **_losses(plan, values, self.config),
+            **losses(plan, values, self.config),
+            **(self.probe.metrics(values) if plan.probe else {}),
             "grad_norm": values["grad_norm"],
+            **self.clipped.record(),
+            **self.update_ratio.metrics(values),
             "progress": plan.frac,
             "phase": plan.phase,
             **{f"lr/{name}": lr for name, lr in self.optimizer.learning_rates().items()},
             **speed,
-            **_mfu(speed["tokens_per_second"], plan.phase, self.config, self.world),
-            **_memory(self.world.device),
-            "compile/graphs": _compiled_graphs(),
+            **mfu(speed["tokens_per_second"], plan.phase, self.config, self.world),
+            **memory(self.world.device),
+            **self.rank_times.record(),
+            "compile/graphs": compiled_graphs(),
             "compile/recompiles": self.compiles.recompiles,
+            "bad_steps": self.bad_steps.total,
             **self._checkpoint_costs(),
-            "tokens_digest": self.digest.hex(),
+            **self.startup.record(),
+            "train_seconds": self.clock.seconds(),
+            **self._digests(),
         }
+
+    def _histograms(self, plan: StepPlan) -> dict[str, npt.NDArray[np.float32]]:
+        """What rank 0 holds of parameters and (clipped) gradients, when they are asked for."""
+        every = self.config.monitor.histogram_every
+        if every == 0 or (plan.step + 1) % every or not self.world.is_main:
+            return {}
+        return shard_values(self.model.named_parameters())
+
+    def _digests(self) -> dict[str, str]:
+        return {
+            "tokens_digest": self.tokens_digest.hex(),
+            "spans_digest": self.spans_digest.hex(),
+        }
+
+
+def _nan_unless_finite(loss: Tensor) -> Tensor:
+    """The loss; with gradients that are not finite either if it is not, so that all ranks see."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def _signal_key(number: signal.Signals) -> str:
+    return f"stop/{number.name}"
+
+
+def _advice(told: str, window: range, why_not: str) -> tuple[str, ...]:
+    """What the user is told when the run gives up."""
+    return (
+        f"{told}, and {why_not}",
+        f"the data they came with: samples {window.start} to {window.stop - 1} of the run's order",
+        "lower the learning rates (optim.*_lr) or optim.grad_clip_norm, look at the data, or go on "
+        "from an earlier checkpoint in another run.dir (checkpoint.resume=PATH)",
+    )
 
 
 def _variants(config: Config) -> tuple[list[int], list[float]]:
@@ -369,52 +601,3 @@ def _variants(config: Config) -> tuple[list[int], list[float]]:
     first = [1] if config.train.loop_phase2_at > 0 else []
     phases = [0, *first, LAST_PHASE] if config.model.num_loops > 0 else [0]
     return phases, [0.0, config.jepa.lambda_] if config.jepa.lambda_ > 0 else [0.0]
-
-
-def _losses(plan: StepPlan, values: dict[str, float], config: Config) -> dict[str, float | None]:
-    """Means over the global batch of this step; JEPA's are None while it is off."""
-    ce, jepa = values["ce"], values["jepa"]
-    if plan.spans is None:
-        return {"loss/ce": ce, "loss/jepa": None, "loss/total": ce, "jepa/lambda": 0.0}
-    num_spans = config.batch.sequences * config.jepa.spans_per_sequence
-    return {
-        "loss/ce": ce,
-        "loss/jepa": jepa,
-        "loss/total": ce + plan.jepa_weight * jepa,
-        "jepa/lambda": plan.jepa_weight,
-        "jepa/cos": 1.0 - jepa,
-        "jepa/relative": jepa / UNSTRUCTURED_LOSS,
-        "jepa/floored": values["floored"] / num_spans,
-    }
-
-
-def _kinds_of_work(plan: StepPlan) -> set[str]:
-    kinds = {"train"}
-    if plan.spans is not None:
-        kinds.add("jepa")
-    if plan.evaluate:
-        kinds.add("evaluate")
-    return kinds
-
-
-def _compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def _mfu(tokens_per_second: float, phase: int, config: Config, world: World) -> dict[str, float]:
-    """Share of the devices' peak; nothing where the peak is not known."""
-    if world.device.type != "cuda":
-        return {}
-    peak = peak_flops(torch.cuda.get_device_name(world.device))
-    if peak is None:
-        return {}
-    flops = tokens_per_second * training_flops_per_token(config.model, phase)
-    return {"mfu": flops / (peak * world.world_size)}
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    """Of this rank, in GiB."""
-    memory = {"memory/resident_gib": resident_gib()}
-    if device.type == "cuda":
-        memory["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return memory

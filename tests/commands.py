@@ -82,6 +82,10 @@ class Command:
         """Everything that runs for this command, orphans included."""
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
+    def process(self) -> psutil.Process | None:
+        """The command's own process, while it runs."""
+        return psutil.Process(self._process.pid) if self._process.poll() is None else None
+
     def rank(self, rank: int) -> psutil.Process:
         """The process of a rank that torchrun started."""
         (found,) = [

@@ -20,7 +20,7 @@ SIZE = 2 * sum(rows * cols for rows, cols in SHAPES.values())  # bfloat16
 
 
 def _measure(rank: int, world_size: int, replicas: int) -> dict[str, Measurement]:
-    return measure(Setup(SHAPES, replicas, ROUNDS, timeout=60), torch.device("cpu"))
+    return measure(Setup(SHAPES, replicas, ROUNDS), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (3, 1), (4, 2)])

@@ -81,9 +81,11 @@ def train_on_while_saving(rank: int, world_size: int, folder: str) -> Any:
         assert checkpointer.in_flight
         assert checkpointer.poll() == []
         go.set()
+        assert not checkpointer.has_landed
         checkpointer.wait()
     (report,) = checkpointer.poll()
     assert not checkpointer.in_flight
+    assert not checkpointer.has_landed
     assert report.stall_seconds == stall > 0
     assert report.background_seconds > 0
     assert report.path == Path(folder) / "step_00000001"
@@ -135,7 +137,6 @@ def fail_in_the_background(rank: int, world_size: int, folder: str) -> Any:
     state = make_state(world, 1)
     told = []
     calls = [
-        checkpointer.poll,
         checkpointer.close,
         checkpointer.wait,
         lambda: checkpointer.save(9, state, {}),

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.compiles import CompileCounter
 from jepa_dist.monitor.hardware import peak_flops
-from jepa_dist.monitor.meter import Meter, TokensDigest
+from jepa_dist.monitor.history import RunHistory, young_interval
+from jepa_dist.monitor.meter import Meter, RollingDigest
 from jepa_dist.monitor.run_dir import write_run_dir
 from jepa_dist.monitor.writer import MetricsWriter
 
@@ -29,9 +31,9 @@ def test_recompiles_are_graphs_that_nothing_new_explains() -> None:
 
 def test_the_digest_sees_every_step_in_order() -> None:
     def digest(*sums: int) -> str:
-        rolling = TokensDigest()
+        rolling = RollingDigest()
         for value in sums:
-            rolling.update(value)
+            rolling.update(value.to_bytes(8, "little"))
         return rolling.hex()
 
     assert digest(1, 2, 3) == digest(1, 2, 3)
@@ -39,24 +41,78 @@ def test_the_digest_sees_every_step_in_order() -> None:
 
 
 def test_evaluation_is_not_training_time() -> None:
-    meter = Meter(tokens_per_step=1000)
-    for _ in range(4):
-        meter.step()
-    with meter.waiting_for_data():
+    meter = Meter(1000, torch.device("cpu"))
+    for step in range(4):
+        meter.step(step)
+    with meter.phase("data_wait"):
         time.sleep(0.04)
-    with meter.evaluating():
+    with meter.phase("evaluation"):
         time.sleep(0.5)
     lap = meter.lap()
+    parts = ("data_wait", "forward", "backward", "optimizer", "evaluation", "other")
+    whole = sum(lap[f"time/{part}"] for part in parts)
+    assert whole == pytest.approx(lap["time/step"] + lap["time/evaluation"], abs=1e-3)
     assert 0.04 <= 4 * lap["time/step"] < 0.4
     assert lap["tokens_per_second"] == pytest.approx(1000 / lap["time/step"])
     assert lap["time/data_wait"] <= lap["time/step"]
     assert meter.summary()["seconds"] >= 0.54
 
 
+def test_slowdown_while_a_checkpoint_is_written() -> None:
+    meter = Meter(1000, torch.device("cpu"))
+    for step in range(6):
+        meter.step(step, saving=step >= 3)
+        time.sleep(0.05 if step < 3 else 0.1)
+    assert meter.lap()["checkpoint/slowdown"] == pytest.approx(2.0, rel=0.4)
+    meter.step(6)
+    assert "checkpoint/slowdown" not in meter.lap()
+
+
+def test_places_count_phases() -> None:
+    meter = Meter(1000, torch.device("cpu"))
+    meter.step(7)
+    with meter.phase("forward"):
+        inside = meter.place
+    meter.still_alive()
+    assert (inside.step, inside.phase) == (7, "forward")
+    assert meter.place.count == inside.count + 1
+
+
+def test_goodput_spans_all_starts(tmp_path: Path) -> None:
+    first = RunHistory(tmp_path, 0, 2, None)
+    assert first.record(0.0, 1.0)["goodput/failures"] == 0
+    assert "checkpoint/young_interval_seconds" not in first.record(0.0, 1.0)
+    starts = tmp_path / "starts.jsonl"
+    began = json.loads(starts.read_text())
+    # As if the run had begun 1000 s ago; and a line that a crash cut short.
+    starts.write_text(json.dumps({**began, "time": began["time"] - 1000}) + '\n{"time": 17')
+    starts.write_text(starts.read_text() + "\n")
+    assert RunHistory(tmp_path, 5, 2, "stopped").failures == 0
+    again = RunHistory(tmp_path, 5, 1, "running").record(600.0, 2.0)
+    assert again["goodput/productive_share"] == pytest.approx(0.6, rel=0.01)
+    assert again["goodput/wall_seconds"] == pytest.approx(1000, rel=0.01)
+    assert (again["goodput/starts"], again["goodput/failures"]) == (3, 1)
+    expected = young_interval(2.0, 1000)
+    assert again["checkpoint/young_interval_seconds"] == pytest.approx(expected, rel=0.01)
+    assert young_interval(2.0, 900) == pytest.approx(60)
+
+
+def test_a_clock_set_back_leaves_a_share(tmp_path: Path) -> None:
+    RunHistory(tmp_path, 0, 1, None)
+    starts = tmp_path / "starts.jsonl"
+    began = json.loads(starts.read_text())
+    starts.write_text(json.dumps({**began, "time": began["time"] + 86_400}) + "\n")
+    share = RunHistory(tmp_path, 5, 1, "stopped").record(10.0, None)["goodput/productive_share"]
+    assert share == 1.0
+
+
 def test_peaks() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H100 NVL") == 835.5e12
     assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA B200") == 2250e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("Some other device") is None
 
 

@@ -84,6 +84,14 @@ def test_world_sizes_agree(world_size: int, corpus: Path, single) -> None:
             {"batch__micro": 1, "parallel__reshard_after_forward": False},
             id="accumulation-kept-gathered",
         ),
+        pytest.param(
+            2, {"batch__micro": 1, "parallel__accumulate": "sharded"}, id="accumulation-sharded"
+        ),
+        pytest.param(
+            4,
+            {"batch__micro": 1, "parallel__accumulate": "sharded", "parallel__dp_replicate": 2},
+            id="accumulation-sharded-hsdp-2x2",
+        ),
         pytest.param(2, {"parallel__keep_looped_gathered": False}, id="looped-gathered-again"),
         pytest.param(2, {"parallel__activation_checkpointing": "full"}, id="checkpointing-full"),
         pytest.param(

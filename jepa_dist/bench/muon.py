@@ -5,25 +5,15 @@
 ``torch`` is ``torch.optim.Muon`` on DTensors. All three iterate in bfloat16 and leave out what
 ``torch.optim.Muon`` does not have (row normalisation).
 
-Bytes are what a rank sends per step, its own part included: the input of an all-to-all, the output
-of an all-gather, twice the tensor of an all-reduce. Without replicas (ranks - 1) / ranks of that
-crosses to others.
+Bytes are what a rank sends per step (``jepa_dist.bench.collectives`` says how they are counted).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
 import statistics
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,12 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.multiprocessing.spawn import spawn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from jepa_dist.config import load
+from jepa_dist.bench.collectives import CollectiveCounter
+from jepa_dist.bench.common import (
+    add_config,
+    chosen_config,
+    markdown_table,
+    on_ranks,
+    refuse_launcher,
+    time_in_turn,
+)
+from jepa_dist.config import Config
 from jepa_dist.errors import UserError
-from jepa_dist.launched import is_launched
 from jepa_dist.model.gpt import GPT
 from jepa_dist.optim.groups import group_parameters
 from jepa_dist.optim.muon import Muon, MuonSettings
@@ -57,7 +53,6 @@ class Setup:
     shapes: Mapping[str, tuple[int, int]]
     replicas: int
     rounds: int
-    timeout: float
 
 
 # ---------------------------------------------------------------------------- command
@@ -65,12 +60,7 @@ class Setup:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m jepa_dist.bench muon``."""
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=Path("configs/debug.yaml"),
-        help="take the matrices of this model (default: %(default)s)",
-    )
+    add_config(parser)
     parser.add_argument(
         "--ranks", type=int, nargs="+", help="default: 2 4; with CUDA one per device"
     )
@@ -87,70 +77,68 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: ranks that this machine or the replicas do not allow, or that take too long.
     """
-    devices = torch.cuda.device_count()
-    groups = arguments.ranks or ([devices] if devices else [2, 4])
-    _check(groups, arguments.replicas, arguments.rounds, devices)
-    shapes = _matrices(arguments.config)
-    setup = Setup(shapes, arguments.replicas, arguments.rounds, arguments.timeout)
+    refuse_launcher("muon")
+    groups = arguments.ranks or [torch.cuda.device_count()] * torch.cuda.is_available() or [2, 4]
+    _check(groups, arguments.replicas, arguments.rounds)
+    shapes = _matrices(chosen_config(arguments))
+    setup = Setup(shapes, arguments.replicas, arguments.rounds)
     return {
         "config": str(arguments.config),
         "matrices": len(shapes),
         "matrix_bytes": _matrix_bytes(shapes),
         "dtype": "bfloat16",
         "rounds": setup.rounds,
-        "runs": [_launch(ranks, setup) for ranks in groups],
+        "runs": [_run_on(ranks, setup, arguments.timeout) for ranks in groups],
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    lines = [
-        f"{result['matrices']} matrices of {result['config']}, S = {result['matrix_bytes']:,} "
-        f"bytes in {result['dtype']}; median of {result['rounds']} steps",
-        "",
-        "| ranks | route | ms per step | times owner | collectives per step "
-        "| bytes sent per rank | formula | worst difference |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["ranks", "route", "ms per step", "times owner", "collectives per step"]
+    columns += ["bytes sent per rank", "formula", "worst difference"]
+    rows = []
     for group in result["runs"]:
         ranks = f"{group['ranks']} ({group['backend']})"
         if group["replicas"] > 1:
             ranks = f"{group['replicas']} x {group['shards']} ({group['backend']})"
         for name, route in group["routes"].items():
             ratio = route["milliseconds"] / group["routes"]["owner"]["milliseconds"]
-            counts = ", ".join(f"{n} {kind}" for kind, n in route["collectives"].items()) or "none"
             formula = route["formula_bytes"]
-            lines.append(
-                f"| {ranks} | {name} | {route['milliseconds']:.1f} | {ratio:.1f} | {counts} "
-                f"| {route['sent_bytes']:,.0f} | {'' if formula is None else f'{formula:,.0f}'} "
-                f"| {route['worst_difference']:.1e} |"
+            rows.append(
+                [
+                    ranks,
+                    name,
+                    f"{route['milliseconds']:.1f}",
+                    f"{ratio:.1f}",
+                    ", ".join(f"{n} {kind}" for kind, n in route["collectives"].items()) or "none",
+                    f"{route['sent_bytes']:,.0f}",
+                    "" if formula is None else f"{formula:,.0f}",
+                    f"{route['worst_difference']:.1e}",
+                ]
             )
-    return "\n".join(lines)
+    caption = (
+        f"{result['matrices']} matrices of {result['config']}, S = {result['matrix_bytes']:,} "
+        f"bytes in {result['dtype']}; median of {result['rounds']} steps"
+    )
+    return f"{caption}\n\n{markdown_table(columns, rows)}"
 
 
-def _check(groups: Sequence[int], replicas: int, rounds: int, devices: int) -> None:
+def _check(groups: Sequence[int], replicas: int, rounds: int) -> None:
     problems = []
-    if is_launched():
-        problems.append("bench muon: starts its ranks itself; run it without torchrun")
     if rounds < 1 or replicas < 1:
         problems.append(f"--rounds {rounds} --replicas {replicas}: must be at least 1")
     for ranks in groups:
         if ranks < 1 or (replicas > 0 and ranks % replicas):
             problems.append(f"--ranks {ranks}: must be a multiple of --replicas {replicas}")
-        if devices and ranks > devices:
-            problems.append(f"--ranks {ranks}: this machine has {devices} CUDA device(s)")
     if problems:
         raise UserError(*problems)
 
 
-def _matrices(config: Path) -> dict[str, tuple[int, int]]:
+def _matrices(config: Config) -> dict[str, tuple[int, int]]:
     """Names and shapes of the matrices that the configuration's model has."""
-    resolved = load(config).config
     with torch.device("meta"):
-        model = GPT(resolved.model)
-    groups = group_parameters(
-        model.named_parameters(), resolved.optim, resolved.model.tie_embeddings
-    )
+        model = GPT(config.model)
+    groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)
     (matrices,) = [group.parameters for group in groups if group.name == "matrix"]
     return {name: (p.shape[0], p.shape[1]) for name, p in matrices.items()}
 
@@ -176,12 +164,14 @@ class Route:
 class EveryoneMuon(Muon):
     """Every rank gathers every matrix, orthogonalises all of them and keeps its own rows."""
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all matrices in place; one all-gather in all."""
-        self._decay()
-        results = self._orthogonalise(self._gather(self._directions()))
-        self._apply({key: self._own_rows(result) for key, result in results.items()})
+    def _make_plan(self, present: Sequence[bool]) -> Any:
+        """Nothing travels in waves; this rank is to have results where it has rows."""
+        here = [key for key, parameter in enumerate(self._params) if local(parameter).numel()]
+        return replace(super()._make_plan(present), whole=here, waves=[])
+
+    def _orthogonalise(self, matrices: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        results = super()._orthogonalise(self._gather(matrices))
+        return {key: self._own_rows(result) for key, result in results.items()}
 
     def _gather(self, directions: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """All matrices, whole; shards are padded to one size and travel as one tensor."""
@@ -246,62 +236,6 @@ ROUTES = {
 # ---------------------------------------------------------------------------- ranks
 
 
-def _launch(ranks: int, setup: Setup) -> dict[str, Any]:
-    """Measure on so many processes, which all end before this returns or raises."""
-    with tempfile.TemporaryDirectory() as folder:
-        deadline = time.monotonic() + setup.timeout
-        context = spawn(_rank, (ranks, setup, folder), nprocs=ranks, join=False, daemon=True)
-        try:
-            while not context.join(timeout=1.0):
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"bench muon: {ranks} ranks did not finish in {setup.timeout:g} s; "
-                        "give more --timeout, fewer --rounds or a smaller --config"
-                    )
-        finally:
-            for process in context.processes:
-                process.kill()
-                process.join()
-        return json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
-
-
-def _rank(rank: int, ranks: int, setup: Setup, folder: str) -> None:
-    """One rank's part; rank 0 leaves the result in ``folder``."""
-    # What torch.multiprocessing has the kernel send when the parent dies: then end at once.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    is_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if is_cuda else torch.device("cpu")
-    if is_cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=setup.timeout),
-        device_id=device if is_cuda else None,
-    )
-    mine = measure(setup, device)
-    everyones: list[Any] = [None] * ranks
-    dist.all_gather_object(everyones, mine)
-    if rank == 0:
-        size, shards = _matrix_bytes(setup.shapes), ranks // setup.replicas
-        result = {
-            "ranks": ranks,
-            "replicas": setup.replicas,
-            "shards": shards,
-            "backend": "nccl" if is_cuda else "gloo",
-            "routes": {
-                name: _summary([of_rank[name] for of_rank in everyones])
-                | {"formula_bytes": route.formula and route.formula(size, shards, setup.replicas)}
-                for name, route in ROUTES.items()
-            },
-        }
-        (Path(folder) / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    dist.destroy_process_group()
-
-
 @dataclass(frozen=True)
 class Measurement:
     """What one rank saw of one route."""
@@ -310,6 +244,27 @@ class Measurement:
     collectives: dict[str, int]
     sent_bytes: int
     worst_difference: float
+
+
+def _run_on(ranks: int, setup: Setup, timeout: float) -> dict[str, Any]:
+    """Measure on so many processes."""
+    of_ranks = on_ranks(_of_rank, ranks, setup, timeout=timeout)
+    size, shards = _matrix_bytes(setup.shapes), ranks // setup.replicas
+    return {
+        "ranks": ranks,
+        "replicas": setup.replicas,
+        "shards": shards,
+        "backend": "nccl" if torch.cuda.is_available() else "gloo",
+        "routes": {
+            name: _summary([Measurement(**of_rank[name]) for of_rank in of_ranks])
+            | {"formula_bytes": route.formula and route.formula(size, shards, setup.replicas)}
+            for name, route in ROUTES.items()
+        },
+    }
+
+
+def _of_rank(device: torch.device, setup: Setup) -> dict[str, Any]:
+    return {name: asdict(measured) for name, measured in measure(setup, device).items()}
 
 
 def _summary(measurements: Sequence[Measurement]) -> dict[str, Any]:
@@ -338,10 +293,8 @@ def measure(setup: Setup, device: torch.device) -> dict[str, Measurement]:
         differences[name] = _worst_difference(parameters, _single(route, setup.shapes, device))
         with CollectiveCounter() as counters[name]:
             optimizers[name].step()
-    seconds: dict[str, list[float]] = {name: [] for name in ROUTES}
-    for _ in range(setup.rounds):
-        for name, optimizer in optimizers.items():
-            seconds[name].append(_timed(optimizer, device))
+    steps = {name: optimizer.step for name, optimizer in optimizers.items()}
+    seconds = time_in_turn(steps, setup.rounds, device)
     return {
         name: Measurement(
             seconds[name], dict(counters[name].counts), counters[name].sent, differences[name]
@@ -400,57 +353,3 @@ def _worst_difference(parameters: Named, expected: Mapping[str, Tensor]) -> floa
         error = torch.linalg.norm(parameter.full_tensor().detach() - reference)
         differences.append((error / torch.linalg.norm(reference)).item())
     return max(differences)
-
-
-def _timed(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """Seconds of one step that all ranks begin together."""
-    _finish(device)
-    dist.barrier()
-    start = time.perf_counter()
-    optimizer.step()
-    _finish(device)
-    return time.perf_counter() - start
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# ---------------------------------------------------------------------------- counting
-
-# Kind and bytes sent per collective; see the module's docstring.
-_COLLECTIVES: dict[str, tuple[str, Callable[[Any], int]]] = {
-    "c10d::alltoall_base_": ("all_to_all", lambda args: args[1].nbytes),
-    "c10d::allreduce_": ("all_reduce", lambda args: 2 * sum(t.nbytes for t in args[0])),
-    "_c10d_functional::all_gather_into_tensor": (
-        "all_gather",
-        lambda args: args[0].nbytes * args[1],
-    ),
-    "_c10d_functional::all_reduce": ("all_reduce", lambda args: 2 * args[0].nbytes),
-    "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", lambda args: args[0].nbytes),
-}
-_NOT_COLLECTIVES = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts the collectives that are called within, by kind, and the bytes sent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.sent = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Let DTensors take themselves apart, then look at what is left."""
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        if func.namespace in ("c10d", "_c10d_functional") and func.name() not in _NOT_COLLECTIVES:
-            if func.name() not in _COLLECTIVES:
-                raise RuntimeError(f"{func.name()}: this benchmark cannot count it")
-            kind, sent_bytes = _COLLECTIVES[func.name()]
-            self.counts[kind] += 1
-            self.sent += sent_bytes(args)
-        return func(*args, **(kwargs or {}))

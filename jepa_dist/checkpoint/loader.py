@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,15 @@ class Found:
     """One line for each newer one that is damaged: which, and why."""
 
 
-def find_resumable(folder: Path, world: World) -> Found:
+def find_resumable(folder: Path, world: World, *, only_healthy: bool = False) -> Found:
     """The newest checkpoint that verifies, digests and all. Collective; the same on every rank.
 
     Every rank reads its share of the files.
+
+    Args:
+        folder: Of the run's checkpoints.
+        world: The ranks.
+        only_healthy: Pass over those that were saved when the loss was not finite.
     """
     messages = []
     for path in reversed(world.decide(lambda: list(published(folder).values()))):
@@ -43,9 +49,14 @@ def find_resumable(folder: Path, world: World) -> Found:
             verify_together(path, world)
         except UserError as error:
             messages.append(f"{path}: skipped, it is not whole: {_brief(error)}")
-        else:
+            continue
+        if not only_healthy or world.decide(partial(_is_healthy, path)):
             return Found(path, tuple(messages))
     return Found(None, tuple(messages))
+
+
+def _is_healthy(path: Path) -> bool:
+    return read_manifest(path).healthy
 
 
 def _brief(error: UserError) -> str:

@@ -62,11 +62,11 @@ class Checkpointer:
     """
 
     def __init__(self, folder: Path, world: World, keep: Keep) -> None:
-        self._folder = folder
+        self.folder = folder
         self._world = world
         self._keep = keep
         # Collectives of two threads on one group get mixed up and hang.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._copies = _HostCopies()
         self._flight: _Flight | None = None
         self._reports: list[SaveReport] = []
@@ -105,7 +105,7 @@ class Checkpointer:
         state = json.loads(json.dumps(state))
         mine = _owned(tensors, self._world)
         copies = self._copies.take(mine)
-        writer = ShardWriter(self._folder, step, state, after=self._tidy)
+        writer = ShardWriter(self.folder, step, state, after=self._tidy)
         self._flight = _Flight(step, lambda: self._write(writer, mine, copies))
         stall = self._flight.stall_seconds = time.perf_counter() - started
         if not wait:
@@ -118,17 +118,17 @@ class Checkpointer:
         """Whether a save is still being written by this rank."""
         return self._flight is not None and self._flight.running
 
+    @property
+    def has_landed(self) -> bool:
+        """Whether a save has ended that nobody has waited for yet."""
+        return self._flight is not None and not self._flight.running
+
     def poll(self) -> list[SaveReport]:
-        """Reports of the saves that were done since the last call. Never waits.
+        """Reports of the saves that were waited for since the last call.
 
         Ranks may see the end of a save, or its failure, at different steps. To see it at the same
-        one, let rank 0 ask ``in_flight``, put the answer into the plan, and ``wait`` everywhere.
-
-        Raises:
-            UserError, RuntimeError: the save failed; on every rank at its next call.
+        one, let rank 0 ask ``has_landed``, put the answer into the plan, and ``wait`` everywhere.
         """
-        if self._flight is not None and not self._flight.running:
-            self.wait()
         reports, self._reports = self._reports, []
         return reports
 
@@ -188,7 +188,7 @@ class Checkpointer:
 
     def _expendable(self) -> list[Path]:
         """What may be deleted; what looks damaged neither counts nor goes."""
-        paths = folders.published(self._folder)
+        paths = folders.published(self.folder)
         manifests = {step: self._manifest(path) for step, path in paths.items()}
         health = {
             step: manifest.healthy

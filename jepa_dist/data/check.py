@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jepa_dist.config import Config
 from jepa_dist.data.meta import read_meta
-from jepa_dist.data.shards import find_shards, num_windows, read_count
+from jepa_dist.data.shards import find_shards, num_windows, read_count, read_shard
 from jepa_dist.data.tokenizer import Tokenizer, load_tokenizer
 from jepa_dist.errors import UserError
 
@@ -21,11 +21,37 @@ def check_data(config: Config) -> None:
     """
     problems = [*_split_problems(config, "train"), *_split_problems(config, "val")]
     try:
-        load_checked_tokenizer(config, ("train", "val"))
+        tokenizer = load_checked_tokenizer(config, ("train", "val"))
     except UserError as error:
         problems += error.problems
+    if not problems and config.jepa.within_documents:
+        problems += _boundary_problems(config, tokenizer)
     if problems:
         raise UserError(*problems)
+
+
+def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
+    """The id that begins every document of the training data; None if nothing says.
+
+    What ``data.bos_id`` says counts most, then the note beside prepared shards, then the tokenizer.
+
+    Raises:
+        UserError: nothing says, but spans are to keep within documents.
+    """
+    if config.data.bos_id is not None:
+        return config.data.bos_id
+    meta = read_meta(config.data.train)
+    if meta is not None and "bos_id" in meta:
+        return int(meta["bos_id"])
+    if tokenizer is not None:
+        return tokenizer.bos_id
+    if config.jepa.within_documents:
+        raise UserError(
+            "jepa.within_documents=true: nothing says which id begins a document in "
+            f"data.train={config.data.train!r}; set data.bos_id (50256 in GPT-2 shards), or name "
+            "the tokenizer of the data (data.tokenizer)"
+        )
+    return None
 
 
 def load_checked_tokenizer(config: Config, splits: Iterable[str]) -> Tokenizer | None:
@@ -67,6 +93,21 @@ def _split_problems(config: Config, split: str) -> Iterator[str]:
             f"{key}={pattern!r}: no shard holds one window of model.seq_len + 1 = "
             f"{config.model.seq_len + 1} tokens (the largest has {max(counts)}); "
             "use more text or a smaller model.seq_len"
+        )
+
+
+def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Whether the boundaries can be seen that spans are to keep within."""
+    try:
+        bos_id = known_bos(config, tokenizer)
+    except UserError as error:
+        yield from error.problems
+        return
+    shard = find_shards(config.data.train, "data.train")[0]
+    if not (read_shard(shard) == bos_id).any():
+        yield (
+            f"jepa.within_documents=true: no document begins in {shard}: id {bos_id} does not "
+            "occur; set data.bos_id to the one that begins documents, or leave the option off"
         )
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from jepa_dist.data.layout import BatchLayout
-from jepa_dist.data.order import sample_order
+from jepa_dist.data.order import place_in_order, sample_order
 from jepa_dist.data.shards import check_ids, num_windows, read_count, read_shard
 from jepa_dist.data.workers import become_helper, signals_left_to_parent
 from jepa_dist.errors import UserError
@@ -189,6 +189,8 @@ class TrainLoader:
         seed: Of the order.
         samples_consumed: Where to begin, in samples of the whole run (a loader's only state;
             reading on, the property of this name counts whole global batches taken).
+        skip: Places in the order of the run that are passed over: a global batch that would begin
+            at or after ``skip.start`` begins ``len(skip)`` further on.
         workers: Loader processes; 0 reads in this one.
         prefetch: Micro-batches that each process keeps ready.
         pin_memory: Hand out page-locked batches (CUDA only).
@@ -204,6 +206,7 @@ class TrainLoader:
         *,
         seed: int,
         samples_consumed: int = 0,
+        skip: range = range(0),
         workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
@@ -214,7 +217,7 @@ class TrainLoader:
         self._yielded = 0
         with _quiet_start(), signals_left_to_parent():
             loader: Any = StatefulDataLoader(
-                _Stream(dataset, layout, seed, samples_consumed),
+                _Stream(dataset, layout, seed, samples_consumed, skip),
                 batch_size=None,
                 num_workers=workers,
                 prefetch_factor=prefetch if workers else None,
@@ -278,10 +281,15 @@ class _Stream(IterableDataset[Any]):
     """
 
     def __init__(
-        self, dataset: TokenDataset, layout: BatchLayout, seed: int, samples_consumed: int
+        self,
+        dataset: TokenDataset,
+        layout: BatchLayout,
+        seed: int,
+        samples_consumed: int,
+        skip: range,
     ) -> None:
         self.dataset, self.layout = dataset, layout
-        self.seed, self.samples_consumed = seed, samples_consumed
+        self.seed, self.samples_consumed, self.skip = seed, samples_consumed, skip
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         info = get_worker_info()
@@ -296,7 +304,8 @@ class _Stream(IterableDataset[Any]):
     def _micro_batch(self, index: int) -> Batch:
         step, micro = divmod(index, self.layout.num_micro)
         places = self.layout.micro_rows(micro)
-        first = self.samples_consumed + step * self.layout.sequences + places.start
+        consumed = self.samples_consumed + step * self.layout.sequences
+        first = place_in_order(consumed, self.skip) + places.start
         ids = sample_order(first, len(places), len(self.dataset), self.seed)
         return make_batch(self.dataset.read(ids), places, self.layout.micro_size)
 

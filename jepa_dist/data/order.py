@@ -57,6 +57,16 @@ def sample_order(first: int, count: int, num_samples: int, seed: int) -> Ids:
     return ids
 
 
+def place_in_order(sample: int, skip: range) -> int:
+    """Where the global batch that begins with the run's ``sample``-th sample begins in the order.
+
+    Args:
+        sample: Samples that the run has consumed before it.
+        skip: Places in the order that the run passes over.
+    """
+    return sample + len(skip) if sample >= skip.start else sample
+
+
 def _feistel(values: npt.NDArray[np.uint64], half_bits: int, key: Key) -> npt.NDArray[np.uint64]:
     shift = np.uint64(half_bits)
     mask = np.uint64((1 << half_bits) - 1)

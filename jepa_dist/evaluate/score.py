@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.tokenizer import ByteCounter
 from jepa_dist.evaluate.windows import Rows, Windows
 from jepa_dist.parallel.world import World
+
+_BATCHES_BETWEEN_POLLS = 8
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Score:
         return self.nll / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 
+class InterruptedEvaluationError(Exception):
+    """The evaluation was given up before its end."""
+
+
 @torch.no_grad()
 def score(
     model: nn.Module,
@@ -56,6 +62,7 @@ def score(
     micro: int,
     bytes_of: ByteCounter | None,
     world: World,
+    is_interrupted: Callable[[], bool] | None = None,
 ) -> Score:
     """Evaluate on all windows. Collective.
 
@@ -66,13 +73,18 @@ def score(
         micro: Rows of every forward pass.
         bytes_of: Counts the bytes that target tokens stand for; None if nobody knows.
         world: Ranks that share the work.
+        is_interrupted: Asked now and then, on every rank alike (it is collective), whether to
+            give up.
 
     Raises:
         UserError: a token id outside the vocabulary.
+        InterruptedEvaluationError: on every rank, when ``is_interrupted`` said so.
     """
     nll = torch.zeros((), dtype=torch.float64, device=world.device)
     num_tokens = num_bytes = 0
-    for rows in _batches(windows, micro, world):
+    for index, rows in enumerate(_batches(windows, micro, world)):
+        if is_interrupted is not None and index % _BATCHES_BETWEEN_POLLS == 0 and is_interrupted():
+            raise InterruptedEvaluationError
         inputs, targets = rows.tokens[:, :-1], rows.tokens[:, 1:]
         nll += _nll(model, rows, windows.overlap, phase, world.device)
         num_tokens += int(rows.scored.sum())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 from torch import nn
@@ -51,11 +53,16 @@ class Validation:
         """All windows of the validation set, int64 [N, T+1]."""
         return self._windows.read(range(self.num_sequences), self.num_sequences).tokens
 
-    def run(self, model: nn.Module, phase: int) -> dict[str, float | None]:
+    def run(
+        self, model: nn.Module, phase: int, is_interrupted: Callable[[], bool] | None = None
+    ) -> dict[str, float | None]:
         """Evaluate in recurrence ``phase``; the same result on every rank. Collective.
 
         Returns:
             ``val/loss`` (nats per token) and ``val/bpb`` (bits per byte; None without tokenizer).
+
+        Raises:
+            InterruptedEvaluationError: see ``score``.
         """
         result = score(
             model,
@@ -64,6 +71,7 @@ class Validation:
             micro=self._micro,
             bytes_of=self._bytes_of,
             world=self._world,
+            is_interrupted=is_interrupted,
         )
         bits_per_byte = result.bits_per_byte if result.num_bytes else None
         return {"val/loss": result.loss, "val/bpb": bits_per_byte}

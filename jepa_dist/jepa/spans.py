@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+Sampler = Literal["start_then_length", "uniform"]
+
 MIN_SEQUENCE = 3
 
 
@@ -21,7 +23,7 @@ def sample_spans(
     shape: tuple[int, int],
     seq_len: int,
     max_span_frac: float,
-    sampler: Literal["start_then_length", "uniform"] = "start_then_length",
+    sampler: Sampler = "start_then_length",
 ) -> NDArray[np.int64]:
     """Spans of every sequence of one global batch.
 
@@ -45,6 +47,68 @@ def sample_spans(
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     draw = _start_then_length if sampler == "start_then_length" else _uniform
     starts, lengths = draw(generator, shape, seq_len, max_length(seq_len, max_span_frac))
+    return np.stack([starts, starts + lengths - 1], axis=-1)
+
+
+def sample_spans_within(
+    seed: int,
+    step: int,
+    starts_BT: NDArray[np.bool_],
+    num_spans: int,
+    max_span_frac: float,
+    sampler: Sampler = "start_then_length",
+) -> NDArray[np.int64]:
+    """Spans that do not cross documents: positions a-1..b lie in one.
+
+    The distribution is that of ``sample_spans`` over the spans that are then left: a start uniform
+    over those with any, then the length; or uniform over all of them.
+
+    Args:
+        seed: The run's seed.
+        step: Optimiser step; (seed, step) keys the generator, as in ``sample_spans``.
+        starts_BT: True where a position is the first of its document (its token is a BOS).
+        num_spans: Spans per sequence, S.
+        max_span_frac: As in ``sample_spans``.
+        sampler: As in ``sample_spans``.
+
+    Returns:
+        int64 [B, S, 2] of (a, b); (0, 0) all along a row that has no such span.
+    """
+    choices_BT = _lengths_within(starts_BT, max_length(starts_BT.shape[1], max_span_frac))
+    weight_BT = choices_BT if sampler == "uniform" else (choices_BT > 0).astype(np.int64)
+    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
+    # One cumulative sum over the flattened batch: a row's draw is a place in its stretch of it.
+    ends = weight_BT.cumsum()
+    row_ends_B1 = ends.reshape(weight_BT.shape)[:, -1:]
+    total_B1 = weight_BT.sum(axis=1, keepdims=True)
+    drawn_BS = generator.integers(0, np.maximum(total_B1, 1), (len(starts_BT), num_spans))
+    drawn_BS = row_ends_B1 - total_B1 + drawn_BS
+    index_BS = np.minimum(np.searchsorted(ends, drawn_BS, side="right"), ends.size - 1)
+    a_BS = index_BS % starts_BT.shape[1]
+    if sampler == "uniform":
+        length_BS = 1 + drawn_BS - (ends[index_BS] - weight_BT.ravel()[index_BS])
+    else:
+        most_BS = np.maximum(choices_BT.ravel()[index_BS], 1)
+        length_BS = generator.integers(1, most_BS, endpoint=True)
+    spans_BS2 = np.stack([a_BS, a_BS + length_BS - 1], axis=-1)
+    return np.where(total_B1[..., None] > 0, spans_BS2, 0)
+
+
+def grid_spans(
+    seq_len: int, max_span_frac: float, num_lengths: int = 8, num_positions: int = 8
+) -> NDArray[np.int64]:
+    """Legal spans of geometrically rising lengths (rows) at evenly spaced places (columns).
+
+    They keep off both ends of the row where they can, since a span at an end has another
+    expected loss (docs/objective.md).
+
+    Returns:
+        int64 [num_lengths, num_positions, 2] of (a, b); short rows repeat lengths and places.
+    """
+    longest = max(1, min(max_length(seq_len, max_span_frac), seq_len - 3))
+    lengths = np.geomspace(1, longest, num_lengths).round().astype(np.int64)[:, None]
+    place = np.linspace(0, 1, num_positions)
+    starts = (2 + place * (seq_len - 3 - lengths)).round().astype(np.int64)
     return np.stack([starts, starts + lengths - 1], axis=-1)
 
 
@@ -74,3 +138,19 @@ def _uniform(
     index = np.searchsorted(ends, drawn, side="right")
     starts = 1 + drawn - (ends[index] - per_length[index])
     return starts, index + 1
+
+
+def _lengths_within(starts_BT: NDArray[np.bool_], longest: int) -> NDArray[np.int64]:
+    """How many lengths a span may have that begins at each position, without crossing documents.
+
+    A span at a reads the state at a-1, so it begins after the document's first position; it ends
+    before the next document does.
+    """
+    seq_len = starts_BT.shape[1]
+    position_T = np.arange(seq_len)
+    # The first boundary at or after each position: a minimum running from the right.
+    boundary_BT = np.where(starts_BT, position_T, seq_len)
+    boundary_BT = np.minimum.accumulate(boundary_BT[:, ::-1], axis=1)[:, ::-1]
+    lengths_BT = np.minimum(boundary_BT - position_T, longest)
+    lengths_BT[:, 0] = 0
+    return lengths_BT

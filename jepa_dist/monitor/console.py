@@ -8,13 +8,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+# Key, what stands before and behind, digits after the point, factor.
 _COLUMNS = (
-    ("loss/ce", "ce {:.4f}"),
-    ("loss/jepa", "jepa {:.3f}"),
-    ("val/bpb", "val {:.4f} bpb"),
-    ("grad_norm", "grad {:.2f}"),
-    ("tokens_per_second", "{:,.0f} tok/s"),
-    ("mfu", "mfu {:.1%}"),
+    ("loss/ce", "ce ", "", 4, 1),
+    ("loss/jepa", "jepa ", "", 3, 1),
+    ("val/bpb", "val ", " bpb", 4, 1),
+    ("grad_norm", "grad ", "", 2, 1),
+    ("tokens_per_second", "", " tok/s", 0, 1),
+    ("mfu", "mfu ", "%", 1, 100),
 )
 
 
@@ -33,10 +34,7 @@ class Console:
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Print a logged step on one line."""
-        parts = [shown.format(record[key]) for key, shown in _COLUMNS if _has(record, key)]
-        self.say(
-            f"step {record['step']:>{len(str(self._steps))}}/{self._steps}  " + "  ".join(parts)
-        )
+        self.say(log_line(record, self._steps))
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
@@ -48,5 +46,22 @@ class Console:
         self._bar.close()
 
 
-def _has(record: Mapping[str, Any], key: str) -> bool:
-    return record.get(key) is not None
+def log_line(record: Mapping[str, Any], steps: int) -> str:
+    """A logged step on one line of at most 120 columns, whatever the numbers.
+
+    Args:
+        record: Its numbers; those that are missing or None are left out.
+        steps: Of the whole run.
+    """
+    parts = [
+        f"{before}{_number(factor * record[key], digits)}{behind}"
+        for key, before, behind, digits, factor in _COLUMNS
+        if record.get(key) is not None
+    ]
+    return f"step {record['step']:>{len(str(steps))}}/{steps}  " + "  ".join(parts)
+
+
+def _number(value: float, digits: int) -> str:
+    """With so many digits after the point, in ten characters at most."""
+    plain = f"{value:,.{digits}f}"
+    return plain if len(plain) <= 10 else f"{value:.1e}"

@@ -6,12 +6,16 @@ import psutil
 
 _GIB = 2**30
 
-# Peak dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets: A100 (2020), H100 SXM and
-# PCIe (2022), H200 (2024), B200 (2024). The first name found in the device's wins.
+# Peak dense bf16 TFLOP/s. NVIDIA's data sheets print figures with sparsity, twice as high: A100
+# (2020), H100 SXM, PCIe and NVL (2022 to 2024), H200 SXM and NVL (2024), HGX B200 (2024). The first
+# name found in the device's wins.
 _PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.5,
     "H100": 989.0,
+    "H200 NVL": 835.5,
     "H200": 989.0,
+    "GB200": 2500.0,
     "B200": 2250.0,
     "A100": 312.0,
 }

@@ -1,4 +1,4 @@
-"""Time and tokens: how fast the run is, counting only what was trained (contract C8)."""
+"""Time and tokens: where a step's time goes, and how fast the run is (contract C8)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,38 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+# Phases of a step that train, as they come; time in others is not training time.
+TRAINING_PHASES = ("data_wait", "forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is."""
+
+    count: int
+    """Phases entered so far. Every rank enters the same ones, so who has the lowest is behind."""
+    step: int
+    phase: str
 
 
 class Meter:
-    """Measures the stretch of steps between two records, evaluations left out."""
+    """Measures the stretch of steps between two records; only training counts for its speed.
 
-    def __init__(self, tokens_per_step: int) -> None:
+    Args:
+        tokens_per_step: Of the global batch.
+        device: On CUDA the training phases are measured there, by events that are read only when
+            a record is made. The wait for data is always the host's.
+    """
+
+    def __init__(self, tokens_per_step: int, device: torch.device) -> None:
         self._tokens_per_step = tokens_per_step
+        self._on_cuda = device.type == "cuda"
         self._rates: list[float] = []
+        self.place = Place(0, 0, "start")
         self.start()
 
     def start(self) -> None:
@@ -23,65 +47,110 @@ class Meter:
         self._begin()
 
     @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Time spent in here is reported as ``time/data_wait``."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Time spent in here is reported as ``time/NAME``."""
+        self.place = Place(self.place.count + 1, self.place.step, name)
         start = time.perf_counter()
-        yield
-        self._data_wait += time.perf_counter() - start
+        events = self._events(name)
+        with torch.profiler.record_function(name):
+            yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        if events is not None:
+            events[1].record()
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Time spent in here does not count as training."""
-        start = time.perf_counter()
-        yield
-        self._evaluation += time.perf_counter() - start
+    def still_alive(self) -> None:
+        """A long phase gets on; to be called at the same points on every rank."""
+        self.place = Place(self.place.count + 1, self.place.step, self.place.phase)
 
-    def step(self) -> None:
-        """One optimiser step is under way or done."""
+    def step(self, step: int, saving: bool = False) -> None:
+        """An optimiser step begins; ``saving`` says whether a checkpoint is being written."""
+        self._end_step()
+        self._saving = saving
         self._steps += 1
+        self.place = Place(self.place.count, step, "step")
 
     def lap(self) -> dict[str, float]:
-        """Means over the steps since the last lap (seconds per step; trained tokens/s)."""
-        seconds = time.perf_counter() - self._lap_started - self._evaluation
-        rate = self._steps * self._tokens_per_step / seconds
+        """Means over the steps since the last lap; on CUDA the device must have been waited for.
+
+        Returns:
+            Seconds per step, training only (``time/step``) and by phase, trained tokens per
+            second, and how much longer steps took while a checkpoint was written.
+        """
+        self._end_step()
+        self._read_events()
+        elapsed = time.perf_counter() - self._lap_started
+        training = elapsed - self._off_training()
+        rate = self._steps * self._tokens_per_step / training
         self._rates.append(rate)
+        phases = {name: seconds / self._steps for name, seconds in self._seconds.items()}
         result = {
             "tokens_per_second": rate,
-            "time/step": seconds / self._steps,
-            "time/data_wait": self._data_wait / self._steps,
+            "time/step": training / self._steps,
+            **{f"time/{name}": seconds for name, seconds in phases.items()},
+            "time/other": max(0.0, elapsed / self._steps - sum(phases.values())),
+            **self._slowdown(),
         }
         self._begin()
         return result
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | None]:
         """Median tokens/s over the laps (without the first, which compiles) and total seconds."""
         rates = self._rates[1:] or self._rates
         return {
-            "tokens_per_second": statistics.median(rates),
+            "tokens_per_second": statistics.median(rates) if rates else None,
             "seconds": time.perf_counter() - self._started,
         }
 
     def _begin(self) -> None:
         self._lap_started = time.perf_counter()
         self._steps = 0
-        self._data_wait = 0.0
-        self._evaluation = 0.0
+        self._seconds = dict.fromkeys(TRAINING_PHASES, 0.0)
+        self._pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._step_began: tuple[float, float] | None = None
+        self._saving = False
+        self._durations: dict[bool, list[float]] = {False: [], True: []}
+
+    def _off_training(self) -> float:
+        return sum(s for name, s in self._seconds.items() if name not in TRAINING_PHASES)
+
+    def _end_step(self) -> None:
+        now = (time.perf_counter(), self._off_training())
+        if self._step_began is not None:
+            began, off_training = self._step_began
+            self._durations[self._saving].append(now[0] - began - (now[1] - off_training))
+        self._step_began = now
+
+    def _slowdown(self) -> dict[str, float]:
+        saving, quiet = self._durations[True], self._durations[False]
+        if not saving or not quiet:
+            return {}
+        return {"checkpoint/slowdown": statistics.mean(saving) / statistics.median(quiet)}
+
+    def _events(self, name: str) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+        if not self._on_cuda or name not in TRAINING_PHASES or name == "data_wait":
+            return None
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        self._pairs.append((name, begin, end))
+        return begin, end
+
+    def _read_events(self) -> None:
+        """What the device measured takes the place of the host's times."""
+        for name in {name for name, _, _ in self._pairs}:
+            self._seconds[name] = 0.0
+        for name, begin, end in self._pairs:
+            self._seconds[name] += begin.elapsed_time(end) / 1000
 
 
-class TokensDigest:
-    """Rolling digest of all token ids consumed so far, in global order.
-
-    A step's contribution is the sum of a hash per row, keyed by the row's place in the global
-    batch: ranks can add theirs up, and the result does not depend on how many there are.
-    """
+class RollingDigest:
+    """Digest of everything fed to it, in order; its state is the digest itself."""
 
     def __init__(self, so_far: str = "") -> None:
         self._digest = bytes.fromhex(so_far)
 
-    def update(self, step_sum: int) -> None:
-        """Take in one step's sum (unsigned 64-bit)."""
-        step = step_sum.to_bytes(8, "little")
-        self._digest = hashlib.blake2b(self._digest + step, digest_size=16).digest()
+    def update(self, data: bytes) -> None:
+        """Take in one step's share."""
+        self._digest = hashlib.blake2b(self._digest + data, digest_size=16).digest()
 
     def hex(self) -> str:
         """The digest as 32 hexadecimal digits (empty before the first step)."""

@@ -9,31 +9,79 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jepa_dist.config import Config, to_yaml
+import numpy as np
+import numpy.typing as npt
+
+from jepa_dist.config import Config, flatten, to_dict, to_yaml
+from jepa_dist.monitor.alarms import JepaAlarms
 from jepa_dist.monitor.console import Console
-from jepa_dist.monitor.run_dir import write_status
+from jepa_dist.monitor.environment import as_lines, environment
+from jepa_dist.monitor.history import RunHistory
+from jepa_dist.monitor.run_dir import read_status, write_status
+from jepa_dist.monitor.stragglers import StragglerAlarm
+from jepa_dist.monitor.system import SystemReader
 from jepa_dist.monitor.writer import MetricsWriter
+
+# What sets runs of a sweep apart, by the beginning of the key: columns of TensorBoard's table.
+_SWEPT = ("seed", "jepa.", "optim.", "batch.sequences", "train.steps")
 
 
 class Reporter:
     """Publishes records. One per run, on rank 0."""
 
-    def __init__(self, run_dir: Path, config: Config, done: int = 0) -> None:
+    def __init__(self, run_dir: Path, config: Config, done: int = 0, world_size: int = 1) -> None:
         self._run_dir = run_dir
-        self._console = Console(config.train.steps, done)
-        self._writer = MetricsWriter(run_dir, done)
-        self._writer.text("config", to_yaml(config))
+        self._config = config
+        self._history = RunHistory(run_dir, done, world_size, read_status(run_dir).get("state"))
+        self._save_seconds: float | None = None
+        self._system = SystemReader(run_dir)
+        self._environment = as_lines(environment(world_size))
+        self._open(done)
+        write_status(run_dir, "running", done, saved=done > 0, reason="")
+
+    def _open(self, done: int) -> None:
+        self._done = done
+        self._console = Console(self._config.train.steps, done)
+        self._writer = MetricsWriter(self._run_dir, done, self._warn)
+        self._writer.text("config", to_yaml(self._config))
+        self._writer.text("environment", self._environment)
+        monitor = self._config.monitor
+        self._alarms = JepaAlarms(monitor.dead_gradient_ratio, monitor.collapse_share)
+        self._alarms.recall(self._run_dir / "metrics.jsonl")
+        self._stragglers = StragglerAlarm(monitor.straggler_ratio)
 
     def say(self, text: str) -> None:
         """Tell the user something, on the console only."""
         self._console.say(text)
 
+    def text(self, tag: str, text: str) -> None:
+        """Show a text in TensorBoard."""
+        self._writer.text(tag, text, self._done)
+
+    def histograms(self, values: Mapping[str, npt.NDArray[np.float32]], step: int) -> None:
+        """Show distributions in TensorBoard, by tag."""
+        self._writer.histograms(values, step)
+
     def step(self, record: Mapping[str, Any] | None) -> None:
         """A step is done; ``record`` is None unless it is logged."""
         self._console.step()
         if record is not None:
+            self._save_seconds = record.get("checkpoint/stall_seconds", self._save_seconds)
+            goodput = self._history.record(record["train_seconds"], self._save_seconds)
+            if "startup/total" in record:
+                self._console.say(_startup_line(record))
             self._console.record(record)
-            self._writer.write(record)
+            self._writer.write({**record, **goodput, **self._system.record()})
+            for alarm in [*self._alarms.observe(record), *self._stragglers.observe(record)]:
+                self._warn(alarm)
+                self._writer.text("alarms", alarm, record["step"])
+
+    def go_back(self, step: int, why: str) -> None:
+        """The run goes on from an earlier step: what was recorded beyond is dropped."""
+        self._writer.close()
+        self._console.close()
+        self._open(step)
+        self._warn(why)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Leave ``status.json``, tell how the run ended, and close; of a finished run also write
@@ -43,26 +91,53 @@ class Reporter:
         """
         is_finished = summary["finished"]
         if is_finished:
-            self._writer.summary(summary)
+            self._writer.summary(summary, self._settings())
         self._writer.close()
-        state = "finished" if is_finished else "stopped"
-        write_status(self._run_dir, {"state": state, "step": summary["step"], "saved": True})
         self._console.close()
         for line in _closing_lines(summary, self._run_dir) if is_finished else [_stopped(summary)]:
             self._console.say(line)
+        write_status(
+            self._run_dir,
+            "finished" if is_finished else "stopped",
+            summary["step"],
+            saved=summary["saved"],
+            reason=summary["reason"],
+        )
+
+    def _warn(self, text: str) -> None:
+        self._console.say(f"warning: {text}")
+
+    def _settings(self) -> dict[str, Any]:
+        """Of this run among those of a sweep; TensorBoard knows numbers, texts and truth values."""
+        return {
+            key: value if isinstance(value, bool | int | float) else str(value)
+            for key, value in flatten(to_dict(self._config))
+            if key.startswith(_SWEPT)
+        }
+
+
+def _startup_line(record: Mapping[str, Any]) -> str:
+    parts = ", ".join(
+        f"{key.removeprefix('startup/').replace('_', ' ')} {value:.1f}"
+        for key, value in record.items()
+        if key.startswith("startup/") and key != "startup/total"
+    )
+    return f"first step {record['startup/total']:.1f} s after the process began: {parts}"
 
 
 def _stopped(summary: Mapping[str, Any]) -> str:
+    how = "with a checkpoint" if summary["saved"] else "without a checkpoint"
     return (
-        f"stopped after step {summary['step']} with a checkpoint; "
+        f"stopped after step {summary['step']} {how}: {summary['reason']}; "
         "the same command goes on from there"
     )
 
 
 def _closing_lines(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
+    speed = summary["tokens_per_second"]
     lines = [
-        f"done: {summary['step']} steps in {summary['seconds']:.0f} s, "
-        f"median {summary['tokens_per_second']:,.0f} tokens/s",
+        f"done: {summary['step']} steps"
+        + (f" in {summary['seconds']:.0f} s, median {speed:,.0f} tokens/s" if speed else ""),
         f"validation loss {summary['val/loss']:.4f} nats per token, "
         f"{summary['val/bpb']:.4f} bits per byte",
     ]

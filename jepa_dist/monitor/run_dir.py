@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,54 @@ def write_run_dir(path: Path, files: Mapping[str, str]) -> None:
         ) from None
 
 
-def write_status(path: Path, status: Mapping[str, Any]) -> None:
-    """Leave ``status.json``: how the run ended, for scripts (torchrun's exit code does not say)."""
+def check_run_dir(path: Path) -> None:
+    """See that the run directory can be made and written; leaves nothing new behind.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    made = path
+    while not made.exists():
+        made = made.parent
+    if not made.is_dir() or not os.access(made, os.W_OK | os.X_OK):
+        raise UserError(
+            f"run.dir={path}: cannot be written ({made} is not a folder this user may write to); "
+            "name another one (run.dir=...)"
+        )
+
+
+def write_status(path: Path, state: str, step: int, *, saved: bool, reason: str) -> None:
+    """Leave ``status.json``: how the run stands, for scripts (torchrun's exit code does not say).
+
+    Args:
+        path: Run directory.
+        state: ``running``, ``finished``, ``stopped`` or ``failed``.
+        step: Optimiser steps done.
+        saved: Whether a checkpoint holds them.
+        reason: Why it ended, in words.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    status = {"state": state, "step": step, "saved": saved, "reason": reason}
     write_run_dir(path, {"status.json": json.dumps(status) + "\n"})
+
+
+def note_failure(path: Path, rank: int, reason: str) -> None:
+    """Let ``status.json`` say that the run failed, unless another rank has said so already."""
+    status = read_status(path)
+    if status.get("state") == "running":
+        reason = f"rank {rank}: {reason}"
+        write_status(path, "failed", status["step"], saved=status["saved"], reason=reason)
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What ``write_status`` left; nothing if there is none, or it is damaged."""
+    try:
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def log_to_run_dir(path: Path, rank: int) -> None:

@@ -3,53 +3,123 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+import numpy as np
+import numpy.typing as npt
 
-# Number, text (in metrics.jsonl only), or None: does not apply at this step.
+from jepa_dist.monitor.events import Appendable, EventFile
+from jepa_dist.monitor.images import cos_image
+from jepa_dist.monitor.layout import LAYOUT
+
+# Number; text and tables (in metrics.jsonl only); or None: does not apply at this step.
 Record = Mapping[str, Any]
 
 
 class MetricsWriter:
     """Writes one record per logged step; for rank 0 only.
 
+    Where the disk is full or cannot be written, training goes on: what cannot be written is left
+    out, and ``warn`` is told once, and once more when it can be written again.
+
     Args:
         run_dir: Where both live.
         step: Steps done before this start; what an earlier start recorded beyond is dropped,
             since those steps are taken again.
+        warn: Tells the user.
     """
 
-    def __init__(self, run_dir: Path, step: int = 0) -> None:
-        metrics = run_dir / "metrics.jsonl"
-        _drop_records_beyond(metrics, step)
-        self._file = metrics.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+    def __init__(
+        self, run_dir: Path, step: int = 0, warn: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._warn = warn
+        self._missing = 0
+        self._file = Appendable(run_dir / "metrics.jsonl")
+        self._board = EventFile(run_dir / "tensorboard", purge_step=step + 1)
+        self._attempt(
+            [
+                lambda: _drop_records_beyond(run_dir / "metrics.jsonl", step),
+                lambda: self._board.layout(LAYOUT),
+            ]
+        )
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Show a text in TensorBoard, as it stands."""
-        self._board.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+        self._attempt([lambda: self._board.text(tag, text, step)])
+
+    def histograms(self, values: Mapping[str, npt.NDArray[np.float32]], step: int) -> None:
+        """Show distributions in TensorBoard, by tag."""
+        self._attempt(
+            lambda tag=tag, value=value: self._board.histogram(tag, value, step)  # type: ignore[misc]
+            for tag, value in values.items()
+        )
 
     def write(self, record: Record) -> None:
         """Append one record; its ``step`` places the scalars in TensorBoard."""
-        self._file.write(json.dumps(record) + "\n")
-        for tag, value in record.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and tag != "step":
-                self._board.add_scalar(tag, value, record["step"])
-        if "sample" in record:
-            self.text("sample", record["sample"], record["step"])
-        self._board.flush()
+        self._attempt(
+            [
+                lambda: self._file.append(_line(record)),
+                lambda: self._board.scalars(_scalars(record), record["step"]),
+                lambda: self._extras(record),
+            ]
+        )
 
-    def summary(self, record: Record) -> None:
-        """Append the closing record of a finished run; its numbers are in TensorBoard already."""
-        self._file.write(json.dumps({**record, "final": True}) + "\n")
+    def summary(self, record: Record, settings: Mapping[str, Any]) -> None:
+        """Append the closing record of a finished run; its numbers are in TensorBoard already.
+
+        There it becomes a line of the table that compares runs, with these ``settings``.
+        """
+        results = {tag: value for tag, value in _scalars(record).items() if tag.startswith("val/")}
+        self._attempt(
+            [
+                lambda: self._file.append(_line({**record, "final": True})),
+                lambda: self._board.hparams(settings, results, record["step"]),
+            ]
+        )
 
     def close(self) -> None:
-        """Flush both."""
+        """Nothing more will be written."""
         self._board.close()
         self._file.close()
+
+    def _extras(self, record: Record) -> None:
+        """What TensorBoard shows besides curves."""
+        if "sample" in record:
+            self._board.text("sample", record["sample"], record["step"])
+        if "jepa/cos_table" in record:
+            image_HWC = cos_image(record["jepa/cos_table"]["cos"])
+            self._board.image("jepa/cos_table", image_HWC, record["step"])
+
+    def _attempt(self, writes: Iterable[Callable[[], None]]) -> None:
+        """Do each, whether or not the others can be done."""
+        before = self._missing
+        for write in writes:
+            try:
+                write()
+            except OSError as error:
+                if self._missing == 0:
+                    self._warn(
+                        f"metrics cannot be written ({error.strerror}): training goes on without "
+                        "them; make room on the disk of run.dir, or writing possible again"
+                    )
+                self._missing += 1
+        if self._missing == before > 0:
+            self._warn(f"metrics are written again; {self._missing} entries are missing")
+            self._missing = 0
+
+
+def _line(record: Record) -> bytes:
+    return (json.dumps(record) + "\n").encode()
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    return {
+        tag: value
+        for tag, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and tag != "step"
+    }
 
 
 def _drop_records_beyond(metrics: Path, step: int) -> None:

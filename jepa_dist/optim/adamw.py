@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from jepa_dist.optim.shards import local
@@ -42,19 +43,23 @@ class AdamW(torch.optim.Optimizer):
                 }
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, in place, on the shards alone."""
-        for group in self.param_groups:
-            self._step_group(group)
+    def step(self, skip: Tensor | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, in place, on the shards alone.
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+        Args:
+            skip: See ``Optimizer.step``.
+        """
+        for group in self.param_groups:
+            self._step_group(group, skip)
+
+    def _step_group(self, group: dict[str, Any], skip: Tensor | None) -> None:
         present = [p for p in group["params"] if p.grad is not None]
         filled = [p for p in present if local(p).numel()]
         # An empty shard has nothing to update, but its step counts: a checkpoint may take any
         # rank's.
         for p in present:
             if not local(p).numel():
-                self.state[p]["adam_step"] += 1
+                self.state[p]["adam_step"] += 1 if skip is None else 1 - skip
         beta1, beta2 = group["betas"]
         adamw(
             [local(p) for p in filled],
@@ -64,6 +69,7 @@ class AdamW(torch.optim.Optimizer):
             [],
             [self.state[p]["adam_step"] for p in filled],
             fused=True,
+            found_inf=skip,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

@@ -23,7 +23,7 @@ from jepa_dist.optim.newton_schulz import cost
 from jepa_dist.optim.shards import Grid, rows_of_shard
 
 # While one wave is computed the next one travels; more waves hide more and cost more latency.
-_WAVES = 4
+MAX_WAVES = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def plan_waves(
 ) -> list[Wave]:
     """Choose owners and waves; a pure function of the shapes, so every rank finds the same."""
     owned = balance(matrices, grid.size)
-    count = min(_WAVES, max(len(own) for own in owned))
+    count = min(MAX_WAVES, max(len(own) for own in owned))
     parts = [_split_by_cost(own, count) for own in owned]
     waves = [[part[index] for part in parts] for index in range(count)]
     return [Wave(grid, wave, device, dtype) for wave in waves if any(wave)]

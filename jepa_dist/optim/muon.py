@@ -108,13 +108,20 @@ class Muon(torch.optim.Optimizer):
         self._plans: dict[tuple[bool, ...], _Plan] = {}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, skip: Tensor | None = None) -> None:  # type: ignore[override]
         """Update all matrices in place.
+
+        Args:
+            skip: See ``Optimizer.step``. Everything is computed all the same, from gradients
+                taken as zero, and multiplied by zero.
 
         Raises:
             UserError: ranks disagree on which parameters have a gradient (naming them).
         """
         plan = self._plan()
+        if skip is None:
+            skip = torch.zeros((), device=self._params[0].device)
+        self._skip = skip.bool()
         self._decay()
         directions = self._directions()
         under_way = [wave.gather(directions) for wave in plan.waves]
@@ -177,12 +184,13 @@ class Muon(torch.optim.Optimizer):
 
     def _decay(self) -> None:
         shards = [shard for p in self._params if (shard := local(p)).numel()]
-        torch._foreach_mul_(shards, 1 - self._group["lr"] * self._group["weight_decay"])
+        decay = 1 - self._lr * self._group["weight_decay"]
+        torch._foreach_mul_(shards, self._unless_skipped(decay))
 
     def _directions(self) -> dict[int, Tensor]:
         """What is to be orthogonalised: this rank's rows of it, by key, where it has any."""
         gradients = {
-            key: gradient.float()
+            key: gradient.masked_fill_(self._skip, 0.0).float()
             for key, p in enumerate(self._params)
             if p.grad is not None and (gradient := local(p.grad)).numel()
         }
@@ -198,7 +206,7 @@ class Muon(torch.optim.Optimizer):
         momentum = self._group["momentum"]
         fresh = list(gradients.values())
         buffers = [local(self.state[self._params[key]]["momentum"]) for key in gradients]
-        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_mul_(buffers, self._unless_skipped(momentum))
         torch._foreach_add_(buffers, fresh)
         if not self._settings.nesterov:
             return fresh
@@ -215,8 +223,17 @@ class Muon(torch.optim.Optimizer):
         if not keys:
             return
         updates = [results[key].float() for key in keys]
-        torch._foreach_mul_(updates, [self._group["lr"] * self._factor(key) for key in keys])
+        torch._foreach_mul_(updates, [self._lr * self._factor(key) for key in keys])
+        torch._foreach_mul_(updates, (~self._skip).float())
         torch._foreach_sub_([local(self._params[key]) for key in keys], updates)
+
+    def _unless_skipped(self, factor: float) -> Tensor:
+        """``factor``, or 1 while the step is skipped; 0-dim float32 on the device."""
+        return torch.where(self._skip, 1.0, factor)
+
+    @property
+    def _lr(self) -> float:
+        return self._group["lr"]
 
     def _factor(self, key: int) -> float:
         rows, cols = self._params[key].shape

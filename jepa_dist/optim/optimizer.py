@@ -37,15 +37,25 @@ class Optimizer:
                 if isinstance(member, Muon):
                     settings["momentum"] = momentum
 
-    def step(self) -> None:
-        """Update all parameters in place. Collective where a group is optimised by Muon."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update all parameters in place. Collective where a group is optimised by Muon.
+
+        Args:
+            skip: 0-dim float32 on the parameters' device, the same on every rank: 1 leaves
+                parameters and state as they are, whatever the gradients hold; 0 or None updates.
+                The host need not know which.
+        """
         for member in self._members.values():
-            member.step()
+            member.step(skip)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for member in self._members.values():
             member.zero_grad(set_to_none=True)
+
+    def parameters(self) -> dict[str, list[Tensor]]:
+        """Everything that is optimised, by group name."""
+        return {group.name: list(group.parameters.values()) for group in self._groups}
 
     def learning_rates(self) -> dict[str, float]:
         """The current rate of each group, by group name."""

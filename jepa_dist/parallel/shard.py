@@ -53,31 +53,37 @@ def parallelise(
     config: ParallelConfig,
     world: World,
     initial_value: InitialValue,
+    micro_batches: int = 1,
 ) -> Gathering:
     """Turn a model on the meta device into this rank's part of it, with its initial weights.
 
     Args:
         model: The plain model; parameters on meta.
         regions: What is compiled, named by the model.
-        blocks: Modules that are gathered and freed one at a time.
+        blocks: Modules that are gathered and freed one at a time, in execution order; each returns
+            one tensor.
         looped: Those of them that run several times per pass.
         config: Parallel settings.
         world: Ranks and mesh.
         initial_value: Full initial tensor by name and shape, on any rank the same.
+        micro_batches: Forward and backward passes per optimiser step.
 
     Returns:
         The control over when parameters are gathered and gradients reduced.
     """
     blocks = list(blocks)
-    kept = list(looped) if config.keep_looped_gathered else []
+    looped = list(looped) if config.keep_looped_gathered else []
     for block in blocks:
         checkpoint_activations(block, config.activation_checkpointing)
     if config.compile:
         for _, region in regions:
             compile_region(region)
+    accumulates = micro_batches > 1 and config.accumulate == "gathered"
+    # The last block's backward follows its forward at once.
+    kept = blocks if accumulates else [*looped, *blocks[-1:]]
     shard(model, blocks, kept, config, world)
     materialise(model, world.device, initial_value)
-    return Gathering(model, kept)
+    return Gathering(model, looped, config)
 
 
 def shard(
@@ -87,7 +93,10 @@ def shard(
     config: ParallelConfig,
     world: World,
 ) -> None:
-    """``fully_shard`` each block and the root; gradients are summed, not averaged."""
+    """``fully_shard`` each block and the root; gradients are summed, not averaged.
+
+    Blocks in ``kept`` stay gathered between forward and backward, whatever the configuration.
+    """
     kept = set(kept)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(config, world.device),
@@ -108,31 +117,38 @@ def shard(
 class Gathering:
     """When parameters are gathered and gradients reduced, within one optimiser step.
 
-    Micro-batches before the last neither reduce gradients nor free parameters. Looped blocks stay
-    gathered from their first pass until the last backward is done (measured: 13 instead of 33
-    all-gathers for four of eight blocks run three times).
+    Between micro-batches parameters stay gathered and gradients whole, so that a step gathers and
+    reduces once (``parallel.accumulate: sharded`` frees and reduces after each). Looped blocks stay
+    gathered from their first pass until the last backward is done (measured: 12 instead of 33
+    all-gathers for four of eight blocks run three times). Autograd adds up the gradients of their
+    passes before FSDP2 sees them, so they reduce once; only MLPs that belong to one pass alone
+    (``model.untie_loop_mlps``) are reduced as soon as that pass is done.
     """
 
-    def __init__(self, model: nn.Module, kept: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, looped: Iterable[nn.Module], config: ParallelConfig
+    ) -> None:
         assert isinstance(model, FSDPModule)
         self._model = model
-        self._kept = [block for block in kept if isinstance(block, FSDPModule)]
+        self._looped = [block for block in looped if isinstance(block, FSDPModule)]
+        self._shards_each = config.accumulate == "sharded"
 
     def begin_micro_batch(self, *, is_last: bool) -> None:
         """Set up forward and backward of one micro-batch."""
-        self._model.set_requires_gradient_sync(is_last)
-        self._model.set_reshard_after_backward(is_last)
-        for block in self._kept:
+        is_complete = is_last or self._shards_each
+        self._model.set_requires_gradient_sync(is_complete)
+        self._model.set_requires_all_reduce(is_last)  # over replicas, once even so
+        self._model.set_reshard_after_backward(is_complete)
+        for block in self._looped:
             block.set_reshard_after_backward(False)
 
     def release(self) -> None:
         """Free what is still gathered; parameters are shards again. After backward or evaluation.
 
-        (After a forward without backward the root would stay gathered.)
+        (A forward without backward leaves gathered what is not freed after forward.)
         """
-        self._model.reshard()
-        for block in self._kept:
-            block.reshard()
+        for module in fsdp_modules(self._model):
+            module.reshard()
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

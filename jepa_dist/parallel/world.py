@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -31,11 +33,27 @@ class World:
     """1-D ``dp_shard``, or 2-D ``dp_replicate x dp_shard`` when there are replicas."""
     control: dist.ProcessGroup
     """gloo group for decisions (StepPlan); never carries tensors of a device."""
+    timeout: timedelta
+    """Longest wait in a collective."""
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which alone decides, writes and speaks."""
         return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank. Collective."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return bool(flags.item())
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's (picklable) ``value``, in rank order. Collective."""
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values  # type: ignore[return-value]
 
     def decide(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` on rank 0 and hand its (picklable) result to everyone.
@@ -67,13 +85,14 @@ def start_world(config: ParallelConfig) -> World:
     rank, world_size = launched_rank(), launched_world_size()
     local_rank = launched_local_rank()
     device = _device(local_rank)
+    timeout = timedelta(seconds=config.timeout_seconds)
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=None if is_launched() else HashStore(),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=config.timeout_seconds),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     return World(
@@ -81,9 +100,21 @@ def start_world(config: ParallelConfig) -> World:
         local_rank=local_rank,
         world_size=world_size,
         device=device,
-        mesh=_mesh(config, world_size, device),
-        control=dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_seconds)),
+        mesh=build_mesh(config, world_size, device),
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        timeout=timeout,
     )
+
+
+def record_collectives(folder: Path) -> None:
+    """Have NCCL keep its last collectives and write them to ``folder`` when one times out.
+
+    To be called before ``start_world``; what the environment says already is left alone. Read the
+    files with ``torchfrtrace`` (they are pickles of PyTorch's own).
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_rank_"))
 
 
 def stop_world() -> None:
@@ -105,7 +136,8 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def _mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh:
+def build_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh:
+    """1-D ``dp_shard`` over the ranks, or 2-D ``dp_replicate x dp_shard`` with replicas."""
     replicas = config.dp_replicate
     mesh = init_device_mesh(
         device.type,

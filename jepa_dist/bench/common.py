@@ -1,0 +1,216 @@
+"""What the benchmarks share: machine, tables, configuration, data, timing in turn, real ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from jepa_dist.config import Config, load
+from jepa_dist.data.shards import write_shard
+from jepa_dist.errors import UserError
+from jepa_dist.launched import is_launched
+
+# ---------------------------------------------------------------------------- output
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "cuda": devices or "none",
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Of what the numbers depend on."""
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; cells are shown as ``str`` shows them."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+# ---------------------------------------------------------------------------- what is measured
+
+
+def add_config(parser: argparse.ArgumentParser, default: str = "configs/debug.yaml") -> None:
+    """The options that choose a configuration; ``chosen_config`` reads them."""
+    parser.add_argument(
+        "--config", type=Path, default=Path(default), help="measure this one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="with these changes, e.g. model.num_layers=8",
+    )
+
+
+def chosen_config(arguments: argparse.Namespace) -> Config:
+    """The configuration of the command line; the environment's switches count, too.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    return load(arguments.config, arguments.set).config
+
+
+def with_random_data(config: Config, folder: Path, sequences: int | None = None) -> Config:
+    """The same configuration on shards of random ids, written into ``folder``.
+
+    Args:
+        config: The configuration.
+        folder: For the shards and the run directory.
+        sequences: How many there are to train on (default: four global batches).
+    """
+    count = 4 * config.batch.sequences if sequences is None else sequences
+    generator = np.random.Generator(np.random.PCG64(config.seed))
+    for split, rows in (("train", count), ("val", config.batch.sequences)):
+        ids = generator.integers(0, config.model.vocab_size, rows * config.model.seq_len + 1)
+        write_shard(folder / f"{split}_0.bin", ids.astype(np.uint16))
+    data = {
+        "train": str(folder / "train_*.bin"),
+        "val": str(folder / "val_*.bin"),
+        "tokenizer": None,
+    }
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": str(folder / "run")}),
+            "data": config.data.model_copy(update=data),
+        }
+    )
+
+
+# ---------------------------------------------------------------------------- timing
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_in_turn(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every call, taken in turn (A B C A B C), so that drift hits all alike.
+
+    With a process group all ranks begin each call together. Nothing is called beforehand: warm up
+    what has to be.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            synchronize(device)
+            if dist.is_initialized():
+                dist.barrier()
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+# ---------------------------------------------------------------------------- ranks
+
+
+def refuse_launcher(bench: str) -> None:
+    """For benchmarks that start their ranks themselves.
+
+    Raises:
+        UserError: this process is one rank of several already.
+    """
+    if is_launched():
+        raise UserError(f"bench {bench}: starts its ranks itself; run it without torchrun")
+
+
+def on_ranks(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0) -> list[Any]:
+    """Call ``fn(device, *args)`` on so many new processes; what each returned, in rank order.
+
+    Each is a rank of the default process group (NCCL and gloo on CUDA, gloo on CPU), as a launcher
+    would start it, and has its share of the cores. All have ended when this returns or raises.
+
+    Args:
+        fn: A function of a module (it travels by name); returns what JSON can say.
+        ranks: Number of processes.
+        *args: Picklable.
+        timeout: Seconds until they are ended.
+
+    Raises:
+        UserError: they took longer, or there are fewer CUDA devices.
+    """
+    devices = torch.cuda.device_count()
+    if devices and ranks > devices:
+        raise UserError(f"{ranks} ranks: this machine has {devices} CUDA device(s)")
+    with tempfile.TemporaryDirectory() as folder:
+        deadline = time.monotonic() + timeout
+        shared = (ranks, folder, timeout, fn, args)
+        context = spawn(_rank, shared, nprocs=ranks, join=False, daemon=True)
+        try:
+            while not context.join(timeout=1.0):
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{ranks} ranks did not finish in {timeout:g} s; give them more time "
+                        "(--timeout) or less to do"
+                    )
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+        return [
+            json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(ranks)
+        ]
+
+
+def _rank(
+    rank: int, ranks: int, folder: str, timeout: float, fn: Callable[..., Any], args: Any
+) -> None:
+    # What torch.multiprocessing has the kernel send when the parent dies: then end at once.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    is_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if is_cuda else torch.device("cpu")
+    if is_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if is_cuda else None,
+    )
+    result = fn(device, *args)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
+    dist.destroy_process_group()

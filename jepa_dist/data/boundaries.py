@@ -1,0 +1,51 @@
+"""Where documents begin in the rows of a global batch, for spans that do not cross them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from jepa_dist.data.loader import TokenDataset
+from jepa_dist.data.order import place_in_order, sample_order
+
+Starts = npt.NDArray[np.bool_]
+
+
+class DocumentStarts:
+    """The document starts of each step's global batch.
+
+    Args:
+        dataset: Where the samples are.
+        bos_id: Id that begins every document.
+        sequences: Rows of a global batch.
+        seed: Of the order of samples.
+        step: Optimiser step at which ``samples_consumed`` holds.
+        samples_consumed: Of the run, before that step.
+        skip: Places in the order that are passed over, as in ``TrainLoader``.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        bos_id: int,
+        *,
+        sequences: int,
+        seed: int,
+        step: int,
+        samples_consumed: int,
+        skip: range,
+    ) -> None:
+        self._dataset, self._bos_id = dataset, bos_id
+        self._sequences, self._seed, self._skip = sequences, seed, skip
+        self._offset = samples_consumed - step * sequences
+
+    def read(self, step: int) -> Starts:
+        """True where a position of the step's rows begins a document, bool [sequences, seq_len].
+
+        Raises:
+            UserError: a damaged shard.
+        """
+        first = place_in_order(self._offset + step * self._sequences, self._skip)
+        ids = sample_order(first, self._sequences, len(self._dataset), self._seed)
+        starts: Starts = self._dataset.read(ids)[:, :-1] == self._bos_id
+        return starts

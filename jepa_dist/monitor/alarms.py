@@ -1,0 +1,76 @@
+"""Alarms about the objective: told once, and again only after things have been well in between."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JepaAlarms:
+    """Watches the records of a run for an objective that does nothing, and for collapse.
+
+    Args:
+        dead_gradient_ratio: The objective has no gradient if that of lambda * JEPA is less than
+            this share of cross-entropy's (``monitor.dead_gradient_ratio``).
+        collapse_share: The states collapse if their effective rank is less than this share of
+            what it was when first looked at, twice in a row (``monitor.collapse_share``): odd rows
+            in one batch are no collapse.
+    """
+
+    def __init__(self, dead_gradient_ratio: float, collapse_share: float) -> None:
+        self._dead_gradient_ratio = dead_gradient_ratio
+        self._collapse_share = collapse_share
+        self._first: tuple[int, float] | None = None
+        self._previous = math.inf
+        self._raised: set[str] = set()
+
+    def observe(self, record: Mapping[str, Any]) -> list[str]:
+        """Take in a record, in order; the warnings that it gives rise to."""
+        found = {"gradient": self._no_gradient(record), "collapse": self._collapse(record)}
+        looked = {name for name, warning in found.items() if warning is not None}
+        warnings = {name: found[name] for name in looked if found[name]}
+        told = [str(warnings[name]) for name in found if name in warnings.keys() - self._raised]
+        self._raised = (self._raised - looked) | warnings.keys()
+        return told
+
+    def recall(self, metrics: Path) -> None:
+        """Take in what an earlier start of the run recorded (``metrics.jsonl``), in silence."""
+        if not metrics.exists():
+            return
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                self.observe(json.loads(line))
+            except ValueError:
+                continue  # a crash cut the line short
+
+    def _no_gradient(self, record: Mapping[str, Any]) -> str | None:
+        """A warning, "" if all is well, None if the record does not say."""
+        ratio = record.get("jepa/grad_ratio")
+        if ratio is None:
+            return None
+        if ratio > 0 and not ratio < self._dead_gradient_ratio:
+            return ""
+        return (
+            f"step {record['step']}: the JEPA loss is on (lambda {record['jepa/lambda']:.3g}) but "
+            f"its gradient at the tapped state is {ratio:.1e} of cross-entropy's: it does nothing. "
+            "Raise jepa.lambda, tap another jepa.layer, or look for what cuts the gradient off"
+        )
+
+    def _collapse(self, record: Mapping[str, Any]) -> str | None:
+        rank = record.get("jepa/effective_rank")
+        if rank is None or not math.isfinite(rank):
+            return None
+        if self._first is None:
+            self._first = record["step"], rank
+        step, first = self._first
+        higher, self._previous = max(rank, self._previous), rank
+        if higher >= self._collapse_share * first:
+            return ""
+        return (
+            f"step {record['step']}: the tapped states collapse: they use {rank:.1f} directions "
+            f"(jepa/effective_rank), at step {step} it was {first:.1f}. Lower jepa.lambda or the "
+            "learning rates, or start later (jepa.start_frac); docs/objective.md"
+        )

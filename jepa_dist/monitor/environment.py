@@ -1,0 +1,78 @@
+"""Where and with what a run is made: versions, host, devices, switches, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+_GIT_SECONDS = 5.0
+# Besides all JEPA_*. GROUP_WORLD_SIZE is torchrun's count of hosts (of agents, to be exact).
+_VARIABLES = {"GROUP_WORLD_SIZE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF"}
+
+
+def environment(world_size: int) -> dict[str, str]:
+    """What the numbers of a run depend on besides its configuration, by name."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "host of rank 0": socket.gethostname(),
+        "ranks": str(world_size),
+        **_cuda(),
+        **{name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
+    }
+    return found | git_state(Path(__file__).parent)
+
+
+def git_state(folder: Path) -> dict[str, str]:
+    """Commit of the checkout that ``folder`` is in, and what differs from it; nothing if it is in
+    none, or git is not there."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    changed = (_git(folder, "status", "--porcelain", "--untracked-files=no") or "").splitlines()
+    return {"commit": commit.strip(), "changed since": _listed([line[3:] for line in changed])}
+
+
+def as_lines(facts: Mapping[str, str]) -> str:
+    """One line each, aligned."""
+    width = max(map(len, facts), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+def _matters(variable: str) -> bool:
+    return variable.startswith("JEPA_") or variable in _VARIABLES
+
+
+def _listed(files: list[str]) -> str:
+    shown = ", ".join(files[:10]) + ", ..." * (len(files) > 10)
+    return f"{len(files)} files: {shown}" if files else "nothing"
+
+
+def _cuda() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {"device": "CPU"}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cuda": str(torch.version.cuda),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    program = shutil.which("git")
+    if program is None:
+        return None
+    command = [program, "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

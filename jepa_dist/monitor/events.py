@@ -1,0 +1,127 @@
+"""TensorBoard's event file, written where the call is made.
+
+TensorBoard's own writer hands records to a thread: on a full disk that thread dies with a
+traceback and leaves half a record, at which every reader stops. Here a record is appended as a
+whole or not at all, and an error reaches the caller.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
+
+_BINS = 64  # of a histogram
+
+# {category: {chart: [kind, [tag patterns]]}}, as ``torch.utils.tensorboard`` takes it.
+Layout = Mapping[str, Mapping[str, list[Any]]]
+
+
+class Appendable:
+    """A file that grows by whole records, each of which is with the kernel when ``append`` is back.
+
+    (So a killed process loses none; a host that loses power may.)
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: io.FileIO | None = None
+
+    def append(self, record: bytes) -> None:
+        """Add one record.
+
+        Raises:
+            OSError: it cannot be written; the file is as before.
+        """
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = io.FileIO(self._path, "a")
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(record) != len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def close(self) -> None:
+        """Nothing more will be added."""
+        if self._file is not None:
+            self._file.close()
+
+
+class EventFile:
+    """One event file of TensorBoard.
+
+    Every method raises OSError if the file cannot be written; it is then as before.
+
+    Args:
+        folder: Where; made if need be.
+        purge_step: What earlier files hold from this step on is not to be shown any more.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
+        self._file = Appendable(folder / name)
+        self._purge_step = purge_step
+        self._has_header = False
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Points of curves, by tag."""
+        numbers = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(Summary(value=numbers), step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """A text, shown as it stands."""
+        shown = "\n".join(f"    {line}" for line in text.splitlines())
+        self._add(summary.text(tag, shown), step)
+
+    def image(self, tag: str, image_HWC: npt.NDArray[np.uint8], step: int) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        self._add(summary.image(tag, image_HWC, dataformats="HWC"), step)
+
+    def histogram(self, tag: str, values: npt.NDArray[np.float32], step: int) -> None:
+        """The distribution of values."""
+        self._add(summary.histogram(tag, values, bins=_BINS), step)
+
+    def layout(self, layout: Layout) -> None:
+        """How the custom scalars' page is arranged."""
+        self._add(summary.custom_scalars(layout), 0)
+
+    def hparams(self, settings: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
+        """The run as one line of the table that compares runs."""
+        for part in summary.hparams(dict(settings), dict(results)):
+            self._add(part, step)
+
+    def close(self) -> None:
+        """Nothing more will be added."""
+        self._file.close()
+
+    def _add(self, what: Summary, step: int) -> None:
+        header = b""
+        if not self._has_header:
+            version = Event(wall_time=time.time(), file_version="brain.Event:2")
+            start = SessionLog(status=SessionLog.START)
+            purge = Event(wall_time=time.time(), step=self._purge_step, session_log=start)
+            header = _framed(version) + _framed(purge)
+        self._file.append(header + _framed(Event(wall_time=time.time(), step=step, summary=what)))
+        self._has_header = True
+
+
+def _framed(event: Event) -> bytes:
+    """With its length and check sums around it."""
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(event.SerializeToString())
+    return buffer.getvalue()

@@ -1,0 +1,76 @@
+"""How far a step moves the weights, relative to their size: |update| / |weight| per group.
+
+Measured on a sample: up to ``_SAMPLED`` elements of every shard, evenly spaced, are kept while the
+optimiser steps. That costs no copy of the weights, and sums over ranks give the same ratio as all
+elements would, up to sampling error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from jepa_dist.optim.shards import local
+
+_SAMPLED = 4096
+_PREFIX = "update_ratio"
+
+
+class UpdateRatio:
+    """Call ``before`` and ``after`` around a step, on every rank alike; then ``metrics``.
+
+    Args:
+        groups: Parameters (plain or DTensor) by group name.
+    """
+
+    def __init__(self, groups: Mapping[str, Iterable[Tensor]]) -> None:
+        self._groups = {name: list(parameters) for name, parameters in groups.items()}
+        self._before: dict[str, list[Tensor]] = {}
+
+    def before(self) -> None:
+        """Keep the sampled weights."""
+        self._before = {
+            name: [sample.clone() for sample in _samples(parameters)]
+            for name, parameters in self._groups.items()
+        }
+
+    def after(self) -> dict[str, Tensor]:
+        """Squares of update and weight, 0-dim float32 on the device, to be added up over ranks;
+        nothing unless ``before`` was called."""
+        sums: dict[str, Tensor] = {}
+        for name, before in self._before.items():
+            parameters = self._groups[name]
+            after, factors = list(_samples(parameters)), [_stride(p) ** 0.5 for p in parameters]
+            sums[f"{_PREFIX}/{name}/weight"] = _square(after, factors)
+            sums[f"{_PREFIX}/{name}/update"] = _square(torch._foreach_sub(after, before), factors)
+        self._before = {}
+        return sums
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Ratios by group, from the sums over all ranks; none where they were not measured."""
+        ratios = {}
+        for name in self._groups:
+            weight = sums.get(f"{_PREFIX}/{name}/weight", 0.0)
+            if weight > 0:
+                ratio = sums[f"{_PREFIX}/{name}/update"] / weight
+                ratios[f"{_PREFIX}/{name}"] = math.sqrt(ratio)
+        return ratios
+
+
+def _samples(parameters: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Views of evenly spaced elements; each stands for as many as the stride is long."""
+    for parameter in parameters:
+        yield local(parameter).flatten()[:: _stride(parameter)]
+
+
+def _stride(parameter: Tensor) -> int:
+    return max(1, math.ceil(local(parameter).numel() / _SAMPLED))
+
+
+def _square(samples: Iterable[Tensor], factors: list[float]) -> Tensor:
+    """Estimated sum of squares; the factors are roots of the strides."""
+    norms = torch._foreach_norm([sample.float() for sample in samples])
+    return torch.stack(torch._foreach_mul(norms, factors)).square().sum()

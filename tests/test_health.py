@@ -1,0 +1,164 @@
+"""Losses that are not finite: skipped alike on every rank, rolled back from once, then the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jepa_dist.checkpoint import Checkpointer, Keep, published
+from jepa_dist.checkpoint.manifest import read_manifest, read_state
+from jepa_dist.config import Config, to_dict
+from jepa_dist.errors import TrainingError
+from jepa_dist.parallel.world import start_world
+from jepa_dist.trainer import Trainer
+from tests.ranks import run_ranks
+from tests.test_resume import ALL, Recorder
+from tests.tiny import tiny_config, write_corpus
+
+
+class Poisoned(Trainer):
+    """On one rank the loss of some samples is not finite, in whichever step they come."""
+
+    def poison(self, samples: range, rank: int, value: float) -> None:
+        self.samples, self.poisoned_rank, self.value = samples, rank, value
+
+    def loss(self, batch, plan, index):
+        loss, parts = super().loss(batch, plan, index)
+        place = self.batches.samples_consumed // 6 * 6
+        if place >= self.progress.skip_start:
+            place += self.progress.skip_count
+        if index == 0 and place in self.samples and self.world.rank == self.poisoned_rank:
+            loss = loss * self.value
+            parts = parts | {"ce": parts["ce"] * self.value}
+        return loss, parts
+
+
+class Reporter(Recorder):
+    """Also hears of roll-backs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def go_back(self, step: int, why: str) -> None:
+        self.told.append(why)
+        self.records = [record for record in self.records if record["step"] <= step]
+
+
+def train(
+    rank: int, world_size: int, config: Config, samples: range, poisoned_rank: int, value: float
+) -> dict[str, Any]:
+    world = start_world(config.parallel)
+    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=9))
+    identity = {"config": to_dict(config), "data_fingerprint": "data"}
+    trainer = Poisoned(config, world, checkpointer, None, identity)
+    trainer.poison(samples, poisoned_rank, value)
+    reporter = Reporter()
+    error = None
+    try:
+        trainer.run(reporter if rank == 0 else None)  # type: ignore[arg-type]
+    except TrainingError as failure:
+        error = failure.problems
+    checkpointer.close()
+    whole = {name: bool(p.isfinite().all()) for name, p in trainer.tensors().items()}
+    return {
+        "records": reporter.records,
+        "told": reporter.told,
+        "error": error,
+        "whole": all(whole.values()),
+        "weights": {n: _sum(p) for n, p in trainer.model.named_parameters()},
+        "skip": trainer.progress.skip,
+    }
+
+
+def _sum(tensor: torch.Tensor) -> float:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return float(local.detach().double().sum())
+
+
+def config(folder: Path, **changes: Any) -> Config:
+    write_corpus(folder)
+    return tiny_config(folder, **{**ALL, "checkpoint__every": 4, "eval__every": 0, **changes})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_step_is_skipped_on_every_rank(tmp_path: Path, value: float) -> None:
+    settings = config(tmp_path, train__steps=8)
+    bad = range(4 * 6, 5 * 6)
+    results = run_ranks(train, 2, settings, bad, 1, value)
+    assert [result["error"] for result in results] == [None, None]
+    assert all(result["whole"] for result in results)
+    records = results[0]["records"]
+    assert [record["bad_steps"] for record in records] == [0] * 4 + [1] * 4
+    assert not torch.tensor(records[4]["grad_norm"]).isfinite()
+    assert all(torch.tensor(record["loss/ce"]).isfinite() for record in records[5:])
+
+
+def losses(rank: int, world_size: int, config: Config, skipped: int) -> list[dict[str, Any]]:
+    """A run of ``Trainer.step`` by hand, in which one step's update is left out altogether."""
+    world = start_world(config.parallel)
+    trainer = Trainer(config, world)
+    plain = trainer.optimizer.step
+    seen = []
+    trainer.plans.request(0)
+    for step in range(8):
+        plan = trainer.plans.take()
+        trainer.plans.request(step + 1)
+        trainer.optimizer.step = (lambda skip: None) if step == skipped else plain  # type: ignore
+        trainer.step(plan)
+        trainer._take_in(trainer.reduction.drain())
+        assert trainer.latest is not None
+        seen.append(trainer.latest.values["ce"])
+    trainer.batches.close()
+    return seen
+
+
+def test_skipping_is_as_if_the_optimiser_had_not_been_called(tmp_path: Path) -> None:
+    settings = config(tmp_path, train__steps=9, train__max_bad_steps=9)
+    expected = run_ranks(losses, 2, settings, 4)[0]
+    records = run_ranks(train, 2, settings, range(4 * 6, 5 * 6), 0, float("nan"))[0]["records"]
+    seen = [record["loss/ce"] for record in records]
+    assert seen[:4] == expected[:4]
+    assert seen[5:8] == expected[5:]
+
+
+def test_it_rolls_back_once_and_passes_over_the_data(tmp_path: Path) -> None:
+    settings = config(tmp_path, train__max_bad_steps=3)
+    bad = range(10 * 6, 15 * 6)
+    result, other = run_ranks(train, 2, settings, bad, 1, float("nan"))
+    assert (result["error"], other["error"]) == (None, None)
+    assert "going back to step 8" in result["told"][0]
+    assert len(result["told"]) == 1
+    # What was passed over begins with the first bad step, and the two or three steps that were
+    # on their way when the third was known belong to it.
+    assert result["skip"].start == 60
+    assert 78 <= result["skip"].stop <= 96
+    assert [record["step"] for record in result["records"]] == list(range(1, 21))
+    assert all(torch.tensor(record["loss/ce"]).isfinite() for record in result["records"])
+    folder = Path(settings.run.dir) / "checkpoints"
+    assert list(published(folder)) == [4, 8, 12, 16, 20]
+    state = read_state(published(folder)[12])
+    assert (state["skip_start"], state["skip_count"]) == (60, len(result["skip"]))
+
+
+def test_then_it_stops_with_a_report(tmp_path: Path) -> None:
+    settings = config(tmp_path, train__max_bad_steps=3)
+    results = run_ranks(train, 2, settings, range(60, 10**6), 0, float("nan"))
+    for result in results:
+        assert "rolled back once already" in result["error"][0]
+        assert "samples" in result["error"][1]
+        assert result["whole"]
+    # Saved again when it rolled back, with the data to pass over; what came later is not healthy.
+    paths = published(Path(settings.run.dir) / "checkpoints")
+    assert read_state(paths[8])["skip_count"] > 0
+    healthy = {step: read_manifest(path).healthy for step, path in paths.items()}
+    assert all(healthy[step] == (step <= 8) for step in healthy)
+
+
+def test_without_a_healthy_checkpoint_it_stops_at_once(tmp_path: Path) -> None:
+    settings = config(tmp_path, train__max_bad_steps=3, checkpoint__every=0)
+    results = run_ranks(train, 2, settings, range(10**6), 0, float("nan"))
+    assert all("there is no healthy checkpoint" in result["error"][0] for result in results)

@@ -1,0 +1,35 @@
+"""``python -m jepa_dist.bench monitor``: both runs take their turns, and are told apart."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import run_command
+
+BENCH = (sys.executable, "-m", "jepa_dist.bench", "monitor")
+SMALL = ("parallel.compile=false", "batch.sequences=2", "batch.micro=2", "model.seq_len=32")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_turns_are_taken(tmp_path: Path) -> None:
+    told = tmp_path / "result.json"
+    options = ("--rounds", 3, "--steps", 2, "--json", told, "--set", *SMALL)
+    done = run_command(*BENCH, *options, "train.log_every=1", "monitor.jepa_every=2", timeout=300)
+    assert done.code == 0, done.output
+    result = json.loads(told.read_text())
+    for clock in ("wall", "processor"):
+        assert len(result[clock]["ratios"]) == 3
+        assert result[clock]["off"] > 0
+        assert 0.01 < result[clock]["ratio"] < 100
+    assert "| processor |" in done.output
+
+
+def test_a_turn_has_steps() -> None:
+    done = run_command(*BENCH, "--rounds", 0, timeout=200)
+    assert done.code == 2
+    assert "--rounds and --steps must be at least 1" in done.output

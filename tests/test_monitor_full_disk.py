@@ -1,0 +1,125 @@
+"""A full disk costs numbers, not the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing import event_file_loader
+
+from jepa_dist.monitor.events import Appendable
+from jepa_dist.monitor.writer import MetricsWriter
+from tests.commands import TRAIN, Command
+from tests.tiny import tiny_overrides, write_corpus
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small file system")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave not a byte."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(b"x" * 4096) == 4096:
+                pass
+        except OSError:
+            pass
+    return filler
+
+
+def test_a_record_is_written_whole_or_not_at_all(small_disk: Path) -> None:
+    file = Appendable(small_disk / "log")
+    file.append(b"first\n")
+    filler = fill(small_disk)
+    with pytest.raises(OSError, match="No space"):
+        any(file.append(b"y" * 3000) for _ in range(3))
+    whole = (small_disk / "log").stat().st_size
+    assert (whole - len("first\n")) % 3000 == 0
+    filler.unlink()
+    file.append(b"last\n")
+    assert (small_disk / "log").stat().st_size == whole + len("last\n")
+
+
+def test_told_once_and_gone_on_with(small_disk: Path) -> None:
+    told: list[str] = []
+    writer = MetricsWriter(small_disk, warn=told.append)
+    writer.write({"step": 1, "loss": 1.0})
+    filler = fill(small_disk)
+    for step in range(2, 200):  # the last pages of both files have some room
+        writer.write({"step": step, "loss": 2.0, "note": "x" * 200})
+    assert len(told) == 1
+    assert "No space left on device" in told[0]
+    filler.unlink()
+    writer.write({"step": 200, "loss": 3.0})
+    writer.close()
+    assert len(told) == 2
+    assert "written again" in told[1]
+    lines = [json.loads(x) for x in (small_disk / "metrics.jsonl").read_text().splitlines()]
+    assert (lines[0]["step"], lines[-1]["step"]) == (1, 200)
+    assert len(lines) < 200
+    (path,) = (small_disk / "tensorboard").iterdir()
+    steps = [event.step for event in event_file_loader.LegacyEventFileLoader(str(path)).Load()]
+    assert (steps[-1], sorted(steps[3:])) == (200, steps[3:])
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file stands where the run directory should")
+    told: list[str] = []
+    writer = MetricsWriter(tmp_path / "run", warn=told.append)
+    for step in (1, 2):
+        writer.write({"step": step, "loss": 1.0})
+    writer.text("note", "text")
+    writer.summary({"step": 2, "val/loss": 1.0}, {"seed": 0})
+    writer.close()
+    assert len(told) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_training_goes_on_over_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
+    """A real run whose disk is full for a while; stopped at last with room for a checkpoint."""
+    write_corpus(tmp_path)
+    config = tmp_path / "config.yaml"
+    config.touch()
+    run = small_disk / "run"
+    changes = {"run__dir": run, "train__steps": 100_000, "checkpoint__every": 0}
+    with Command([*TRAIN, config, *tiny_overrides(tmp_path, **changes)]) as command:
+
+        def steps() -> int:
+            return command.output().count("\nstep ")
+
+        command.wait_for(lambda: steps() >= 2, timeout=200)
+        filler = fill(small_disk)
+        command.wait_for(lambda: "metrics cannot be written" in command.output(), timeout=100)
+        reached = steps()
+        command.wait_for(lambda: steps() >= reached + 5, timeout=100)
+        filler.unlink()
+        command.wait_for(lambda: "metrics are written again" in command.output(), timeout=100)
+        command.signal(signal.SIGTERM)
+        done = command.wait(200)
+    assert done.code == 0, done.output
+    assert done.output.count("metrics cannot be written") == 1
+    assert "Traceback" not in done.output
+    logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    assert logged == sorted(set(logged))
+    assert logged[-1] > len(logged) >= 2  # there is a gap, and an end
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"

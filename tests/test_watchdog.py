@@ -1,0 +1,67 @@
+"""Who is stuck is named, with everybody's stacks in the logs, and a hung rank is cut."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jepa_dist.monitor.watchdog import Heartbeat, diagnose
+from tests.commands import Command
+from tests.test_train_command import UNDER_TORCHRUN, has_logged, settings
+from tests.tiny import write_corpus
+
+
+def beats(**changes: dict[str, object]) -> dict[int, Heartbeat]:
+    """Three ranks at the same place, changed by ``rank_<r>``."""
+    usual = Heartbeat(beat=1, count=40, step=12, phase="forward", seconds=61.0, host="n", pid=1)
+    return {r: replace(usual, **changes.get(f"rank_{r}", {})) for r in range(3)}
+
+
+def later(before: dict[int, Heartbeat], *stopped: int) -> dict[int, Heartbeat]:
+    """The same ranks three beats on, but for those that were stopped."""
+    return {r: b if r in stopped else replace(b, beat=b.beat + 3) for r, b in before.items()}
+
+
+def test_the_rank_that_is_behind() -> None:
+    before = beats(rank_1={"count": 39, "phase": "data_wait", "host": "n7", "pid": 5})
+    assert diagnose(before, later(before), 3) == [
+        "rank 1 (host n7, pid 5) is behind, at step 12 in data_wait for 61 s"
+    ]
+
+
+def test_the_rank_that_is_stopped_or_dead() -> None:
+    before = beats(rank_2={"step": 11, "phase": "backward"})
+    assert diagnose(before, later(before, 2), 3) == [
+        "rank 2 (host n, pid 1) gives no sign of life, last seen at step 11 in backward"
+    ]
+
+
+def test_a_rank_that_never_came() -> None:
+    before = {r: beat for r, beat in beats().items() if r != 1}
+    assert diagnose(before, later(before), 3) == ["rank 1 has left no heartbeat"]
+
+
+def test_everybody_waits() -> None:
+    assert diagnose(beats(), later(beats()), 3) == ["all ranks are at step 12 in forward"]
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_cut(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    run_dir = tmp_path / "run"
+    limits = ("parallel.timeout_seconds=15", "monitor.late_seconds=2")
+    endless = [*settings(tmp_path, run__dir=run_dir, train__steps=10**6), *limits]
+    with Command([*UNDER_TORCHRUN, *endless]) as job:
+        job.wait_for(lambda: has_logged(run_dir), 120)
+        victim = job.rank(1)
+        victim.send_signal(signal.SIGSTOP)
+        finished = job.wait(180)  # torchrun grants a stopped rank 30 s before it kills it
+    assert finished.code != 0
+    assert f"pid {victim.pid}) gives no sign of life, last seen at step" in finished.output
+    stacks = (run_dir / "logs" / "rank_0.log").read_text()
+    assert "Current thread" in stacks
+    assert "trainer.py" in stacks
+    assert '"state": "failed"' in (run_dir / "status.json").read_text()
