@@ -1,0 +1,1 @@
+"""``python -m jepa_dist.report``: runs compared on one page, from what is in their directories."""
