@@ -1,0 +1,385 @@
+"""The doctor: what it measures on real ranks, what it finds, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jepa_dist.config import ParallelConfig
+from jepa_dist.doctor.judge import Report, findings, table
+from jepa_dist.doctor.measure import allreduce_gbps, check_files, clock_offset, ring_gbps
+from jepa_dist.doctor.place import adopt_srun, interface_to, num_nodes, obstacles
+from jepa_dist.parallel.world import World, start_world
+from tests.commands import TORCHRUN, Finished, run_command
+from tests.ranks import run_ranks
+from tests.slurm.cluster import Cluster, missing_programs
+from tests.tiny import REPOSITORY
+
+DOCTOR = REPOSITORY / "launch/doctor.py"
+
+
+def world() -> World:
+    return start_world(ParallelConfig())
+
+
+# ---------------------------------------------------------------------------- judgement
+
+VERSIONS = {"torch": "2.13.0", "nccl": "2.27.5", "device": "NVIDIA H100 80GB HBM3"}
+
+
+def report(rank: int, **changes: Any) -> Report:
+    """A rank of a healthy cluster with two ranks per node."""
+    healthy = Report(
+        rank=rank,
+        node=f"n{rank // 2}",
+        versions=VERSIONS,
+        interface=f"ib0 10.0.0.{rank // 2}",
+        clock_ahead=0.0,
+        clock_error=0.0,
+        free_gib=900.0,
+        files="",
+        has_hidden_gpu=False,
+        matmul_tflops=700.0 + rank,
+        ring_gbps=44.0 - rank,
+    )
+    return dataclasses.replace(healthy, **changes)
+
+
+def found(*changes: tuple[int, dict[str, Any]]) -> list[str]:
+    """What is found on eight ranks, some of which are not well."""
+    odd = dict(changes)
+    return findings([report(rank, **odd.get(rank, {})) for rank in range(8)], "runs", 10)
+
+
+def test_a_healthy_cluster() -> None:
+    assert found() == []
+
+
+def test_versions_that_differ() -> None:
+    old = {"versions": VERSIONS | {"nccl": "2.21.5"}}
+    assert found((2, old), (3, old)) == ["nccl differs: 2.27.5 on n0, n2, n3; 2.21.5 on n1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"clock_ahead": -3.25, "clock_error": 0.01},
+            "n1: clock 3.2 s behind that of rank 0; set it by NTP (chronyc tracking)",
+        ),
+        (
+            {"files": "cannot be written: Read-only file system"},
+            "n1: runs: cannot be written: Read-only file system; all nodes must share it (--dir)",
+        ),
+        ({"free_gib": 2.5}, "n1: runs: 2.5 GiB free, less than 10 (--need-gib)"),
+        (
+            {"has_hidden_gpu": True},
+            "n1: has a GPU that torch cannot use; compare the driver with torch's CUDA version",
+        ),
+    ],
+)
+def test_a_sick_node_is_told_about_once(changes: dict[str, Any], expected: str) -> None:
+    assert found((2, changes), (3, changes)) == [expected]
+
+
+def test_a_clock_that_cannot_be_told_is_not_blamed() -> None:
+    assert found((2, {"clock_ahead": 1.4, "clock_error": 0.5})) == []
+
+
+def test_slow_ranks_are_named() -> None:
+    """A throttled GPU and a bad cable, by rank and node; the usual spread is nothing."""
+    throttled, cable = {"matmul_tflops": 412.0}, {"ring_gbps": 11.0}
+    assert found((3, throttled), (6, cable)) == [
+        "rank 3 on n1: matmul 412 TFLOP/s, 59% of the median 703",
+        "rank 6 on n3: link 11 GB/s, 27% of the median 40.5",
+    ]
+
+
+def test_one_rank_has_no_links() -> None:
+    alone = report(0, ring_gbps=None)
+    assert findings([alone], "runs", 10) == []
+    header, row = table([alone])
+    assert header.split()[:5] == ["rank", "node", "torch", "nccl", "device"]
+    assert row.endswith(" -")
+
+
+# ---------------------------------------------------------------------------- place
+
+TWO_NODES = {"RANK": "1", "GROUP_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("master", ["127.0.0.1", "localhost", "127.0.1.1", "::1"])
+def test_loopback_is_refused_on_several_nodes(master: str) -> None:
+    environ = {**TWO_NODES, "MASTER_ADDR": master, "GLOO_SOCKET_IFNAME": "lo"}
+    (told,) = obstacles(environ, same_machine=False)
+    assert told.startswith(f"the rendezvous is at {master}, which is each node itself (loopback)")
+    assert "there are 2 nodes" in told
+    assert not list(obstacles(environ, same_machine=True))
+    assert not list(obstacles({**environ, "GROUP_WORLD_SIZE": "1"}, same_machine=False))
+
+
+def test_a_master_that_does_not_resolve() -> None:
+    environ = {**TWO_NODES, "MASTER_ADDR": "n1.invalid", "GLOO_SOCKET_IFNAME": "lo"}
+    (told,) = obstacles(environ, same_machine=False)
+    assert told.startswith("the rendezvous is at n1.invalid, a name that does not resolve here")
+
+
+def test_a_host_name_that_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's /etc/hosts: gloo would listen at 127.0.1.1, and nobody could connect."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    (told,) = obstacles({**TWO_NODES, "MASTER_ADDR": "192.0.2.1"}, same_machine=False)
+    assert told.startswith("the host name localhost resolves to ")
+    assert "set GLOO_SOCKET_IFNAME" in told
+
+
+@pytest.mark.parametrize(
+    ("value", "is_known"),
+    [("lo", True), ("=lo", True), ("nothing0", False), ("nothing0,lo", True), ("^docker", True)],
+)
+def test_interfaces_that_are_named(value: str, is_known: bool) -> None:
+    told = list(obstacles({"NCCL_SOCKET_IFNAME": value}, same_machine=False))
+    assert bool(told) is not is_known
+    if told:
+        assert told[0].startswith(f"NCCL_SOCKET_IFNAME={value}: no such interface here; there are ")
+
+
+def test_the_interface_to_the_rendezvous() -> None:
+    assert interface_to("127.0.0.1", 29500) == ("lo", "127.0.0.1")
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            if each.family == socket.AF_INET:
+                assert interface_to(each.address, 29500) == (name, each.address)
+
+
+def test_srun_s_variables() -> None:
+    environ = {
+        "SLURM_STEP_ID": "2",
+        "SLURM_JOB_ID": "123",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_STEP_NUM_NODES": "4",
+        "MASTER_ADDR": "10.0.0.1",
+    }
+    adopt_srun(environ)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [environ[name] for name in names] == ["5", "1", "8", "10.0.0.1", "20125"]
+    assert num_nodes(environ) == 4
+
+
+@pytest.mark.parametrize("environ", [{}, {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2"}])
+def test_alone(environ: dict[str, str]) -> None:
+    """Also in the shell of an allocation, where nothing was started on the nodes."""
+    adopt_srun(environ)
+    assert "RANK" not in environ
+    assert num_nodes(environ) == 1
+
+
+# ---------------------------------------------------------------------------- measurements
+
+
+def _offset(rank: int, world_size: int) -> tuple[float, float]:
+    shift = {1: 5.0, 2: -0.25}.get(rank, 0.0)
+    return clock_offset(world(), lambda: time.time() + shift)
+
+
+def test_clocks_are_compared() -> None:
+    offsets = run_ranks(_offset, 4)
+    for (ahead, error), shift in zip(offsets, [0.0, 5.0, -0.25, 0.0], strict=True):
+        assert abs(ahead - shift) <= error + 1e-3
+
+
+def _files(rank: int, world_size: int, folders: list[Path]) -> str:
+    return check_files(folders[rank], world(), patience=0.5)
+
+
+def test_a_shared_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "new/runs"
+    assert run_ranks(_files, 3, [folder] * 3) == ["", "", ""]
+    assert list(folder.iterdir()) == [], "cleaned up"
+
+
+def test_a_folder_that_one_node_does_not_share(tmp_path: Path) -> None:
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    own.mkdir()
+    well, sick, also_well = run_ranks(_files, 3, [shared, own, shared])
+    assert (well, also_well) == ("", "")
+    assert sick.startswith("does not show what rank 0 wrote (No such file or directory)")
+    assert list(own.iterdir()) == []
+    assert list(shared.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    problems = run_ranks(_files, 2, [tmp_path / "file"] * 2)
+    assert problems[0] == "cannot be written: Not a directory"
+    assert problems[1].startswith("does not show what rank 0 wrote")
+
+
+def _stale(rank: int, world_size: int, folder: Path) -> str:
+    """Rank 1 sees a folder of the same name with other content: a copy, or a stale cache."""
+    shared, own = folder / "shared", folder / "own"
+    if rank == 1:
+        threading.Thread(target=_copy_badly, args=(shared, own)).start()
+    return check_files(own if rank == 1 else shared, world(), patience=3)
+
+
+def _copy_badly(shared: Path, own: Path) -> None:
+    while not (written := list(shared.glob(".doctor-*/rank_0"))):
+        time.sleep(0.01)
+    copy = own / written[0].relative_to(shared)
+    copy.parent.mkdir(parents=True)
+    copy.write_text("what was there before")
+
+
+def test_a_folder_with_other_content(tmp_path: Path) -> None:
+    assert run_ranks(_stale, 2, tmp_path) == ["", "holds other content than rank 0 wrote"]
+
+
+def _speed(rank: int, world_size: int) -> tuple[float | None, float | None]:
+    here = world()
+    return allreduce_gbps(here), ring_gbps(here, stride=1)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_links_are_measured_where_there_are_any(world_size: int) -> None:
+    for bandwidth, ring in run_ranks(_speed, world_size):
+        if world_size == 1:
+            assert (bandwidth, ring) == (None, None)
+        else:
+            assert bandwidth is not None
+            assert ring is not None
+            assert bandwidth > 0
+            assert ring > 0
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def off(finished: Finished) -> list[str]:
+    """What was found, but for speed: this machine may have more to do than our ranks."""
+    told = re.findall(r"^off: (.*)", finished.output, re.MULTILINE)
+    assert finished.code == (1 if told else 0), finished.output
+    return [line for line in told if not re.search(r": (matmul|link) ", line)]
+
+
+def doctor(*arguments: object, **environ: object) -> Finished:
+    command = [sys.executable, DOCTOR, "--need-gib", 0, *arguments]
+    return run_command(*command, environ=environ, timeout=200)
+
+
+def test_alone_on_this_machine(tmp_path: Path) -> None:
+    finished = doctor("--dir", tmp_path)
+    assert (finished.code, off(finished)) == (0, [])
+    assert "well: nothing is off" in finished.output
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    import torch
+
+    finished = doctor("--dir", tmp_path, CUDA_VISIBLE_DEVICES=0)
+    assert off(finished) == []
+    row = finished.output.splitlines()[1]
+    assert torch.cuda.get_device_name(0) in row
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    assert re.search(rf"  {torch.version.cuda}  +\d+\.\d+(\.\d+)?  +{re.escape(nccl)}  ", row)
+
+
+@pytest.mark.slow
+def test_under_torchrun(tmp_path: Path) -> None:
+    finished = run_command(*TORCHRUN, DOCTOR, "--dir", tmp_path, "--need-gib", 0, timeout=200)
+    assert off(finished) == []
+    lines = [line for line in finished.output.splitlines() if not line.startswith("W")]
+    assert lines[0].split()[:3] == ["rank", "node", "python"]
+    assert [line.split()[0] for line in lines[1:3]] == ["0", "1"]
+    assert "all-reduce over 2 ranks: " in finished.output
+
+
+def test_a_full_disk_ends_with_code_1(tmp_path: Path) -> None:
+    finished = doctor("--dir", tmp_path, "--need-gib", 1e9)
+    assert finished.code == 1
+    assert "1 off:" in finished.output
+    assert re.search(r"off: .*GiB free, less than 1e\+09 \(--need-gib\)", finished.output)
+
+
+def test_loopback_ends_before_anybody_waits(tmp_path: Path) -> None:
+    """Two nodes as torchrun tells of them; the others need not even exist."""
+    environ = {
+        **{"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 2},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511, "GLOO_SOCKET_IFNAME": "lo"},
+    }
+    finished = doctor("--dir", tmp_path, **environ)
+    assert finished.code == 1
+    assert "the rendezvous is at 127.0.0.1, which is each node itself" in finished.output
+    assert finished.output.count("off: ") == 1
+
+
+@pytest.mark.slow
+def test_nodes_with_different_folders(tmp_path: Path) -> None:
+    """Three processes as srun starts them, of which the last has runs on a disk of its own."""
+    (tmp_path / "own").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int, folder: str) -> subprocess.Popen[str]:
+        step = {"SLURM_STEP_ID": 0, "SLURM_JOB_ID": 1, "SLURM_STEP_NUM_TASKS": 3}
+        task = {"SLURM_PROCID": rank, "SLURM_LOCALID": 0, "SLURM_STEP_NUM_NODES": 3}
+        place = {"SLURMD_NODENAME": f"n{rank}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        given = {name: str(value) for name, value in {**step, **task, **place}.items()}
+        return subprocess.Popen(
+            [sys.executable, DOCTOR, "--same-machine", "--need-gib=0", "--dir", tmp_path / folder],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **given},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    processes = [start(rank, "own" if rank == 2 else "shared") for rank in range(3)]
+    try:
+        outputs = [process.communicate(timeout=250)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [1, 1, 1], outputs
+    told = [line for line in outputs[0].splitlines() if line.startswith("off: n")]
+    assert len(told) == 1
+    assert told[0].startswith(f"off: n2: {tmp_path}/shared: does not show what rank 0 wrote")
+    assert outputs[1:] == ["", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.skipif(
+    bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"
+)
+def test_under_srun(tmp_path: Path) -> None:
+    """Two tasks on each of two nodes of a real SLURM, which meet at the first node's address."""
+    with Cluster(tmp_path / "cluster", nodes=2) as cluster:
+        step = ["srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, DOCTOR]
+        arguments = ["--same-machine", "--need-gib=0", f"--dir={tmp_path / 'runs'}"]
+        command = ["bash", "-c", '"$@"; echo "code $?"', "_", *step, *arguments]
+        output = cluster.run(*command, timeout=250)
+    rows = [line.split() for line in output.splitlines()]
+    assert [row[:2] for row in rows[1:5]] == [["0", "n1"], ["1", "n1"], ["2", "n2"], ["3", "n2"]]
+    code = 0 if "well: nothing is off" in output else 1
+    assert f"code {code}" in output
+
+
+def test_help() -> None:
+    finished = run_command(sys.executable, DOCTOR, "--help")
+    assert finished.code == 0
+    assert "srun --ntasks-per-node=8 python launch/doctor.py" in finished.output

@@ -1,0 +1,432 @@
+"""Sweeps: what a list may say, that members of one seed are paired, and an honest answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from jepa_dist.config import Config, to_yaml
+from jepa_dist.errors import UserError
+from jepa_dist.plan import Planner, TrainingClock
+from jepa_dist.sweep.members import Member, read_sweep
+from jepa_dist.sweep.results import Difference, describe, paired_difference, read_results
+from tests.commands import Command, Finished, run_command
+from tests.tiny import REPOSITORY, tiny_overrides, write_corpus
+
+SWEEP = (sys.executable, "launch/sweep.py")
+SHIPPED = sorted((REPOSITORY / "configs/sweeps").glob("*.yaml"))
+
+ARMS = {
+    "control": {"jepa.lambda": 0.0},
+    "full": {"jepa.lambda": 0.1},
+    "delayed": {"jepa.lambda": 0.1, "jepa.start_frac": 0.3},
+}
+
+
+def write_sweep(folder: Path, **changes: Any) -> Path:
+    """A sweep of the default configuration; None leaves a key out."""
+    base = folder / "base.yaml"
+    base.touch()
+    sweep = {"config": str(base), "seeds": [1, 2], "arms": ARMS} | changes
+    given = {key: value for key, value in sweep.items() if value is not None}
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump(given, sort_keys=False))
+    return file
+
+
+def problems(folder: Path, *overrides: str, **changes: Any) -> list[str]:
+    file = write_sweep(folder, **changes)
+    with pytest.raises(UserError) as caught:
+        read_sweep(file, overrides)
+    return [problem.removeprefix(f"{file}: ") for problem in caught.value.problems]
+
+
+# ---------------------------------------------------------------------------- the list
+
+
+def test_members(tmp_path: Path) -> None:
+    members = read_sweep(write_sweep(tmp_path, common={"train": {"steps": 7}}))
+    assert [(m.index, m.arm, m.seed) for m in members] == [
+        *[(0, "control", 1), (1, "full", 1), (2, "delayed", 1)],
+        *[(3, "control", 2), (4, "full", 2), (5, "delayed", 2)],
+    ]
+    last = members[-1]
+    assert last.arguments == [
+        *(str(tmp_path / "base.yaml"), "run.dir=runs/sweep/delayed-seed2", "seed=2"),
+        *("train.steps=7", "jepa.lambda=0.1", "jepa.start_frac=0.3"),
+    ]
+    config = last.resolve()
+    assert (config.seed, config.train.steps, config.jepa.start_frac) == (2, 7, 0.3)
+
+
+def test_settings_for_all(tmp_path: Path) -> None:
+    members = read_sweep(
+        write_sweep(tmp_path, common={"train.steps": 7}),
+        ["run.dir=/scratch/my sweep", "optim.eps=1e-9", "train.steps=9", "data.train=x/*.bin"],
+    )
+    for member in members:
+        config = member.resolve()
+        assert config.run.dir == f"/scratch/my sweep/{member.arm}-seed{member.seed}"
+        assert (config.optim.eps, config.train.steps) == (1e-9, 9)
+        assert config.data.train == "x/*.bin"
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_lists(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue #1772's arms with three seeds or more, whatever the environment of the tests says."""
+    monkeypatch.chdir(REPOSITORY)
+    members = read_sweep(file)
+    assert len({member.seed for member in members}) >= 3
+    of = {member.arm: member.resolve() for member in members}
+    jepa = {arm: config.jepa for arm, config in of.items()}
+    assert list(of) == ["control", "full", "delayed", "mid_layer"]
+    assert jepa["control"].lambda_ == 0
+    full = jepa["full"]
+    assert (full.lambda_, full.max_span_frac, full.start_frac) == (0.1, 0.5, 0)
+    assert (jepa["delayed"].lambda_, jepa["delayed"].start_frac) == (0.05, 0.3)
+    layers = of["mid_layer"].model.num_layers
+    assert jepa["mid_layer"].layer == (5 if layers > 5 else layers // 2)
+    assert jepa["mid_layer"].lambda_ == full.lambda_
+
+
+def arms(**changes: Any) -> dict[str, Any]:
+    return {**ARMS, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"arms": {"full": ARMS["full"], "other": None}}, "arms: none is called 'control'"),
+        ({"arms": {"control": None}}, "arms: at least one besides the control"),
+        ({"seeds": [1, 2, 1]}, "seeds: [1, 2, 1]: each may be given once"),
+        ({"seeds": []}, "seeds: List should have at least 1 item"),
+        ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
+        ({"seeds": None}, "seeds: Field required (a sweep has config, seeds, common, arms)"),
+        ({"seed": 3}, "seed: Extra inputs are not permitted"),
+        ({"common": {"seed": 1}}, "common: seed: is set for each member; list it under seeds"),
+        ({"arms": arms(x={"seed": 3})}, "arm x: seed: is set for each member"),
+        ({"arms": arms(x={"run": {"dir": "x"}})}, "arm x: run.dir: is set for each member"),
+        ({"arms": arms(**{"../x": {"jepa.lambda": 1.0}})}, "arm '../x': must be a name of letters"),
+        ({"arms": {**ARMS, False: {"jepa.lambda": 1.0}}}, "arm False: must be a name of letters"),
+        (
+            {"common": {"jepa.lambda": 0.2}},
+            "arm control: jepa.lambda: is common to all arms; say it in one place",
+        ),
+        (
+            {"arms": arms(x={"jepa.lamda": 1.0})},
+            "arm x: jepa.lamda: unknown key (did you mean 'jepa.lambda'?)",
+        ),
+        (
+            {"common": {"train.stps": 1}},
+            "arm control, full, delayed: train.stps: unknown key (did you mean 'train.steps'?)",
+        ),
+        ({"arms": arms(x={"jepa.layer": 99})}, "arm x: jepa.layer=99: must be in -1..3"),
+        (
+            {"arms": arms(x=ARMS["full"])},
+            "arms full and x: train the same model; each must change something",
+        ),
+        ({"arms": arms(x=None)}, "arms control and x: train the same model"),
+        (
+            {"arms": arms(x={"jepa.lambda": 0.0, "jepa.layer": 2})},
+            "arms control and x: train the same model",
+        ),
+        (
+            {"arms": arms(control={"jepa.lambda": 0.0, "optim.eps": 1e-9})},
+            "arm full: optim.eps: is 1e-08 and the control's 1e-09, without being declared",
+        ),
+        ({"config": "nowhere.yaml"}, "arm control, full, delayed: nowhere.yaml: cannot read"),
+        (
+            {"common": {"train.max_wallclock_seconds": 60.0}},
+            "arm control, full, delayed: train.max_wallclock_seconds: runs that end by the clock",
+        ),
+    ],
+)
+def test_refused(tmp_path: Path, changes: Mapping[str, Any], expected: str) -> None:
+    told = problems(tmp_path, **changes)
+    assert any(problem.startswith(expected) for problem in told), told
+
+
+def test_an_arm_given_twice(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    file.write_text(file.read_text() + "  full:\n    jepa.lambda: 0.3\n")
+    with pytest.raises(UserError, match="key 'full' given twice"):
+        read_sweep(file)
+
+
+def test_overrides_cannot_undo_an_arm(tmp_path: Path) -> None:
+    expected = "arm delayed: jepa.start_frac: is common to all arms; say it in one place"
+    assert problems(tmp_path, "jepa.start_frac=0.5") == [expected]
+    told = problems(tmp_path, "train.steps")
+    assert told == ["command line: 'train.steps': expected KEY=VALUE, e.g. train.steps=100"]
+
+
+def test_switches_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forgotten JEPA_LAYER would change the arms that do not set it."""
+    monkeypatch.setenv("JEPA_LAYER", "2")
+    (told,) = problems(tmp_path)
+    assert told == "environment JEPA_LAYER: a sweep's settings come from its file; unset it"
+
+
+# ---------------------------------------------------------------------------- pairs
+
+
+def test_paired_arms_draw_the_same_spans(tmp_path: Path) -> None:
+    """A later start or another weight changes which steps have spans, not what they are."""
+
+    def spans(member: Member) -> list[Any]:
+        config = member.resolve()
+        planner = Planner(config, TrainingClock())
+        return [planner.plan(step).spans for step in range(config.train.steps)]
+
+    changed = arms(delayed={"jepa.lambda": 0.05, "jepa.start_frac": 0.3, "jepa.layer": 2})
+    sweep = write_sweep(tmp_path, arms=changed, common={"train.steps": 20})
+    control, full, delayed, *_, other_seed, _ = map(spans, read_sweep(sweep))
+    assert control == [None] * 20
+    assert [found is None for found in delayed] == [True] * 6 + [False] * 14
+    for step in range(6, 20):
+        np.testing.assert_array_equal(full[step], delayed[step])
+        assert not np.array_equal(full[step], other_seed[step])
+
+
+# ---------------------------------------------------------------------------- results
+
+
+def write_run(member: Member, final: Mapping[str, Any] | None, **changes: Any) -> None:
+    """What a run of this member leaves behind; ``changes`` are in its configuration."""
+    member.run_dir.mkdir(parents=True)
+    config = member.resolve()
+    made_by = Config.model_validate(config.model_dump(by_alias=True) | changes)
+    (member.run_dir / "config.yaml").write_text(to_yaml(made_by))
+    (member.run_dir / "data.json").write_text(json.dumps({"train": "a", "val": "b"}))
+    records: list[Mapping[str, Any]] = [
+        {"step": 5, "val/bpb": 2.0 + member.seed / 100, "val/loss": 1.4},
+        {"step": 10, "val/bpb": 9.9, "val/loss": 6.9},
+    ]
+    if final is not None:
+        usual = {"step": 10, "val/loss": 1.0, "tokens_digest": str(member.seed), "final": True}
+        records.append({**usual, "tokens_per_second": 100.0, **final})
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (member.run_dir / "metrics.jsonl").write_text(lines)
+
+
+def members_in(folder: Path, seeds: list[int]) -> list[Member]:
+    return read_sweep(write_sweep(folder, seeds=seeds), [f"run.dir={folder / 'runs'}"])
+
+
+def test_differences_are_paired(tmp_path: Path) -> None:
+    """Seeds differ by far more than arms: only pairs can tell."""
+    seeds = [1, 2, 3, 4]
+    gain = {"control": [0.0] * 4, "full": [0.01, 0.012, 0.008, 0.01], "delayed": [-1, 2, 1, -1]}
+    members = members_in(tmp_path, seeds)
+    for member in members:
+        value = 3.0 + member.seed + gain[member.arm][member.seed - 1]
+        write_run(member, {"val/bpb": value, "val/ema_bpb": value - 0.5})
+    results = read_results(members)
+    assert not results.left_out
+    full, delayed = results.difference("full", "val/bpb"), results.difference("delayed", "val/bpb")
+    assert full is not None
+    assert delayed is not None
+    assert full.mean == pytest.approx(0.01)
+    assert full.error == pytest.approx(np.std(gain["full"], ddof=1) / 2)
+    assert (full.is_beyond_noise, delayed.is_beyond_noise) == (True, False)
+    assert results.difference("full", "val/ema_bpb") == pytest.approx(full, abs=1e-9)
+
+    table = describe(results)
+    assert table[1].split() == ["control", "4", "5.5000", "100"]
+    assert table[2].split()[:6] == ["full", "4", "5.5100", "+0.0100", "+-", "0.0008"]
+    assert table[2].split()[6:9] == ["+0.0000", "+-", "0.0000"], "the best came before the end"
+    assert "full: +0.0100 +- 0.0008 over 4 pairs: worse than the control" in table
+    assert "delayed: +0.2500 +- 0.7500 over 4 pairs: within noise" in table
+
+
+def test_what_is_left_out(tmp_path: Path) -> None:
+    members = members_in(tmp_path, [1, 2, 3])
+    by_name = {(member.arm, member.seed): member for member in members}
+
+    def value(arm: str) -> dict[str, float]:
+        return {"val/bpb": 2.0 if arm == "control" else 1.9}
+
+    for (arm, seed), member in by_name.items():
+        match arm, seed:
+            case "full", 1:
+                write_run(member, None)
+            case "full", 2:
+                write_run(member, value(arm) | {"tokens_digest": "another"})
+            case "delayed", 2:
+                write_run(member, value(arm), batch={"sequences": 64, "micro": 8})
+            case "delayed", 3:
+                pass
+            case _:
+                write_run(member, value(arm))
+    results = read_results(members)
+    runs = tmp_path / "runs"
+    assert results.left_out == [
+        f"{runs}/full-seed1: not finished, at step 10",
+        f"{runs}/delayed-seed2: made with other settings: batch.sequences was 64 and is 32 in the "
+        "list",
+        f"{runs}/delayed-seed3: not started yet",
+        "full, seed 2: not the tokens of its control",
+    ]
+    table = describe(results)
+    alone = "-0.1000 in one pair, which says nothing about the noise"
+    assert f"full: {alone}" in table
+    assert f"delayed: {alone}" in table
+    assert table[-4:] == [f"  {line}" for line in results.left_out]
+
+
+def test_without_bits_per_byte(tmp_path: Path) -> None:
+    """Where no tokenizer counts bytes, nats per token are compared."""
+    members = members_in(tmp_path, [1, 2])
+    for member in members:
+        write_run(member, {"val/bpb": None, "val/loss": 3.0 if member.arm == "full" else 4.0})
+    results = read_results(members)
+    assert results.metric == "val/loss"
+    assert results.difference("full", results.metric) == Difference(-1.0, 0.0, 2)
+
+
+def test_nothing_yet(tmp_path: Path) -> None:
+    told = describe(read_results(members_in(tmp_path, [1])))
+    assert told[0] == "no member is finished"
+    assert told[-1] == f"  {tmp_path}/runs/delayed-seed1: not started yet"
+
+
+def test_no_pairs() -> None:
+    assert paired_difference([]) is None
+
+
+@pytest.mark.parametrize("pairs", range(2, 11))
+def test_noise_is_wrong_once_in_twenty(pairs: int) -> None:
+    """The limit is the 95 % interval of Student's t distribution, integrated here."""
+    freedom = pairs - 1
+
+    def chance_within(limit: float) -> float:
+        t = np.linspace(-limit, limit, 200_001)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+        density = (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
+        return float(np.trapezoid(density, t)) * scale / math.sqrt(freedom * math.pi)
+
+    def is_beyond(limit: float) -> bool:
+        return Difference(limit, 1.0, pairs).is_beyond_noise
+
+    low, high = 1.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_beyond(middle) else (middle, high)
+    assert chance_within(low) == pytest.approx(0.95, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def sweep_command(command: str, *arguments: object, **environ: object) -> Finished:
+    return run_command(*SWEEP, command, *arguments, environ=environ, timeout=300)
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    environ = {"NPROC_PER_NODE": 3, "OMP_NUM_THREADS": 2}
+    finished = sweep_command("run", file, "--dry-run", "train.steps=3", **environ)
+    assert finished.code == 0, finished.output
+    launch = f"{sys.executable} launch/agent.py --standalone --nproc-per-node=3"
+    members = read_sweep(file, ["train.steps=3"])
+    assert finished.output.splitlines() == [
+        f"env OMP_NUM_THREADS=2 {launch} -m jepa_dist.train {' '.join(member.arguments)}"
+        for member in members
+    ]
+    assert not (REPOSITORY / "runs/sweep").exists()
+
+
+def test_list_and_member(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    listed = sweep_command("list", file)
+    assert len(listed.output.splitlines()) == 6
+    member = sweep_command("member", file, 5)
+    assert member.output.splitlines() == read_sweep(file)[5].arguments
+    beyond = sweep_command("member", file, 6)
+    assert (beyond.code, beyond.output) == (2, "error: INDEX=6: this sweep's members are 0..5\n")
+
+
+@pytest.mark.parametrize("ranks", ["0", "many"])
+def test_not_a_number_of_ranks(tmp_path: Path, ranks: str) -> None:
+    finished = sweep_command("run", write_sweep(tmp_path), NPROC_PER_NODE=ranks)
+    assert finished.code == 2
+    assert finished.output == f"error: NPROC_PER_NODE={ranks}: expected a number of ranks\n"
+
+
+def test_help() -> None:
+    finished = run_command(*SWEEP, "--help")
+    assert finished.code == 0
+    assert "python launch/sweep.py results FILE" in finished.output
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path) -> None:
+    """Ctrl-C in the second member; the same command finishes the rest, and the pairs are pairs."""
+    write_corpus(tmp_path)
+    kept = ("run.dir", "jepa.lambda", "train.steps")
+    tiny = dict(item.split("=", 1) for item in tiny_overrides(tmp_path, eval__every=6))
+    common = {key: yaml.safe_load(value) for key, value in tiny.items() if key not in kept}
+    some = {name: ARMS[name] for name in ("control", "delayed")}
+    file = write_sweep(tmp_path, common={**common, "train.steps": 12}, arms=some)
+    runs = tmp_path / "runs"
+    slow = runs / "delayed-seed1"
+    arguments = ["run", file, f"run.dir={runs}", "checkpoint.every=4"]
+    environ = {"NPROC_PER_NODE": 2}
+
+    with Command([*SWEEP, *arguments], environ=environ) as command:
+        command.wait_for(lambda: (slow / "metrics.jsonl").exists(), 300)
+        command.signal(signal.SIGINT)
+        stopped = command.wait(120)
+    assert "stopped; the same command goes on from there" in stopped.output
+    assert stopped.code == 128 + signal.SIGINT
+    assert "final" in records(runs / "control-seed1")[-1]
+    assert not (runs / "control-seed2").exists()
+
+    finished = run_command(*SWEEP, *arguments, environ=environ, timeout=600)
+    assert finished.code == 0, finished.output
+    assert "finished already" in finished.output, "the first member"
+
+    found = read_results(read_sweep(file, [f"run.dir={runs}"]))
+    assert found.left_out == []
+    for seed in (1, 2):
+        control, delayed = (records(runs / f"{arm}-seed{seed}") for arm in some)
+        before = 4  # the objective starts at 0.3 of 12 steps
+        for one, other in zip(control[:before], delayed[:before], strict=True):
+            for key in ("loss/ce", "grad_norm", "tokens_digest"):
+                assert one[key] == other[key], "the same weights, the same data"
+        assert control[-1]["loss/ce"] != delayed[-1]["loss/ce"]
+    differences = [
+        records(runs / f"delayed-seed{seed}")[-1]["val/bpb"]
+        - records(runs / f"control-seed{seed}")[-1]["val/bpb"]
+        for seed in (1, 2)
+    ]
+    told = sweep_command("results", file, f"run.dir={runs}").output
+    error = np.std(differences, ddof=1) / math.sqrt(2)
+    assert f"delayed: {np.mean(differences):+.4f} +- {error:.4f} over 2 pairs" in told
+
+
+@pytest.mark.slow
+def test_a_member_that_fails(tmp_path: Path) -> None:
+    """The others are trained all the same; the sweep says which failed, and is no success."""
+    file = write_sweep(tmp_path, seeds=[1], arms={n: ARMS[n] for n in ("control", "full")})
+    missing = f"data.train={tmp_path}/none_*.bin"
+    arguments = [file, f"run.dir={tmp_path / 'runs'}", missing]
+    finished = sweep_command("run", *arguments, NPROC_PER_NODE=1)
+    assert finished.code == 1
+    told = finished.output.splitlines()
+    for arm in ("control", "full"):
+        assert any(line.startswith(f"error: {tmp_path}/runs/{arm}-seed1 (") for line in told), told
