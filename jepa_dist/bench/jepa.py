@@ -1,0 +1,192 @@
+"""What the JEPA objective costs: the same training step with it on, off, and without its code.
+
+All variants train one model in turn. ``absent`` is the trainer with the part of ``Trainer.loss``
+that knows of the objective taken out; ``off`` is the trainer at lambda 0; ``on`` samples spans,
+taps a state (the final one, or the output of a block in the middle) and adds the loss. "New graphs"
+is how many a variant compiled beyond those before it, in this order: 0 means that its graphs are
+the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from jepa_dist.bench.common import (
+    add_config,
+    chosen_config,
+    markdown_table,
+    time_in_turn,
+    with_random_data,
+)
+from jepa_dist.bench.training import steady
+from jepa_dist.config import Config
+from jepa_dist.data.loader import Batch
+from jepa_dist.errors import UserError
+from jepa_dist.parallel.world import start_world, stop_world
+from jepa_dist.plan import Planner, StepPlan, TrainingClock
+from jepa_dist.trainer import Trainer
+
+# Where the configuration has it off.
+_LAMBDA = 0.02
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m jepa_dist.bench jepa``."""
+    add_config(parser)
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds of each variant")
+    parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a round")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure all variants.
+
+    Raises:
+        UserError: a configuration that cannot be, or a number below 1.
+    """
+    if arguments.rounds < 1 or arguments.steps < 1:
+        raise UserError("bench jepa: --rounds and --steps must be at least 1")
+    config = steady(chosen_config(arguments), arguments.rounds, arguments.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        world = start_world(config.parallel)
+        trainer = Trainer(with_random_data(config, Path(folder)), world)
+        try:
+            measured = _measure(_variants(trainer), arguments.rounds, arguments.steps, world.device)
+        finally:
+            trainer.batches.close()
+            stop_world()
+    return {
+        "config": str(arguments.config),
+        "changes": arguments.set,
+        "tokens_per_step": config.batch.sequences * config.model.seq_len,
+        "ranks": world.world_size,
+        "rounds": arguments.rounds,
+        "steps": arguments.steps,
+        **measured,
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as Markdown."""
+    rows = [
+        (
+            name,
+            f"{1e3 * variant['seconds']:.1f}",
+            f"{variant['ratio_to_off']:.3f}",
+            f"{min(variant['ratios_to_off']):.3f} to {max(variant['ratios_to_off']):.3f}",
+            variant["new_graphs"],
+        )
+        for name, variant in result["variants"].items()
+    ]
+    head = (
+        f"{result['config']} {' '.join(result['changes'])}: {result['tokens_per_step']:,} tokens "
+        f"per step on {result['ranks']} rank(s); median of {result['rounds']} rounds of "
+        f"{result['steps']} steps, ratio to the same round of ``off``"
+    )
+    columns = ("objective", "ms per step", "ratio to off", "of each round", "new graphs")
+    return f"{head}\n\n{markdown_table(columns, rows)}"
+
+
+def _measure(
+    variants: Mapping[str, Callable[[], None]], rounds: int, steps: int, device: torch.device
+) -> dict[str, Any]:
+    new_graphs = {name: _graphs_of(step) for name, step in variants.items()}
+    seconds = time_in_turn(
+        {name: functools.partial(_repeat, step, steps) for name, step in variants.items()},
+        rounds,
+        device,
+    )
+    result = {}
+    for name, of_each_round in seconds.items():
+        ratios = [a / b for a, b in zip(of_each_round, seconds["off"], strict=True)]
+        result[name] = {
+            "seconds": statistics.median(of_each_round) / steps,
+            "seconds_of_each_round": of_each_round,
+            "ratio_to_off": statistics.median(ratios),
+            "ratios_to_off": ratios,
+            "new_graphs": new_graphs[name],
+        }
+    return {"variants": result}
+
+
+def _repeat(step: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        step()
+
+
+def _graphs_of(step: Callable[[], None]) -> int:
+    """How many graphs two steps compile (two: the second would recompile what is not general)."""
+    before = _compiled_graphs()
+    _repeat(step, 2)
+    return _compiled_graphs() - before
+
+
+def _compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+# ---------------------------------------------------------------------------- variants
+
+
+def _variants(trainer: Trainer) -> dict[str, Callable[[], None]]:
+    """A step of each, on the same model, optimiser and data."""
+    off, on = _with_objective(trainer.config, 0.0), _with_objective(trainer.config, _LAMBDA)
+    middle = on.model.num_layers // 2
+    absent = _on(trainer, off)
+    absent.loss = functools.partial(_loss_without_jepa, trainer)  # type: ignore[method-assign]
+    variants = {
+        "absent": absent,
+        "off": _on(trainer, off),
+        "on, final state": _on(trainer, _tapped(on, -1)),
+        f"on, block {middle}": _on(trainer, _tapped(on, middle)),
+    }
+    return {name: _stepper(variant) for name, variant in variants.items()}
+
+
+def _on(trainer: Trainer, config: Config) -> Trainer:
+    """The same trainer with another configuration."""
+    variant = copy.copy(trainer)
+    variant.config = config
+    return variant
+
+
+def _with_objective(config: Config, weight: float) -> Config:
+    """From the first step on, or never."""
+    changes = {"start_frac": 0.0, "ramp_frac": 0.0, "within_documents": False, "lambda_": weight}
+    return config.model_copy(update={"jepa": config.jepa.model_copy(update=changes)})
+
+
+def _tapped(config: Config, layer: int) -> Config:
+    return config.model_copy(update={"jepa": config.jepa.model_copy(update={"layer": layer})})
+
+
+def _stepper(trainer: Trainer) -> Callable[[], None]:
+    """Plans and takes the next step."""
+    planner = Planner(trainer.config, TrainingClock())
+    steps = itertools.count()
+
+    def step() -> None:
+        trainer.step(planner.plan(next(steps)))
+        trainer.reduction.arrived()
+
+    return step
+
+
+def _loss_without_jepa(
+    trainer: Trainer, batch: Batch, plan: StepPlan, index: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``Trainer.loss`` as it would be if there were no objective."""
+    output = trainer.model(batch.tokens, batch.targets, batch.weight, phase=plan.phase)
+    ce = output.loss_sum / (trainer.config.batch.sequences * batch.targets.size(1))
+    return ce, {"ce": ce}

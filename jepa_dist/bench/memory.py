@@ -1,0 +1,41 @@
+"""Peak memory of a call, exact on both kinds of device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of tensors that ``call`` has at one time, over what there was before it.
+
+    On CUDA the allocator counts; on the CPU, where it does not, the profiler records every
+    allocation (the resident memory of the process would count compiler and libraries, too).
+    """
+    return _on_cuda(call, device) if device.type == "cuda" else _on_cpu(call)
+
+
+def _on_cuda(call: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _on_cpu(call: Callable[[], object]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    assert recorded.profiler is not None
+    results = recorded.profiler.kineto_results
+    assert results is not None
+    events = results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak

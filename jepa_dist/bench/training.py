@@ -1,0 +1,116 @@
+"""Real training runs to be measured: the trainer's own loop, stopped for a moment now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from jepa_dist.bench.common import synchronize
+from jepa_dist.config import Config
+from jepa_dist.monitor.reporter import Reporter
+from jepa_dist.monitor.writer import MetricsWriter
+from jepa_dist.trainer import Trainer
+
+
+def steady(config: Config, rounds: int, steps: int) -> Config:
+    """The configuration for so many rounds of steps that are all alike.
+
+    A record after every round; no evaluation, no look at the objective; schedules stand at their
+    beginning (``train.enable_looping_at=0`` loops from there).
+    """
+    train = config.train.model_copy(
+        update={
+            "steps": 1_000_000_000,
+            "stop_at": rounds * steps,
+            "log_every": steps,
+            "max_wallclock_seconds": None,
+        }
+    )
+    return config.model_copy(
+        update={
+            "train": train,
+            "eval": config.eval.model_copy(update={"every": 0}),
+            "monitor": config.monitor.model_copy(update={"jepa_every": 0}),
+        }
+    )
+
+
+class Rounds:
+    """Stands where a reporter does: times the rounds of a run, and those of a rival in between.
+
+    Everything that the trainer does is measured, the writing of records included. What the rival
+    does is not training. On rank 0 only; ``first`` rounds warm up and are not kept.
+    """
+
+    def __init__(
+        self, trainer: Trainer, rival: Callable[[], object] = lambda: None, first: int = 1
+    ) -> None:
+        self._trainer = trainer
+        self._rival = rival
+        self._first = first
+        self._device = trainer.world.device
+        self._writer = MetricsWriter(Path(trainer.config.run.dir))
+        self._began = time.perf_counter()
+        self._trainer_seconds: list[float] = []
+        self._rival_seconds: list[float] = []
+        self._records: list[Mapping[str, Any]] = []
+
+    @property
+    def trainer_seconds(self) -> list[float]:
+        """Seconds per step of each round."""
+        return self._trainer_seconds[self._first :]
+
+    @property
+    def rival_seconds(self) -> list[float]:
+        """The same of the rival, which is called as often as there are steps."""
+        return self._rival_seconds[self._first :]
+
+    @property
+    def records(self) -> list[Mapping[str, Any]]:
+        """What the trainer says of each round."""
+        return self._records[self._first :]
+
+    def say(self, text: str) -> None:
+        """Nothing is told."""
+
+    def step(self, record: Mapping[str, Any] | None) -> None:
+        """A step is done; a round is, if there is a record."""
+        if record is None:
+            return
+        self._writer.write(record)
+        steps = self._trainer.config.train.log_every
+        synchronize(self._device)
+        self._trainer_seconds.append((time.perf_counter() - self._began) / steps)
+        self._records.append(record)
+        with self._trainer.meter.phase("rival"), self._trainer.clock.paused():
+            began = time.perf_counter()
+            for _ in range(steps):
+                self._rival()
+            synchronize(self._device)
+            self._rival_seconds.append((time.perf_counter() - began) / steps)
+        self._began = time.perf_counter()
+
+    def close(self) -> None:
+        """The run is over."""
+        self._writer.close()
+
+
+def train_in_rounds(trainer: Trainer, rival: Callable[[], object] = lambda: None) -> Rounds | None:
+    """Train to the end, as ``steady`` has it. Collective.
+
+    Args:
+        trainer: Its configuration is a ``steady`` one.
+        rival: Is called on rank 0, after every round as often as the round has steps.
+
+    Returns:
+        The rounds on rank 0, None on others.
+    """
+    if not trainer.world.is_main:
+        trainer.run(None)
+        return None
+    rounds = Rounds(trainer, rival)
+    trainer.run(cast(Reporter, rounds))
+    rounds.close()
+    return rounds

@@ -1,0 +1,86 @@
+"""The compile and scale benchmarks: real starts and simulated clusters, whose counts are right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from jepa_dist.bench.comm import minimum
+from jepa_dist.bench.scale import simulated_config
+from jepa_dist.config import load
+from jepa_dist.model.execution import LAST_PHASE
+from tests.commands import run_command
+
+BENCH = (sys.executable, "-m", "jepa_dist.bench")
+TINY = """
+batch: {sequences: 16, micro: 1}
+model: {num_layers: 4, model_dim: 32, num_heads: 2, num_kv_heads: 1, mlp_mult: 2, seq_len: 32,
+        vocab_size: 256, num_loops: 1, loop_start: 1, loop_end: 1}
+optim: {matrix: muon, ema_decay: 0.9}
+data: {workers: 0}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def test_a_simulated_cluster_sends_what_the_formulas_say(tiny: Path, tmp_path: Path) -> None:
+    report = tmp_path / "result.json"
+    options = ("--simulate", tiny, "--simulated-ranks", 2, 8, 64, "--json", report)
+    finished = run_command(*BENCH, "scale", "--config", tiny, "--ranks", *options)
+    assert finished.code == 0, finished.output
+    (model,) = json.loads(report.read_text())["simulated"].values()
+    config = load(tiny).config
+    for run, ranks in zip(model["runs"], (2, 8, 64), strict=True):
+        must = minimum(simulated_config(config, ranks), ranks, LAST_PHASE, torch.device("cuda"))
+        for kind in ("all_gather", "reduce_scatter"):
+            assert run["launches"][kind] == must[kind].launches
+            assert must[kind].bytes <= run["bytes"][kind]
+        assert run["launches"]["all_reduce"] == 1  # the norm; the metrics belong to the trainer
+        assert run["launches"]["all_to_all"] <= 8
+        memory = run["memory"]
+        # Rank 0's shards are the largest; up to padding they are the W-th part.
+        assert memory["parameters"] >= 4 * model["parameters"] / ranks
+        assert memory["gradients"] == memory["parameters"] == memory["average"]
+        assert memory["parameters"] < memory["optimiser"] < 2 * memory["parameters"]
+        is_accumulated = run["micro_batches"] > 1
+        assert (memory["whole gradients"] == 4 * model["parameters"]) == is_accumulated
+        assert (memory["gathered parameters"] == 2 * model["parameters"]) == is_accumulated
+    assert finished.output.count("| tiny |") == 6
+
+
+@pytest.mark.slow
+def test_real_scaling(tiny: Path, tmp_path: Path) -> None:
+    report = tmp_path / "result.json"
+    options = ("--ranks", 1, 2, "--rounds", 2, "--json", report, "--simulate", "--set")
+    finished = run_command(
+        *BENCH, "scale", "--config", tiny, *options, "parallel.compile=false", timeout=600
+    )
+    assert finished.code == 0, finished.output
+    rows = json.loads(report.read_text())["real"]
+    assert [row["ranks"] for row in rows] == [1, 2]
+    assert all(row["strong"] > 0 and row["weak"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_compilation_is_reused_and_flat_in_depth(tiny: Path, tmp_path: Path) -> None:
+    report = tmp_path / "result.json"
+    options = ("--layers", 2, 4, "--ranks", 1, "--json", report)
+    finished = run_command(*BENCH, "compile", "--config", tiny, *options, timeout=900)
+    assert finished.code == 0, finished.output
+    starts = json.loads(report.read_text())["starts"]
+    assert list(starts) == ["2 layers, cold", "2 layers, warm", "4 layers, cold", "4 layers, warm"]
+    for depth in (2, 4):
+        cold, warm = starts[f"{depth} layers, cold"], starts[f"{depth} layers, warm"]
+        assert cold["compiled"] > 0
+        assert (warm["compiled"], warm["recompiled"], cold["recompiled"]) == (0, 0, 0)
+        assert warm["graphs"] == cold["graphs"]
+    assert starts["2 layers, cold"]["graphs"] == starts["4 layers, cold"]["graphs"]
