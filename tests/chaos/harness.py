@@ -1,0 +1,508 @@
+"""Starts the runs, hurts them where the faults say, sees them to their end, and compares."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from jepa_dist.monitor.run_dir import read_status
+from tests.chaos.moments import Moment, heartbeat, is_saving, last_record
+from tests.commands import Command, Finished
+from tests.test_train_command import settings
+from tests.tiny import REPOSITORY, write_corpus
+
+STEPS = 60
+RANKS = 2
+SAVE_EVERY = 5
+EVALUATE_EVERY = 20
+RECIPE = {
+    "train__steps": STEPS,
+    "checkpoint__every": SAVE_EVERY,
+    "eval__every": EVALUATE_EVERY,
+    "data__workers": 1,
+    "optim__matrix": "muon",
+    "optim__ema_decay": 0.9,
+    "monitor__late_seconds": 2,
+}
+# Seconds on a quiet machine, far more than anything should take there.
+LONG = 120.0
+
+_POLL_SECONDS = 0.01
+_TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+_SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+# Without the first, restarted ranks read stale addresses and never meet. The second is how long
+# torchrun waits for ranks that it has told to end.
+_ENVIRON = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}
+
+
+class MissedError(Exception):
+    """The run was over before the moment to hurt it came."""
+
+
+class SkippedError(Exception):
+    """This machine does not let the scenario happen."""
+
+
+@dataclass
+class Strike:
+    """A fault that happened, and when the run had got over it."""
+
+    what: str
+    starts: int
+    """Of the run before."""
+    step: int
+    """Last one recorded before."""
+    time: float
+    restarts: bool
+    """Whether it takes a new start to get over it."""
+    recovered: float | None = None
+
+    def is_over(self, record: dict[str, Any]) -> bool:
+        """Whether ``record`` is of a step that was taken after it."""
+        if self.restarts:
+            return bool(record.get("goodput/starts", 0) > self.starts)
+        return bool(record.get("step", 0) > self.step + 1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a round."""
+
+    number: int
+    scenario: str
+    outcome: str
+    """``survived``, ``failed``, ``missed`` (the run was over before the fault could happen), or
+    ``skipped`` (it cannot happen on this machine)."""
+    details: list[str]
+    redone: int = 0
+    """Steps taken more than once."""
+    recoveries: list[float] = field(default_factory=list)
+    """From each fault to the first new step, seconds."""
+    seconds: float = 0.0
+    problem: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+class Session:
+    """What the rounds share: the corpus, and runs that are made once, when first asked for.
+
+    Args:
+        folder: To work in.
+        patience: Factor on all time limits, for a busy machine.
+    """
+
+    def __init__(self, folder: Path, patience: float = 1.0) -> None:
+        self.folder = folder
+        self.patience = patience
+        write_corpus(folder, train_tokens=20_000, val_tokens=4000)
+
+    @cached_property
+    def undisturbed(self) -> Path:
+        """The run directory of a run that nothing happened to."""
+        return self._make("undisturbed")
+
+    @cached_property
+    def compiled(self) -> Path:
+        """The same with compiled regions."""
+        return self._make("compiled", parallel__compile=True)
+
+    @cached_property
+    def stopped(self) -> Path:
+        """The run directory of a run that was stopped on the way, with two checkpoints."""
+        return self._make("stopped", train__stop_at=3 * SAVE_EVERY + 2)
+
+    def _make(self, name: str, **changes: Any) -> Path:
+        run = Run(self, self.folder / name, random.Random(0), changes)
+        with run:
+            run.start()
+            ended = run.wait_for_end()
+        if ended.code != 0:
+            raise RuntimeError(f"the {name} run failed, so nothing can be shown:\n{ended.output}")
+        return run.dir
+
+
+class Run:
+    """One run of a round: its processes, through all its starts, and its directory.
+
+    Args:
+        session: What it shares with others.
+        folder: Its own; the run directory is in there.
+        generator: Makes all choices of the round.
+        changes: Of its configuration, as in ``RECIPE``.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        folder: Path,
+        generator: random.Random,
+        changes: dict[str, Any] | None = None,
+    ) -> None:
+        self.random = generator
+        self.dir = folder / "run"
+        self.checkpoints = self.dir / "checkpoints"
+        self.details: list[str] = []
+        self.strikes: list[Strike] = []
+        self.outputs: list[str] = []
+        self.environ: dict[str, str] = {}
+        self.session = session
+        self.changes = dict(changes or {})
+        self._folder = folder
+        self._commands: list[Command] = []
+        self._open = ExitStack()
+        self._again: Callable[[], None] = self.start
+        self._reached: dict[int, int] = {}
+        folder.mkdir()
+
+    # ------------------------------------------------------------------ starting
+
+    def start(self, ranks: int = RANKS, max_restarts: int = 3) -> None:
+        """Start, or start again, under one torchrun."""
+        self._again = lambda: self.start(ranks, max_restarts)
+        elastic = ("--nnodes=1:1", f"--max-restarts={max_restarts}", "--monitor-interval=0.5")
+        meeting = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", _SIGNALS)
+        workers = (f"--nproc-per-node={ranks}", "-m", "jepa_dist.train")
+        self._run([_TORCHRUN, *elastic, *meeting, *workers, *self._settings()])
+
+    def start_agent(self, number: int, port: int) -> None:
+        """Start one of two agents with a rank each, as on two hosts; any one of them may be lost.
+
+        Args:
+            number: 0 hosts the meeting.
+            port: Where they meet.
+        """
+        self._again = lambda: self.start_agent(0, free_port())
+        options = ["--nodes", "2", "--min-nodes", "1", "--head", "127.0.0.1", "--port", str(port)]
+        identity = ["--node-rank", str(number), "--id", f"chaos-{port}", "--same-machine"]
+        self.environ |= {"NPROC_PER_NODE": "1", "VENV": str(Path(sys.executable).parent.parent)}
+        script = REPOSITORY / "launch" / "multinode.sh"
+        self._run(["bash", script, *options, *identity, *self._settings()])
+
+    def take_over_stopped(self) -> None:
+        """Begin with what a run left that was stopped on the way."""
+        shutil.copytree(self.session.stopped, self.dir)
+
+    def _run(self, command: list[Any]) -> None:
+        running = self._open.enter_context(Command(command, environ=_ENVIRON | self.environ))
+        self._commands.append(running)
+
+    def _settings(self) -> list[str]:
+        limit = {"parallel__timeout_seconds": 60 * self.session.patience}
+        changes = RECIPE | limit | self.changes | {"run__dir": self.dir}
+        return settings(self.session.folder, **changes)
+
+    # ------------------------------------------------------------------ watching
+
+    @property
+    def step(self) -> int:
+        """The last one recorded."""
+        return int(last_record(self.dir).get("step", 0))
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """All starts that got as far as to say so."""
+        with suppress(FileNotFoundError):
+            lines = (self.dir / "starts.jsonl").read_text(encoding="utf-8").splitlines()
+            return [json.loads(line) for line in lines]
+        return []
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """How the run says that it stands."""
+        return read_status(self.dir)
+
+    def output(self) -> str:
+        """What all starts have printed."""
+        return "\n".join([*self.outputs, *(command.output() for command in self._commands)])
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = LONG) -> None:
+        """Watch the run until ``condition`` holds.
+
+        Raises:
+            MissedError: it ended before.
+            AssertionError: it takes too long.
+        """
+        deadline = time.monotonic() + seconds * self.session.patience
+        while not condition():
+            self._observe()
+            if not self.agents():
+                raise MissedError("the run was over before its fault")
+            assert time.monotonic() < deadline, f"waited in vain for {seconds:g} s (x patience)"
+            time.sleep(_POLL_SECONDS)
+
+    def wait_for_step(self, first: int, last: int | None = None) -> None:
+        """Until a step is recorded, a random one of those from ``first`` to ``last``."""
+        step = self.random.randint(first, last or first)
+        self.wait_for(lambda: self.step >= step)
+
+    def wait_for_ranks(self, count: int = RANKS) -> None:
+        """Until the processes of this many ranks are there."""
+        self.wait_for(lambda: len(self.ranks()) == count)
+
+    def wait_for_phase(self, rank: int, phase: str) -> None:
+        """Until a rank says that it is in a phase."""
+        began = heartbeat(self.dir, rank).get("beat")
+
+        def is_there() -> bool:
+            beat = heartbeat(self.dir, rank)
+            return beat.get("phase") == phase and beat.get("beat") != began
+
+        self.wait_for(is_there)
+
+    def wait_for_end(self, seconds: float = 2 * LONG) -> Finished:
+        """Until all commands have ended, leaving no process behind; the first one's end."""
+        with suppress(MissedError):
+            self.wait_for(lambda: False, seconds)
+        ends = [command.wait(LONG * self.session.patience) for command in self._commands]
+        self._observe()
+        self.outputs += [end.output for end in ends]
+        self._end_commands()
+        return ends[0]
+
+    def _observe(self) -> None:
+        """Note how far which start has got, and which faults are over."""
+        record = last_record(self.dir)
+        if record:
+            start = int(record["goodput/starts"])
+            self._reached[start] = max(self._reached.get(start, 0), record["step"])
+        for strike in self.strikes:
+            if strike.recovered is None and strike.is_over(record):
+                strike.recovered = time.monotonic() - strike.time
+
+    # ------------------------------------------------------------------ hurting
+
+    def agents(self) -> list[psutil.Process]:
+        """torchrun's processes that run."""
+        return [agent for command in self._commands if (agent := command.process()) is not None]
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The ranks' processes that run."""
+        ranks = {}
+        for agent in self.agents():
+            with suppress(psutil.Error):
+                for child in agent.children():
+                    with suppress(psutil.Error, KeyError, OSError):
+                        ranks[int(child.environ()["RANK"])] = child
+        return ranks
+
+    def strike(self, what: str, *, restarts: bool = True) -> None:
+        """Note that a fault happens now."""
+        self._observe()
+        now = time.monotonic()
+        self.strikes.append(Strike(what, len(self.starts), self.step, now, restarts))
+        self.details.append(f"{what} at step {self.step}")
+
+    def send(self, number: signal.Signals, process: psutil.Process, name: str) -> None:
+        """Send a signal and note it as a fault."""
+        self.strike(f"{number.name} to {name}")
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+    def pick_rank(self) -> int:
+        """One of those that run."""
+        self.wait_for(lambda: bool(self.ranks()))
+        return self.random.choice(sorted(self.ranks()))
+
+    def kill_rank(self, rank: int | None = None) -> None:
+        """kill -9 of a rank, a random one if none is named."""
+        rank = self.pick_rank() if rank is None else rank
+        self.send(signal.SIGKILL, self.ranks()[rank], f"rank {rank}")
+
+    def kill_agent(self, number: int = 0) -> None:
+        """kill -9 of torchrun; its ranks must go with it."""
+        agent = self.agents()[number]
+        self.send(signal.SIGKILL, agent, "torchrun")
+        with suppress(psutil.NoSuchProcess):
+            while agent.status() != psutil.STATUS_ZOMBIE:  # ranks that are held are not let go yet
+                time.sleep(0.001)
+
+    @contextmanager
+    def frozen_at(self, moment: Moment, near: Moment = is_saving) -> Iterator[None]:
+        """Hold all ranks still at a moment, however short it is.
+
+        Args:
+            moment: Which.
+            near: While this holds, they run a millisecond at a time, until the moment is met.
+        """
+        while True:
+            self.wait_for(lambda: near(self.dir))
+            ranks = list(self.ranks().values())
+            while near(self.dir) and self.agents():
+                with _frozen(ranks):
+                    if moment(self.dir):
+                        yield
+                        return
+                time.sleep(0.001)
+            if not self.agents():
+                raise MissedError("the run was over before its fault")
+
+    def slow_down_until(self, condition: Callable[[], bool]) -> None:
+        """Let the ranks run a tenth of the time only, so that something can catch up with them."""
+        deadline = time.monotonic() + LONG * self.session.patience
+        while not condition():
+            assert time.monotonic() < deadline, "what the run was slowed down for did not happen"
+            with _frozen(list(self.ranks().values())):
+                time.sleep(0.27)
+            self._observe()
+            time.sleep(0.03)
+
+    # ------------------------------------------------------------------ ending
+
+    def finish(self) -> None:
+        """See it to its end; what does not get there by itself gets its command once more."""
+        if self._commands:
+            self.wait_for_end()
+        if self.status.get("state") != "finished":
+            self._again()
+            self.wait_for_end()
+        now = time.monotonic()
+        for strike in self.strikes:
+            if strike.recovered is None:  # nothing was left to do but to conclude
+                strike.recovered = now - strike.time
+
+    def redone(self) -> int:
+        """Steps that were taken more than once."""
+        starts = [start["step"] for start in self.starts]
+        return sum(
+            max(0, self._reached.get(number, begun) - following)
+            for number, (begun, following) in enumerate(pairwise(starts), 1)
+        )
+
+    def _end_commands(self) -> None:
+        self._commands.clear()
+        self._open.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End whatever still runs, and keep what it said."""
+        self.outputs += [command.output() for command in self._commands]
+        self._end_commands()
+        (self._folder / "output.txt").write_text("\n".join(self.outputs), encoding="utf-8")
+
+
+def play(
+    session: Session, number: int, name: str, fault: Callable[[Run], None], seed: str
+) -> Result:
+    """One round: a run that meets a fault, is seen to its end and compared.
+
+    Args:
+        session: What rounds share.
+        number: Of the round.
+        name: Of the scenario.
+        fault: What happens.
+        seed: Of all choices in it.
+    """
+    reference = session.undisturbed
+    began = time.monotonic()
+    run = Run(session, session.folder / f"round_{number}", random.Random(seed))
+    outcome, problem = "survived", ""
+    try:
+        with run:
+            fault(run)
+            run.finish()
+            reference = session.compiled if run.changes.get("parallel__compile") else reference
+            compare(run, reference)
+    except MissedError as missed:
+        outcome, problem = "missed", str(missed)
+    except SkippedError as skipped:
+        outcome, problem = "skipped", str(skipped)
+    except Exception as error:
+        outcome, problem = "failed", _describe(error, run.outputs)
+    return Result(
+        number=number,
+        scenario=name,
+        outcome=outcome,
+        details=run.details,
+        redone=run.redone(),
+        recoveries=[strike.recovered for strike in run.strikes if strike.recovered is not None],
+        seconds=time.monotonic() - began,
+        problem=problem,
+    )
+
+
+def compare(run: Run, reference: Path) -> None:
+    """See that a run is finished and is the undisturbed one: bit for bit if the number of ranks
+    was always the same, within 1e-5 otherwise; the same tokens and spans in any case.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    status = run.status
+    assert (status.get("state"), status.get("step")) == ("finished", STEPS), status
+    same_ranks = {start["world_size"] for start in run.starts} == {RANKS}
+    ours, expected = records(run.dir), records(reference)
+    recorded = [record["step"] for record in ours if "final" not in record]
+    wrong = [step for step in range(1, STEPS + 1) if recorded.count(step) != 1]
+    assert not wrong, f"in metrics.jsonl never or several times: steps {wrong}"
+    assert recorded == sorted(recorded), "metrics.jsonl is not in order"
+    assert len(ours) == STEPS + 1, "metrics.jsonl has no closing record, or several"
+    for mine, theirs in zip(ours, expected, strict=True):
+        for key in ("tokens_digest", "spans_digest"):
+            assert mine[key] == theirs[key], f"{key} differs at step {mine['step']}"
+        for key in ("loss/total", "val/loss", "val/ema_loss"):
+            if key in mine:  # the closing record of a run that was left to conclude has no loss
+                _assert_same(mine[key], theirs[key], same_ranks, f"{key} at step {mine['step']}")
+    for name in ("model.safetensors", "ema.safetensors") if same_ranks else ():
+        same = (run.dir / name).read_bytes() == (reference / name).read_bytes()
+        assert same, f"{name} is not the undisturbed run's, bit for bit"
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _describe(error: Exception, outputs: list[str]) -> str:
+    """What went wrong, and the end of what the run printed."""
+    told = f"{type(error).__name__}: {error}".splitlines()[:8]
+    printed = "\n".join(outputs).splitlines()[-30:]
+    return "\n".join([*told, "the run's last lines:", *printed])
+
+
+def _assert_same(ours: float, expected: float, exactly: bool, what: str) -> None:
+    tolerance = 0.0 if exactly else 1e-5 * abs(expected)
+    assert abs(ours - expected) <= tolerance, f"{what}: {ours!r}, undisturbed {expected!r}"
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _frozen(processes: list[psutil.Process]) -> Iterator[None]:
+    try:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                    time.sleep(0.0002)
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()

@@ -1,0 +1,31 @@
+"""The short form of the chaos suite: a handful of scenarios, always the same moments."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.faults import FAULTS
+from tests.chaos.harness import Session, play
+
+# For machines that are busy, or slow; it only takes longer if something is wrong.
+PATIENCE = 3.0
+CHOSEN = (
+    "kill a rank between rename and latest",
+    "kill the agent",
+    "ask to stop",
+    "flipped bit",
+    "other numbers of ranks",
+)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    return Session(tmp_path_factory.mktemp("chaos"), PATIENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("scenario", CHOSEN)
+def test_a_disturbed_run_ends_as_an_undisturbed_one(session: Session, scenario: str) -> None:
+    result = play(session, CHOSEN.index(scenario), scenario, FAULTS[scenario], seed="short form")
+    assert result.outcome == "survived", f"{'; '.join(result.details)}: {result.problem}"
