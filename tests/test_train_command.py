@@ -174,6 +174,15 @@ def no_torch(tmp_path: Path) -> dict[str, Any]:
     return {"PYTHONPATH": tmp_path}
 
 
+def test_without_a_tokenizer_there_are_no_bits_per_byte(corpus: Path) -> None:
+    run_dir = corpus / "no_tokenizer"
+    arguments = settings(corpus, run__dir=run_dir, train__steps=2, data__tokenizer="null")
+    finished = run_command(*TRAIN, *arguments)
+    assert finished.code == 0, finished.output
+    assert "nats per token\n" in finished.output
+    assert records(run_dir)[-1]["val/bpb"] is None
+
+
 def test_help(no_torch: dict[str, Any]) -> None:
     finished = run_command(*TRAIN, "--help", environ=no_torch)
     assert finished.code == 0

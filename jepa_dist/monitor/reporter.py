@@ -134,12 +134,12 @@ def _stopped(summary: Mapping[str, Any]) -> str:
 
 
 def _closing_lines(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
-    speed = summary["tokens_per_second"]
+    speed, bpb = summary["tokens_per_second"], summary["val/bpb"]
     lines = [
         f"done: {summary['step']} steps"
         + (f" in {summary['seconds']:.0f} s, median {speed:,.0f} tokens/s" if speed else ""),
-        f"validation loss {summary['val/loss']:.4f} nats per token, "
-        f"{summary['val/bpb']:.4f} bits per byte",
+        f"validation loss {summary['val/loss']:.4f} nats per token"
+        + (f", {bpb:.4f} bits per byte" if bpb is not None else ""),
     ]
     if "baseline/bigram_bpb" in summary:
         lines.append(
