@@ -42,8 +42,12 @@ def test_a_simulated_cluster_sends_what_the_formulas_say(tiny: Path, tmp_path: P
     for run, ranks in zip(model["runs"], (2, 8, 64), strict=True):
         must = minimum(simulated_config(config, ranks), ranks, LAST_PHASE, torch.device("cuda"))
         for kind in ("all_gather", "reduce_scatter"):
-            assert run["launches"][kind] == must[kind].launches
             assert must[kind].bytes <= run["bytes"][kind]
+        assert run["launches"]["all_gather"] == must["all_gather"].launches
+        # After the first pass of a looped block FSDP2 reduces what earlier micro-batches left, and
+        # after the second the rest.
+        twice = 1 if run["micro_batches"] > 1 else 0
+        assert run["launches"]["reduce_scatter"] == must["reduce_scatter"].launches + twice
         assert run["launches"]["all_reduce"] == 1  # the norm; the metrics belong to the trainer
         assert run["launches"]["all_to_all"] <= 8
         memory = run["memory"]
