@@ -88,6 +88,7 @@ class Watchdog:
             self._thread.join()
 
     def _run(self) -> None:
+        self._tick()
         while not self._end.wait(self._interval):
             self._tick()
 

@@ -28,6 +28,7 @@ import psutil
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 _SYSTEM_FOLDERS = ("/usr/sbin", "/sbin")
+_LONGEST_FOLDER = 107 - len("/spool.n8/n8_12345678.4294967291")
 _START_SECONDS = 60.0
 # Job ids begin at a random number below this one: two clusters on one machine can be told apart,
 # and so can the ports that are derived from job ids.
@@ -95,6 +96,8 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, nodes: int, gpus: int = 0) -> None:
+        # SLURM's sockets are in there, and their names must not be longer than 107 characters.
+        assert len(str(folder)) <= _LONGEST_FOLDER, f"{folder}: too long a name for sockets"
         self.folder = folder
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.environ = {"SLURM_CONF": str(folder / "slurm.conf")}

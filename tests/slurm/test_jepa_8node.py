@@ -308,9 +308,11 @@ def test_a_copy_of_the_script_says_what_it_misses(checkout: Checkout, tmp_path: 
 # ---------------------------------------------------------------------------- GPUs (of SLURM)
 
 
-def test_ranks_are_as_many_as_slurm_gives_gpus(tmp_path: Path) -> None:
+def test_ranks_are_as_many_as_slurm_gives_gpus(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """``--exclusive`` brings the GPUs along; steps must ask for them again."""
-    with Cluster(tmp_path / "cluster", nodes=2, gpus=2) as cluster:
+    with Cluster(tmp_path_factory.mktemp("gpus") / "cluster", nodes=2, gpus=2) as cluster:
         checkout = Checkout(tmp_path, cluster)
         (checkout.folder / "slurm/site.env").write_text(
             'SRUN_ARGS=(--export="ALL,CUDA_VISIBLE_DEVICES=")\n'
