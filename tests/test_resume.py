@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -166,3 +169,53 @@ def test_a_foreign_directory_is_refused(corpus: Path) -> None:
     (corpus / "run" / "thesis.tex").write_text("precious")
     with pytest.raises(RuntimeError, match="holds no checkpoint and was not made by this"):
         run_ranks(train, 1, config(corpus, "run"))
+
+
+def stop_while_evaluating(
+    rank: int, world_size: int, config: Config, evaluation: int
+) -> dict[str, Any]:
+    """Rank 1 is asked to stop when the given evaluation begins."""
+    world = start_world(config.parallel)
+    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=2))
+    identity = {"config": to_dict(config), "data_fingerprint": "data"}
+    trainer = Trainer(config, world, checkpointer, None, identity)
+    plain, begun = trainer.validation.run, []
+
+    def run(*args: Any) -> Any:
+        begun.append(1)
+        if len(begun) == evaluation and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while trainer.stop_request is not None and trainer.stop_request.received is None:
+                time.sleep(0.01)
+        return plain(*args)
+
+    trainer.validation.run = run  # type: ignore[method-assign]
+    recorder = Recorder()
+    summary = trainer.run(recorder if rank == 0 else None)  # type: ignore[arg-type]
+    checkpointer.close()
+    return {"records": recorder.records, "summary": summary}
+
+
+def test_a_stop_during_an_evaluation_gives_it_up(corpus: Path) -> None:
+    result = run_ranks(stop_while_evaluating, 2, config(corpus, "stopped"), 1)[0]
+    summary = result["summary"]
+    assert not summary["finished"]
+    assert summary["saved"]
+    assert "asked to stop" in summary["reason"]
+    assert summary["step"] <= 8  # the evaluation was that of step 6
+    assert all("val/loss" not in record for record in result["records"])
+    rest = run_ranks(train, 2, config(corpus, "stopped"))[0]
+    straight = run_ranks(train, 2, config(corpus, "straight"))[0]
+    assert rest["records"][-1]["val/loss"] == straight["records"][-1]["val/loss"]
+
+
+def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_start(corpus: Path) -> None:
+    last = 20 // 6 + 1
+    summary = run_ranks(stop_while_evaluating, 2, config(corpus, "stopped"), last)[0]["summary"]
+    assert (summary["step"], summary["finished"]) == (20, False)
+    rest = run_ranks(train, 2, config(corpus, "stopped"))[0]
+    assert rest["start"].step == 20
+    assert rest["records"][-1]["finished"]
+    straight = run_ranks(train, 2, config(corpus, "straight"))[0]
+    for key in ("val/loss", "val/ema_loss", "tokens_digest", "spans_digest"):
+        assert rest["records"][-1][key] == straight["records"][-1][key], key
