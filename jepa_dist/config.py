@@ -342,8 +342,8 @@ class MonitorConfig(_Section):
     """Warn when the slowest rank takes so many times as long as a typical one for the same
     computation, several records in a row; 0 does not compare ranks."""
     histogram_every: Count = 0
-    """Steps between two histograms of parameters and gradients in TensorBoard (the shards of
-    rank 0); 0 makes none."""
+    """Steps between two histograms of parameters and clipped gradients in TensorBoard; 0
+    makes none."""
     profile: ProfileConfig = ProfileConfig()
     memory_snapshot: bool = False
     """Record the allocations of every CUDA device and leave them in profile/ at the end. What is

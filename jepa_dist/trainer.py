@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch._dynamo
 from torch import Tensor
@@ -47,7 +46,7 @@ from jepa_dist.monitor.reporter import Reporter
 from jepa_dist.monitor.startup import Startup
 from jepa_dist.monitor.stragglers import RankTimes
 from jepa_dist.optim.clip import clip_grad_norm
-from jepa_dist.optim.shards import shard_values
+from jepa_dist.optim.histograms import Distribution, distributions
 from jepa_dist.optim.update_ratio import UpdateRatio
 from jepa_dist.parallel.reduce import MetricsReduction, StepReport
 from jepa_dist.parallel.shard import compile_region
@@ -103,7 +102,7 @@ class Trainer:
         self.rank_times = self._compare_ranks()
         self.update_ratio = UpdateRatio(self.optimizer.parameters())
         self.clipped = ClippedShare(config.optim.grad_clip_norm)
-        self.histograms: dict[str, npt.NDArray[np.float32]] = {}
+        self.histograms: dict[str, Distribution] = {}
         self.compiles = CompileCounter()
         self.bad_steps = BadSteps()
         self.stop_request = (
@@ -563,12 +562,12 @@ class Trainer:
             **self._digests(),
         }
 
-    def _histograms(self, plan: StepPlan) -> dict[str, npt.NDArray[np.float32]]:
-        """What rank 0 holds of parameters and (clipped) gradients, when they are asked for."""
+    def _histograms(self, plan: StepPlan) -> dict[str, Distribution]:
+        """Of parameters and (clipped) gradients, at the steps that they are asked for."""
         every = self.config.monitor.histogram_every
         if every == 0 or (plan.step + 1) % every or not self.world.is_main:
             return {}
-        return shard_values(self.model.named_parameters())
+        return distributions(self.model.named_parameters())
 
     def _digests(self) -> dict[str, str]:
         return {

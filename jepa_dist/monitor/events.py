@@ -23,7 +23,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-_BINS = 64  # of a histogram
+from jepa_dist.optim.histograms import Distribution
 
 # {category: {chart: [kind, [tag patterns]]}}, as ``torch.utils.tensorboard`` takes it.
 Layout = Mapping[str, Mapping[str, list[Any]]]
@@ -92,9 +92,10 @@ class EventFile:
         """A picture, uint8 [H, W, 3]."""
         self._add(summary.image(tag, image_HWC, dataformats="HWC"), step)
 
-    def histogram(self, tag: str, values: npt.NDArray[np.float32], step: int) -> None:
-        """The distribution of values."""
-        self._add(summary.histogram(tag, values, bins=_BINS), step)
+    def histogram(self, tag: str, values: Distribution, step: int) -> None:
+        """The distribution of a tensor's elements."""
+        limits = np.nan_to_num(values.limits)  # the last may be inf
+        self._add(summary.histogram_raw(tag, *values[:5], limits, values.counts), step)
 
     def layout(self, layout: Layout) -> None:
         """How the custom scalars' page is arranged."""

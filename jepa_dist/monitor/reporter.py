@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from jepa_dist.config import Config, flatten, to_dict, to_yaml
 from jepa_dist.monitor.alarms import JepaAlarms
 from jepa_dist.monitor.console import Console
@@ -22,6 +19,7 @@ from jepa_dist.monitor.stragglers import StragglerAlarm
 from jepa_dist.monitor.system import SystemReader
 from jepa_dist.monitor.writer import MetricsWriter
 
+from jepa_dist.optim.histograms import Distribution
 # What sets runs of a sweep apart, by the beginning of the key: columns of TensorBoard's table.
 _SWEPT = ("seed", "jepa.", "optim.", "batch.sequences", "train.steps")
 
@@ -58,7 +56,7 @@ class Reporter:
         """Show a text in TensorBoard."""
         self._writer.text(tag, text, self._done)
 
-    def histograms(self, values: Mapping[str, npt.NDArray[np.float32]], step: int) -> None:
+    def histograms(self, values: Mapping[str, Distribution], step: int) -> None:
         """Show distributions in TensorBoard, by tag."""
         self._writer.histograms(values, step)
 

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from jepa_dist.monitor.events import Appendable, EventFile
 from jepa_dist.monitor.images import cos_image
 from jepa_dist.monitor.layout import LAYOUT
+from jepa_dist.optim.histograms import Distribution
 
 # Number; text and tables (in metrics.jsonl only); or None: does not apply at this step.
 Record = Mapping[str, Any]
@@ -49,7 +47,7 @@ class MetricsWriter:
         """Show a text in TensorBoard, as it stands."""
         self._attempt([lambda: self._board.text(tag, text, step)])
 
-    def histograms(self, values: Mapping[str, npt.NDArray[np.float32]], step: int) -> None:
+    def histograms(self, values: Mapping[str, Distribution], step: int) -> None:
         """Show distributions in TensorBoard, by tag."""
         self._attempt(
             lambda tag=tag, value=value: self._board.histogram(tag, value, step)  # type: ignore[misc]

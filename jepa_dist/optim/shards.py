@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,19 +27,6 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """This rank's non-empty parts of all gradients that exist."""
     shards = [local(p.grad) for p in parameters if p.grad is not None]
     return [shard for shard in shards if shard.numel()]
-
-
-def shard_values(
-    named_parameters: Iterable[tuple[str, Tensor]],
-) -> dict[str, npt.NDArray[np.float32]]:
-    """Finite values of this rank's parts of parameters and gradients, copied to the host."""
-    found = {}
-    for name, parameter in named_parameters:
-        for kind, tensor in (("weights", parameter), ("gradients", parameter.grad)):
-            if tensor is not None:
-                values = local(tensor).float().cpu().numpy()
-                found[f"{kind}/{name}"] = values[np.isfinite(values)]
-    return {name: values for name, values in found.items() if values.size}
 
 
 def shard_dim(tensor: DTensor) -> int | None:
