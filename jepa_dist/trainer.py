@@ -48,6 +48,7 @@ from jepa_dist.monitor.stragglers import RankTimes
 from jepa_dist.optim.clip import clip_grad_norm
 from jepa_dist.optim.histograms import Distribution, distributions
 from jepa_dist.optim.update_ratio import UpdateRatio
+from jepa_dist.parallel.communication import time_communication, without_communication
 from jepa_dist.parallel.reduce import MetricsReduction, StepReport
 from jepa_dist.parallel.shard import compile_region
 from jepa_dist.parallel.world import World
@@ -99,6 +100,7 @@ class Trainer:
         self.validation = build_validation(config, world, self.layout.micro_size, self.tokenizer)
         self.clock = TrainingClock()
         self.meter = Meter(config.batch.sequences * config.model.seq_len, world.device)
+        time_communication(self.model, self.meter.communication)
         self.rank_times = self._compare_ranks()
         self.update_ratio = UpdateRatio(self.optimizer.parameters())
         self.clipped = ClippedShare(config.optim.grad_clip_norm)
@@ -311,11 +313,10 @@ class Trainer:
         return {_signal_key(number): float(number == received) for number in STOP_SIGNALS}
 
     def _is_stop_asked(self) -> bool:
-        """Whether any rank was asked to stop. Collective."""
+        """Whether any rank was asked to stop. Collective: waits for all."""
         self.meter.still_alive()
-        if self.stop_request is None:
-            return False
-        return self.world.any(self.stop_request.received is not None)
+        request = self.stop_request
+        return self.world.any(request is not None and request.received is not None)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -495,28 +496,36 @@ class Trainer:
     def warm_up(self) -> bool:
         """Compile every graph that the run will need; False if a stop was asked for. Collective.
 
-        Forward and backward on a batch of zeros, in every phase, with and without the objective,
-        and once without gradient as validation does: weights, optimiser, data position and
-        generators are not touched.
+        Where ranks of a host can share the compiler's cache, one of them fills it while the others
+        wait. Weights, optimiser, data position and generators are not touched.
         """
+        fills_cache = self.world.fills_compile_cache()
+        for is_first_turn in (True, False):
+            for phase, weight in itertools.product(*_variants(self.config)):
+                if self._is_stop_asked():  # where the others wait
+                    return False
+                if is_first_turn == fills_cache:
+                    self._compile(phase, weight)
+        self.compiles.observe(compiled_graphs(), {"train", "jepa", "evaluate"})
+        self.startup.done("warm_up")
+        return True
+
+    def _compile(self, phase: int, jepa_weight: float) -> None:
+        """Forward and backward on a batch of zeros, and once without gradient as validation does;
+        on this rank alone."""
         size, config = self.layout.micro_size, self.config
         rows = np.zeros((size, config.model.seq_len + 1), dtype=np.int64)
         batch = make_batch(rows, range(size), size).to(self.world.device)
         spans = np.ones((config.batch.sequences, config.jepa.spans_per_sequence, 2), dtype=np.int64)
-        for phase, weight in itertools.product(*_variants(config)):
-            if self._is_stop_asked():
-                return False
-            plan = StepPlan.of_nothing(phase, weight, spans if weight else None)
-            self.gathering.begin_micro_batch(is_last=True)
+        plan = StepPlan.of_nothing(phase, jepa_weight, spans if jepa_weight else None)
+        self.gathering.begin_micro_batch(is_last=True)
+        with without_communication(self.model):
             self.loss(batch, plan, index=0)[0].backward()
             self.gathering.release()
             self.optimizer.zero_grad()
             with torch.no_grad():
                 self.model(batch.tokens, batch.targets, batch.weight, phase=phase)
             self.gathering.release()
-        self.compiles.observe(compiled_graphs(), {"train", "jepa", "evaluate"})
-        self.startup.done("warm_up")
-        return True
 
     def _baselines(self, reporter: Reporter | None) -> dict[str, float]:
         """Bits per byte that counting reaches, told at once; on rank 0 alone."""
@@ -565,7 +574,7 @@ class Trainer:
     def _histograms(self, plan: StepPlan) -> dict[str, Distribution]:
         """Of parameters and (clipped) gradients, at the steps that they are asked for."""
         every = self.config.monitor.histogram_every
-        if every == 0 or (plan.step + 1) % every or not self.world.is_main:
+        if every == 0 or (plan.step + 1) % every:
             return {}
         return distributions(self.model.named_parameters())
 

@@ -77,11 +77,15 @@ def test_real_scaling(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compilation_is_reused_and_flat_in_depth(tiny: Path, tmp_path: Path) -> None:
     report = tmp_path / "result.json"
-    options = ("--layers", 2, 4, "--ranks", 1, "--json", report)
+    options = ("--layers", 2, 4, "--ranks", 2, "--json", report)
     finished = run_command(*BENCH, "compile", "--config", tiny, *options, timeout=900)
     assert finished.code == 0, finished.output
     starts = json.loads(report.read_text())["starts"]
-    assert list(starts) == ["2 layers, cold", "2 layers, warm", "4 layers, cold", "4 layers, warm"]
+    ranks = [f"2 layers, cold, rank {rank} of 2" for rank in (0, 1)]
+    depths = [f"{depth} layers, {kind}" for depth in (2, 4) for kind in ("cold", "warm")]
+    assert list(starts) == [*depths, *ranks]
+    first, second = (starts[label] for label in ranks)
+    assert (first["compiled"], second["compiled"]) == (starts["2 layers, cold"]["compiled"], 0)
     for depth in (2, 4):
         cold, warm = starts[f"{depth} layers, cold"], starts[f"{depth} layers, warm"]
         assert cold["compiled"] > 0

@@ -125,11 +125,13 @@ def test_compiled_equals_eager(corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_warm_up_leaves_nothing_to_compile_and_changes_nothing(corpus: Path) -> None:
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_warm_up_leaves_nothing_to_compile_and_changes_nothing(corpus: Path, replicas: int) -> None:
     changes = {"jepa__start_frac": 0.5, "eval__every": 7, "optim__matrix": "muon"}
-    cold = run_ranks(count, 2, compiled(corpus, **changes))[0][0]
+    changes["parallel__dp_replicate"] = replicas
+    cold = run_ranks(count, 2 * replicas, compiled(corpus, **changes))[0][0]
     config = compiled(corpus, parallel__compile_warmup=True, **changes)
-    warm, graphs = run_ranks(count, 2, config)[0]
+    warm, graphs = run_ranks(count, 2 * replicas, config)[0]
     assert {record["compile/graphs"] for record in warm} == {len(graphs)}
     assert warm[-1]["compile/recompiles"] == 0
     for ours, expected in zip(warm, cold, strict=True):

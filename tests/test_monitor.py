@@ -13,7 +13,7 @@ from jepa_dist.errors import UserError
 from jepa_dist.monitor.compiles import CompileCounter
 from jepa_dist.monitor.hardware import peak_flops
 from jepa_dist.monitor.history import RunHistory, young_interval
-from jepa_dist.monitor.meter import Meter, RollingDigest
+from jepa_dist.monitor.meter import TRAINING_PHASES, Meter, RollingDigest
 from jepa_dist.monitor.run_dir import write_run_dir
 from jepa_dist.monitor.writer import MetricsWriter
 
@@ -56,6 +56,26 @@ def test_evaluation_is_not_training_time() -> None:
     assert lap["tokens_per_second"] == pytest.approx(1000 / lap["time/step"])
     assert lap["time/data_wait"] <= lap["time/step"]
     assert meter.summary()["seconds"] >= 0.54
+
+
+def test_communication_is_set_apart_from_the_pass_that_waits_for_it() -> None:
+    meter = Meter(1000, torch.device("cpu"))
+    meter.step(0)
+    with meter.phase("forward"):
+        time.sleep(0.05)
+        with meter.communication():
+            assert meter.place.phase == "communication"
+            time.sleep(0.15)
+        assert meter.place.phase == "forward"
+    with meter.phase("evaluation"), meter.communication():
+        assert meter.place.phase == "evaluation"
+        time.sleep(0.1)
+    lap = meter.lap()
+    assert 0.05 <= lap["time/forward"] < 0.15 <= lap["time/communication"]
+    assert lap["time/evaluation"] >= 0.1
+    assert lap["time/step"] == pytest.approx(
+        sum(lap[f"time/{part}"] for part in (*TRAINING_PHASES, "other")), abs=1e-3
+    )
 
 
 def test_slowdown_while_a_checkpoint_is_written() -> None:

@@ -68,6 +68,16 @@ def test_the_slow_rank_is_named(corpus: Path, world_size: int) -> None:
     assert f"rank {SLOW_RANK} (host {compared[0]['straggler/host']})" in told[0][1]
 
 
+def test_waiting_for_a_slow_rank_is_communication(corpus: Path) -> None:
+    config = tiny_config(corpus, train__steps=4, batch__micro=6, train__enable_looping_at=0)
+    waited, worked = (
+        [r["time/communication"] for r in run_ranks(train, 2, config, slow)[0]]
+        for slow in (True, False)
+    )
+    assert all(0.15 < seconds < 0.3 for seconds in waited)
+    assert all(0 < seconds < 0.1 for seconds in worked[1:])
+
+
 def test_comparing_changes_no_number(corpus: Path) -> None:
     """Bit for bit, and nothing is said where nobody is compared."""
     short = {"train__steps": 12, "monitor__jepa_every": 0}

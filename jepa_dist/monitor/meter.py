@@ -6,13 +6,14 @@ import hashlib
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 # Phases of a step that train, as they come; time in others is not training time.
-TRAINING_PHASES = ("data_wait", "forward", "backward", "optimizer")
+TRAINING_PHASES = ("data_wait", "forward", "backward", "communication", "optimizer")
+_PASSES = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Meter:
         self._on_cuda = device.type == "cuda"
         self._rates: list[float] = []
         self.place = Place(0, 0, "start")
+        self._phase: str | None = None
         self.start()
 
     def start(self) -> None:
@@ -48,15 +50,23 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time spent in here is reported as ``time/NAME``."""
+        """Time spent in here is reported as ``time/NAME``, and not as that of a phase around it."""
+        around, self._phase = self._phase, name
         self.place = Place(self.place.count + 1, self.place.step, name)
         start = time.perf_counter()
-        events = self._events(name)
+        events = self._events(name, around)
         with torch.profiler.record_function(name):
             yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        self._add(name, around, time.perf_counter() - start)
         if events is not None:
             events[1].record()
+        self._phase = around
+        if around is not None:
+            self.place = Place(self.place.count, self.place.step, around)
+
+    def communication(self) -> AbstractContextManager[None]:
+        """A phase within forward and backward; elsewhere (in an evaluation) it is not set apart."""
+        return self.phase("communication") if self._phase in _PASSES else nullcontext()
 
     def still_alive(self) -> None:
         """A long phase gets on; to be called at the same points on every rank."""
@@ -105,7 +115,7 @@ class Meter:
         self._lap_started = time.perf_counter()
         self._steps = 0
         self._seconds = dict.fromkeys(TRAINING_PHASES, 0.0)
-        self._pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._pairs: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
         self._step_began: tuple[float, float] | None = None
         self._saving = False
         self._durations: dict[bool, list[float]] = {False: [], True: []}
@@ -126,20 +136,27 @@ class Meter:
             return {}
         return {"checkpoint/slowdown": statistics.mean(saving) / statistics.median(quiet)}
 
-    def _events(self, name: str) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+    def _add(self, name: str, around: str | None, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        if around is not None:
+            self._seconds[around] = self._seconds.get(around, 0.0) - seconds
+
+    def _events(
+        self, name: str, around: str | None
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
         if not self._on_cuda or name not in TRAINING_PHASES or name == "data_wait":
             return None
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        self._pairs.append((name, begin, end))
+        self._pairs.append((name, around, begin, end))
         return begin, end
 
     def _read_events(self) -> None:
         """What the device measured takes the place of the host's times."""
-        for name in {name for name, _, _ in self._pairs}:
+        for name in {name for name, *_ in self._pairs}:
             self._seconds[name] = 0.0
-        for name, begin, end in self._pairs:
-            self._seconds[name] += begin.elapsed_time(end) / 1000
+        for name, around, begin, end in self._pairs:
+            self._add(name, around, begin.elapsed_time(end) / 1000)
 
 
 class RollingDigest:

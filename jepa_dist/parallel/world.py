@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,6 +55,12 @@ class World:
         values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values  # type: ignore[return-value]
+
+    def fills_compile_cache(self) -> bool:
+        """Whether this rank is the first of those that can share compiled graphs: those on one host
+        whose devices have the same number, which is part of the cache's keys. Collective."""
+        places = self.gather((socket.gethostname(), self.device.index))
+        return places.index(places[self.rank]) == self.rank
 
     def decide(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` on rank 0 and hand its (picklable) result to everyone.
