@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_dist.config import Config, flatten, to_dict, to_yaml
+from jepa_dist.errors import UserError
 from jepa_dist.monitor.alarms import JepaAlarms
 from jepa_dist.monitor.console import Console
 from jepa_dist.monitor.environment import as_lines, environment
@@ -18,8 +19,8 @@ from jepa_dist.monitor.run_dir import read_status, write_status
 from jepa_dist.monitor.stragglers import StragglerAlarm
 from jepa_dist.monitor.system import SystemReader
 from jepa_dist.monitor.writer import MetricsWriter
-
 from jepa_dist.optim.histograms import Distribution
+
 # What sets runs of a sweep apart, by the beginning of the key: columns of TensorBoard's table.
 _SWEPT = ("seed", "jepa.", "optim.", "batch.sequences", "train.steps")
 
@@ -94,13 +95,17 @@ class Reporter:
         self._console.close()
         for line in _closing_lines(summary, self._run_dir) if is_finished else [_stopped(summary)]:
             self._console.say(line)
-        write_status(
-            self._run_dir,
-            "finished" if is_finished else "stopped",
-            summary["step"],
-            saved=summary["saved"],
-            reason=summary["reason"],
-        )
+        state = "finished" if is_finished else "stopped"
+        try:
+            write_status(
+                self._run_dir,
+                state,
+                summary["step"],
+                saved=summary["saved"],
+                reason=summary["reason"],
+            )
+        except UserError as error:  # of no consequence for what was trained
+            self._warn(f"status.json does not say that the run has {state}: {error}")
 
     def _warn(self, text: str) -> None:
         self._console.say(f"warning: {text}")
