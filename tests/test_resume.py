@@ -219,3 +219,37 @@ def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_start(corpus: P
     straight = run_ranks(train, 2, config(corpus, "straight"))[0]
     for key in ("val/loss", "val/ema_loss", "tokens_digest", "spans_digest"):
         assert rest["records"][-1][key] == straight["records"][-1][key], key
+
+
+def stop_while_compiling(rank: int, world_size: int, config: Config) -> dict[str, Any]:
+    """Rank 0 is asked to stop while the first variant of the model is compiled."""
+    plain = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: plain(self, backend="eager", **options)
+    world = start_world(config.parallel)
+    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=2))
+    trainer = Trainer(config, world, checkpointer)
+    compiled: list[int] = []
+    plain_compile = trainer._compile
+
+    def compile_and_stop(phase: int, weight: float) -> None:
+        plain_compile(phase, weight)
+        compiled.append(phase)
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while trainer.stop_request is not None and trainer.stop_request.received is None:
+                time.sleep(0.01)
+
+    trainer._compile = compile_and_stop  # type: ignore[method-assign]
+    summary = trainer.run(None)
+    checkpointer.close()
+    return {"compiled": len(compiled), "summary": summary}
+
+
+def test_a_stop_during_the_warm_up_ends_it(corpus: Path) -> None:
+    warming = config(corpus, "warming", parallel__compile=True, parallel__compile_warmup=True)
+    first, second = run_ranks(stop_while_compiling, 2, warming)
+    assert (first["compiled"], second["compiled"]) == (1, 0)  # the second rank waited its turn
+    for result in (first, second):
+        summary = result["summary"]
+        assert (summary["step"], summary["finished"], summary["saved"]) == (0, False, False)
+        assert "before the first step" in summary["reason"]
