@@ -285,22 +285,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = chosen_config(arguments)
     return {
         "config": str(arguments.config),
+        "changes": arguments.set,
         "rounds": arguments.rounds,
         "sequences": config.batch.sequences,
         "real": _scaling(config, arguments),
         "simulated": {
-            path: {
-                "parameters": shapes_of(load(path).config).all,
-                "runs": [simulate(load(path).config, ranks) for ranks in arguments.simulated_ranks],
-            }
+            path: _simulated(load(path, arguments.set).config, arguments.simulated_ranks)
             for path in arguments.simulate
         },
     }
 
 
+def _simulated(config: Config, all_ranks: Iterable[int]) -> dict[str, Any]:
+    return {
+        "parameters": shapes_of(config).all,
+        "runs": [simulate(config, ranks) for ranks in all_ranks],
+    }
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown: real scaling, then what simulated ranks send, then what they hold."""
-    parts = []
+    parts = [f"all with {' '.join(result['changes'])}"] if result["changes"] else []
     if result["real"]:
         caption = f"{result['config']}, {result['sequences']} sequences (weak: per rank); "
         parts += [caption + f"median of {result['rounds']} steps", _real_table(result["real"])]
