@@ -174,7 +174,8 @@ def on_ranks(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60
     with tempfile.TemporaryDirectory() as folder:
         deadline = time.monotonic() + timeout
         shared = (ranks, folder, timeout, fn, args)
-        context = spawn(_rank, shared, nprocs=ranks, join=False, daemon=True)
+        # No daemons: a rank has loader processes of its own.
+        context = spawn(_rank, shared, nprocs=ranks, join=False)
         try:
             while not context.join(timeout=1.0):
                 if time.monotonic() > deadline:
