@@ -166,7 +166,7 @@ class DataConfig(_Section):
     bos_id: Count | None = None
     """Id that begins every document; null takes what meta.json or the tokenizer says."""
     workers: Count = 2
-    """Loader processes per rank; 0 reads in the training process."""
+    """Loader processes per rank; 0 reads in a thread of the training process."""
     prefetch: PositiveInt = 4
     """Micro-batches that each loader process keeps ready."""
 

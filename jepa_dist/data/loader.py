@@ -17,6 +17,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,10 @@ def _assemble(rows: npt.NDArray[Any], places: range, size: int, digest: int) -> 
     padded[: len(rows)] = rows
     positions = np.full(size, -1, dtype=np.int64)
     positions[: len(rows)] = places
-    tokens = torch.from_numpy(padded)
+    # Copied by numpy: torch would start a second set of threads in whichever thread this is.
     return Batch(
-        tokens=tokens[:, :-1].contiguous(),
-        targets=tokens[:, 1:].contiguous(),
+        tokens=torch.from_numpy(np.ascontiguousarray(padded[:, :-1])),
+        targets=torch.from_numpy(np.ascontiguousarray(padded[:, 1:])),
         weight=torch.from_numpy((positions >= 0).astype(np.float32)),
         positions=torch.from_numpy(positions),
         digest=digest,
@@ -191,7 +192,7 @@ class TrainLoader:
             reading on, the property of this name counts whole global batches taken).
         skip: Places in the order of the run that are passed over: a global batch that would begin
             at or after ``skip.start`` begins ``len(skip)`` further on.
-        workers: Loader processes; 0 reads in this one.
+        workers: Loader processes; 0 reads in a thread of this one.
         prefetch: Micro-batches that each process keeps ready.
         pin_memory: Hand out page-locked batches (CUDA only).
 
@@ -230,6 +231,9 @@ class TrainLoader:
                 generator=torch.Generator(),
             )
             self._batches: Iterator[Any] | None = iter(loader)
+        # Taking a batch from another process costs milliseconds; a thread does it in time.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._ahead: Future[Any] = self._reader.submit(next, self._batches)
 
     @property
     def samples_consumed(self) -> int:
@@ -248,7 +252,7 @@ class TrainLoader:
         if self._batches is None:
             raise ValueError("the loader is closed")
         try:
-            item = next(self._batches)
+            item = self._ahead.result()
         except (EOFError, OSError, RuntimeError) as error:  # all that a dead process looks like
             self.close()
             if not self._workers:
@@ -260,11 +264,14 @@ class TrainLoader:
         if isinstance(item, UserError):
             self.close()  # the batches of the other processes would follow out of order
             raise item
+        self._ahead = self._reader.submit(next, self._batches)
         self._yielded += 1
         return item
 
     def close(self) -> None:
-        """End the loader processes."""
+        """End the thread and the loader processes."""
+        self._reader.shutdown(cancel_futures=True)
+        self._ahead = Future()  # what it raised would keep the processes' iterator alive
         self._batches = None
 
     def __enter__(self) -> TrainLoader:
