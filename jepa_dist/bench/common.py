@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -215,3 +216,6 @@ def _rank(
     result = fn(device, *args)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     dist.destroy_process_group()
+    # Threads of gloo's abort an orderly exit now and then ("terminate called ...", torch 2.11).
+    sys.stdout.flush()
+    os._exit(0)
