@@ -10,6 +10,7 @@ import torch
 
 from jepa_dist.config import Config
 from jepa_dist.parallel.world import start_world, stop_world
+from jepa_dist.plan import StepPlan
 from jepa_dist.trainer import Trainer
 from tests.test_world_sizes import Recorder
 from tests.tiny import tiny_config, write_corpus
@@ -46,6 +47,29 @@ def test_bfloat16_follows_float32(corpus: Path, matrix: str) -> None:
     for ours, expected in zip(rounded, exact, strict=True):
         assert ours["loss/ce"] == pytest.approx(expected["loss/ce"], rel=3e-2)
     assert rounded[-1]["loss/ce"] < rounded[0]["loss/ce"] - 0.1
+
+
+def test_only_logged_steps_wait_for_the_device(corpus: Path) -> None:
+    config = tiny_config(corpus, train__log_every=10, optim__matrix="muon", eval__every=0)
+    try:
+        trainer = Trainer(config, start_world(config.parallel))
+        plain, watched = trainer.step, []
+
+        def step(plan: StepPlan) -> None:
+            if plan.step < 2 or plan.log:
+                return plain(plan)
+            watched.append(plan.step)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                plain(plan)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        trainer.step = step  # type: ignore[method-assign]
+        trainer.run(None)
+    finally:
+        stop_world()
+    assert len(watched) > 10
 
 
 def test_compiled_equals_eager_and_never_recompiles(corpus: Path) -> None:
