@@ -163,8 +163,11 @@ class Trainer:
             baselines = self._baselines(reporter)
             if self._is_complete():
                 return self._conclude() | baselines
-            if self.config.parallel.compile_warmup and not self.warm_up():
-                return self._ended_before_training()
+            if self.config.parallel.compile_warmup:
+                if reporter is not None:
+                    reporter.say("compiling (a minute or so, seconds once the cache is filled)")
+                if not self.warm_up():
+                    return self._ended_before_training()
             self.clock.start(self.progress.seconds)
             self.meter.start()
             self.plans.request(self.progress.step)
