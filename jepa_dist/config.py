@@ -255,7 +255,8 @@ class ParallelConfig(_Section):
     compile: bool = True
     """Compile embedding, blocks, skips, head and JEPA loss as regions."""
     compile_warmup: bool = False
-    """Compile every graph that the run will need before step 0 (all phases, JEPA, evaluation)."""
+    """Compile every graph that the run will need before step 0 (all phases, JEPA, evaluation);
+    no effect where compile is off."""
     dp_replicate: PositiveInt = 1
     """Replicas of the sharded model (HSDP when > 1; equal to the world size: pure replication)."""
     dp_shard: int = -1
@@ -517,10 +518,6 @@ def check(config: Config) -> list[str]:
         (
             optim.ema_decay < 1,
             "optim.ema_decay=1.0: the average would never move; use a value below 1",
-        ),
-        (
-            parallel.compile or not parallel.compile_warmup,
-            "parallel.compile_warmup=true: needs parallel.compile=true",
         ),
         (
             parallel.dp_shard == -1 or parallel.dp_shard >= 1,

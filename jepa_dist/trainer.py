@@ -163,7 +163,7 @@ class Trainer:
             baselines = self._baselines(reporter)
             if self._is_complete():
                 return self._conclude() | baselines
-            if self.config.parallel.compile_warmup:
+            if self.config.parallel.compile and self.config.parallel.compile_warmup:
                 if reporter is not None:
                     reporter.say("compiling (a minute or so, seconds once the cache is filled)")
                 if not self.warm_up():

@@ -223,7 +223,6 @@ _PLAIN: _Changes = {
     "optim": {"matrix": "adamw"},
     "parallel": {
         "compile": False,
-        "compile_warmup": False,
         "reshard_after_forward": True,
         "keep_looped_gathered": True,
         "accumulate": "gathered",
