@@ -173,10 +173,10 @@ class Trainer:
             self.plans.request(self.progress.step)
             while True:
                 plan = self.plans.take()
+                if profiler is not None:  # while no plan travels: see StepProfiler.step
+                    profiler.step()
                 if plan.is_followed:
                     self.plans.request(plan.step + 1, settle=self._save_has_ended())
-                if profiler is not None:
-                    profiler.step()
                 self.step(plan)
                 self._take_in(self.reduction.arrived())
                 if plan.step == self.progress.step:

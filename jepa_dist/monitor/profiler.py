@@ -43,7 +43,11 @@ class StepProfiler:
         self._profile: profile | None = None
 
     def step(self) -> None:
-        """A step begins."""
+        """A step begins.
+
+        No collective should be under way: a thread of gloo that reports its first event while a
+        trace is being closed makes torch (2.13) lose all events of other threads.
+        """
         if not self._is_chosen:
             return
         if self._steps == self._begin:
