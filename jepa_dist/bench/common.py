@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import platform
@@ -217,5 +218,6 @@ def _rank(
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     dist.destroy_process_group()
     # Threads of gloo's abort an orderly exit now and then ("terminate called ...", torch 2.11).
+    atexit._run_exitfuncs()  # gives back semaphores
     sys.stdout.flush()
     os._exit(0)

@@ -81,6 +81,7 @@ def test_all_members_complete_though_some_are_killed(checkout: Checkout, sweep: 
     cluster.run("scontrol", "requeue", requeued.id)
     cancelled.wait_for(lambda: has_saved(members[2]), PATIENCE, "a checkpoint of member 2")
     cluster.run("scancel", cancelled.id)
+    lost.wait_for(lambda: lost.state() != "RUNNING", PATIENCE, "the death of the node, noticed")
     cluster.start_node(node)
 
     assert [job.wait(2 * PATIENCE) for job in (lost, requeued, last)] == ["COMPLETED"] * 3
