@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from jepa_dist.errors import UserError
@@ -28,9 +28,7 @@ def on_every_rank(work: Callable[[], T], world: World) -> T:
         result = work()
     except UserError as error:
         problems = list(error.problems)
-    gathered: list[list[str]] = [[]] * world.world_size
-    dist.all_gather_object(gathered, problems, group=world.control)
-    found = list(dict.fromkeys(problem for of_rank in gathered for problem in of_rank))
+    found = list(dict.fromkeys(itertools.chain.from_iterable(world.gather(problems))))
     if found:
         raise UserError(*found)
     return result  # type: ignore[return-value]

@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import jepa_dist
 from jepa_dist.doctor.judge import Report, findings, table
@@ -38,9 +37,7 @@ def examine(world: World, folder: Path, need_gib: float) -> list[str]:
     """
     report = _report(world, folder)
     bandwidth = allreduce_gbps(world)
-    reports: list[Report | None] = [None] * world.world_size
-    dist.all_gather_object(reports, report, group=world.control)
-    known = [report for report in reports if report is not None]
+    known = world.gather(report)
     off = findings(known, str(folder), need_gib)
     if world.is_main:
         print(*table(known), sep="\n")

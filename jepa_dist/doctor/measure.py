@@ -70,8 +70,8 @@ def check_files(folder: Path, world: World, patience: float = _VISIBLE_WITHIN_SE
     dist.barrier(group=world.control)
     if not world.is_main:
         problem = _read(folder / name / "rank_0", name, patience) or _write(mine, name)
-    dist.barrier(group=world.control)
-    unread = world.decide(lambda: _read_all(folder / name, world.world_size, name, patience))
+    known = world.gather(problem)
+    unread = world.decide(lambda: _read_all(folder / name, known, name, patience))
     if world.is_main:
         shutil.rmtree(folder / name, ignore_errors=True)
     return problem or unread[world.rank]
@@ -108,11 +108,12 @@ def _read(path: Path, token: str, patience: float) -> str:
         time.sleep(0.1)
 
 
-def _read_all(folder: Path, world_size: int, token: str, patience: float) -> list[str]:
-    """Per rank what rank 0 misses; nobody is waited for in vain more than once."""
+def _read_all(folder: Path, known: list[str], token: str, patience: float) -> list[str]:
+    """Per rank what rank 0 misses; it does not wait for ranks whose problem is known, nor in vain
+    more than once."""
     problems = []
-    for rank in range(world_size):
-        missing = _read(folder / f"rank_{rank}", token, patience)
+    for rank, problem in enumerate(known):
+        missing = not problem and _read(folder / f"rank_{rank}", token, patience)
         problems.append("rank 0 does not see what it wrote" if missing else "")
         patience = 0.0 if missing else patience
     return problems
