@@ -55,13 +55,13 @@ class StopRequest:
                 os._exit(128 + number)
             return
         self.received, self._received_at = number, now
-        timer = threading.Timer(self._grace_seconds, self._give_up)
+        timer = threading.Timer(self._grace_seconds, self._give_up, [number.name])
         timer.daemon = True
         timer.start()
 
-    def _give_up(self) -> None:
+    def _give_up(self, name: str) -> None:
         print(
-            f"error: not stopped {self._grace_seconds:g} s after {self.received!s}: leaving "
+            f"error: not stopped {self._grace_seconds:g} s after {name}: leaving "
             "without a checkpoint (checkpoint.grace_seconds)",
             file=sys.stderr,
             flush=True,

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -340,6 +341,23 @@ def test_a_closed_loader_says_so(dataset: TokenDataset) -> None:
     loader.close()
     with pytest.raises(ValueError, match="closed"):
         next(loader)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("no_process_left")
+def test_closing_does_not_wait_for_storage_that_hangs(dataset: TokenDataset) -> None:
+    before = set(multiprocessing.active_children())
+    loader = TrainLoader(dataset, BatchLayout(12, 4, 0, 1), seed=7, workers=1, prefetch=1)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid or 0, signal.SIGSTOP)
+    try:
+        while futures.wait([loader._ahead], timeout=0.5).done:
+            next(loader)  # what was ready
+        started = time.monotonic()
+        loader.close()
+        assert time.monotonic() - started < 20
+    finally:
+        os.kill(worker.pid or 0, signal.SIGCONT)
 
 
 SCRIPT = """

@@ -41,6 +41,12 @@ def has_logged(run_dir: Path) -> bool:
     return metrics.exists() and metrics.read_text().count("\n") >= 2
 
 
+def stands_still(run_dir: Path, seconds: float = 1.0) -> bool:
+    before = len(records(run_dir))
+    time.sleep(seconds)
+    return len(records(run_dir)) == before
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
@@ -385,6 +391,32 @@ def test_killed_rank(corpus: Path, tmp_path: Path, rank: int) -> None:
     assert finished.code != 0
     assert f"Signal 9 (SIGKILL) received by PID {victim.pid}" in finished.output
     assert "final" not in records(tmp_path / "run")[-1]
+
+
+@pytest.mark.slow
+def test_asked_to_stop_while_it_waits_for_data(corpus: Path, tmp_path: Path) -> None:
+    """The step cannot be finished, so the time of grace decides, and says what is lost."""
+    run_dir = tmp_path / "run"
+    changes = {"train__steps": 10**6, "data__workers": 1, "checkpoint__grace_seconds": 3}
+    with Command([*TRAIN, *settings(corpus, run__dir=run_dir, **changes)]) as job:
+        job.wait_for(lambda: has_logged(run_dir), 60)
+        process = job.process()
+        assert process is not None
+        helpers = process.children(recursive=True)
+        for helper in helpers:
+            helper.suspend()
+        job.wait_for(lambda: stands_still(run_dir), 60)
+        job.signal(signal.SIGTERM)
+        ended_by = time.monotonic() + 60
+        while job.process() is not None:
+            assert time.monotonic() < ended_by
+            time.sleep(0.05)
+        for helper in helpers:
+            helper.resume()
+        finished = job.wait(10)
+    assert finished.code == 4
+    assert "not stopped 3 s after SIGTERM: " in finished.output
+    assert "leaving without a checkpoint (checkpoint.grace_seconds)" in finished.output
 
 
 @pytest.mark.slow

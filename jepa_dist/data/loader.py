@@ -17,7 +17,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ from jepa_dist.errors import UserError
 
 # As long as torchrun waits before it kills.
 _GRACE_SECONDS = 30.0
+
+# A rank that has failed must not stay, and have the others wait, for a file that never comes.
+_CLOSE_SECONDS = 5.0
 
 # Each mapping holds a file descriptor, of which a process has only some 1,000.
 _OPEN_SHARDS = 256
@@ -269,8 +272,9 @@ class TrainLoader:
         return item
 
     def close(self) -> None:
-        """End the thread and the loader processes."""
-        self._reader.shutdown(cancel_futures=True)
+        """End the thread and the loader processes; without them, if storage hangs."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        wait([self._ahead], timeout=_CLOSE_SECONDS)
         self._ahead = Future()  # what it raised would keep the processes' iterator alive
         self._batches = None
 
