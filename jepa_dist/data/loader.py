@@ -273,8 +273,9 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the thread and the loader processes; without them, if storage hangs."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
-        wait([self._ahead], timeout=_CLOSE_SECONDS)
+        if not self._ahead.cancel():
+            wait([self._ahead], timeout=_CLOSE_SECONDS)
+        self._reader.shutdown(wait=False)
         self._ahead = Future()  # what it raised would keep the processes' iterator alive
         self._batches = None
 
