@@ -217,7 +217,7 @@ def _rank(
     result = fn(device, *args)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     dist.destroy_process_group()
-    # Threads of gloo's abort an orderly exit now and then ("terminate called ...", torch 2.11).
     atexit._run_exitfuncs()  # gives back semaphores
     sys.stdout.flush()
+    # Threads of gloo's abort an orderly exit now and then ("terminate called ...", torch 2.11).
     os._exit(0)

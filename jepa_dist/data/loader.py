@@ -272,10 +272,9 @@ class TrainLoader:
         return item
 
     def close(self) -> None:
-        """End the thread and the loader processes; without them, if storage hangs."""
-        if not self._ahead.cancel():
-            wait([self._ahead], timeout=_CLOSE_SECONDS)
-        self._reader.shutdown(wait=False)
+        """End the thread and the loader processes; those that storage keeps are left behind."""
+        is_idle = self._ahead.cancel() or bool(wait([self._ahead], timeout=_CLOSE_SECONDS).done)
+        self._reader.shutdown(wait=is_idle)
         self._ahead = Future()  # what it raised would keep the processes' iterator alive
         self._batches = None
 

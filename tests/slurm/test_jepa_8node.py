@@ -34,8 +34,9 @@ def test_the_debug_run_on_eight_nodes_is_the_run_of_one_process(
     The job prepares the corpus. The single process has one of its own and goes first: what it
     compiles the eight find in the cache.
     """
-    short = ("train.steps=6", "train.log_every=1", "eval.sequences=16", "eval.sample_tokens=0")
-    short = (*short, "batch.micro=2")  # what each of the eight has
+    share = "batch.micro=2"  # what each of the eight has
+    few = ("train.steps=6", "train.log_every=1", "eval.sequences=16", "eval.sample_tokens=0")
+    short = (*few, share)
     settings = ["configs/debug.yaml", *short]
     alone, prepare = tmp_path / "alone", (sys.executable, "-m", "jepa_dist.data.prepare")
     alone.mkdir()
