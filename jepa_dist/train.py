@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from jepa_dist.command_line import Parser
 from jepa_dist.config import Config, check_world, load, to_dict
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
@@ -37,20 +38,13 @@ def main() -> None:
     train(resolved.config, rank)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells mistakes as everything else does: one line, once."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; --help shows how to call it")
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line; options may stand anywhere.
 
     Raises:
         UserError: not understood.
     """
-    parser = _Parser(prog="python -m jepa_dist.train", description=__doc__)
+    parser = Parser(prog="python -m jepa_dist.train", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/debug.yaml")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. jepa.lambda=0.02"
