@@ -11,7 +11,6 @@ from jepa_dist.command_line import Parser
 from jepa_dist.config import Config, check_world, load, to_dict
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
-from jepa_dist.errors import UserError
 from jepa_dist.failure import told_by_this_rank, told_once
 from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size, tell_place
 from jepa_dist.monitor.run_dir import check_run_dir

@@ -67,7 +67,7 @@ def test_probabilities_sum_to_one(tmp_path: Path) -> None:
             first = ngram_baseline([path], windows[:, :2], 8, counter)
             assert both is not None
             assert first is not None
-            total += 2 ** -(2 * both[order] - first[order])
+            total += 2 ** -(2 * both.bits_per_byte[order] - first.bits_per_byte[order])
         assert total == pytest.approx(1.0, abs=1e-9)
 
 

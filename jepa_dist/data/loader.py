@@ -155,7 +155,7 @@ class Batch:
         return self
 
     def _rows(self) -> torch.Tensor:
-        """Tokens and last targets of the real rows, int16 [rows, T+1] (torch cannot send uint16)."""
+        """Tokens and last targets of the real rows, int16 [rows, T+1] (uint16 cannot be sent)."""
         real = int(self.weight.sum())
         rows = torch.cat([self.tokens[:real], self.targets[:real, -1:]], dim=1)
         return rows.to(torch.int16)
@@ -247,6 +247,8 @@ class TrainLoader:
         self._start = samples_consumed
         self._yielded = 0
         with _quiet_start(), signals_left_to_parent(), _naming_full_storage():
+            if workers:  # fail here if there is no room: half a loader prints tracebacks
+                _context.Lock()
             loader: Any = StatefulDataLoader(
                 _Stream(dataset, layout, seed, samples_consumed, skip),
                 batch_size=None,

@@ -204,7 +204,7 @@ def _header_problem(start: bytes, size: int) -> str | None:
         "prepare the data again (python -m jepa_dist.data.prepare) or replace this file with an "
         "intact copy"
     )
-    if len(start) < _HEADER_BYTES:
+    if min(size, len(start)) < _HEADER_BYTES:
         return (
             f"{size} bytes are too few for a token shard, whose header has {_HEADER_BYTES}; "
             f"{way_out}"
@@ -281,9 +281,12 @@ def find_shards(pattern: str, key: str) -> list[Path]:
             "every node sees"
         )
     try:
-        names = _matches(os.path.expanduser(pattern), told)
+        os.stat(pattern)
     except ValueError as error:  # a NUL, or what no file name can hold
         raise UserError(f"{told}: not a file name: {error}") from None
+    except OSError:
+        pass  # most patterns are no file
+    names = _matches(os.path.expanduser(pattern), told)
     kinds = {name: _kind(name) for name in names}
     if _is_recursive(pattern):
         kinds = {name: kind for name, kind in kinds.items() if kind != "a folder"}
