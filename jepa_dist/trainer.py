@@ -160,7 +160,7 @@ class Trainer:
             TrainingError: on every rank: the loss does not stay finite.
         """
         try:
-            baselines = self._baselines(reporter)
+            baselines = self._baselines(reporter) | self._tokenizer_note(reporter)
             if self._is_complete():
                 return self._conclude() | baselines
             if self.config.parallel.compile and self.config.parallel.compile_warmup:
@@ -530,7 +530,7 @@ class Trainer:
                 self.model(batch.tokens, batch.targets, batch.weight, phase=phase)
             self.gathering.release()
 
-    def _baselines(self, reporter: Reporter | None) -> dict[str, float]:
+    def _baselines(self, reporter: Reporter | None) -> dict[str, Any]:
         """Compute and print the n-gram baselines, on samples of large data; rank 0 only."""
         vocab_size, seq_len = self.config.model.vocab_size, self.config.model.seq_len
         if reporter is None or vocab_size > MAX_VOCAB or self.tokenizer is None:
@@ -551,6 +551,14 @@ class Trainer:
             f"per byte{samples}"
         )
         return {f"baseline/{name}_bpb": value for name, value in bits.items()}
+
+    def _tokenizer_note(self, reporter: Reporter | None) -> dict[str, str]:
+        """Say, in the log and in the summary, what of a text the tokenizer loses."""
+        note = None if self.tokenizer is None else self.tokenizer.note
+        if reporter is None or note is None:
+            return {}
+        reporter.say(note)
+        return {"tokenizer_note": note}
 
     def _record(self, plan: StepPlan) -> dict[str, Any]:
         """Everything that is known of a logged step; waits for the device."""
