@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,13 @@ from jepa_dist.command_line import Parser
 from jepa_dist.config import Config, check_world, load, to_dict
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
+from jepa_dist.errors import UserError
 from jepa_dist.failure import told_by_this_rank, told_once
 from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size, tell_place
 from jepa_dist.monitor.run_dir import check_run_dir
 from jepa_dist.monitor.startup import Startup
+
+_COMPILER_BYTES = 1 << 26
 
 
 def main() -> None:
@@ -30,11 +36,31 @@ def main() -> None:
             return
         check_world(resolved.config, launched_world_size())
         check_data(resolved.config)
+        if resolved.config.parallel.compile:
+            check_temporary_folder()
         if arguments.check:
             check_run_dir(Path(resolved.config.run.dir).expanduser())
             return
     tell_place()
     train(resolved.config, rank)
+
+
+def check_temporary_folder() -> None:
+    """See that compilers have room for their temporary files, whose errors name no folder.
+
+    Raises:
+        UserError: they have not.
+    """
+    folder = os.environ.get("TMPDIR", "")
+    if not os.path.isdir(folder):  # Python passes over a full one, compilers do not
+        folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < _COMPILER_BYTES:
+        raise UserError(
+            f"TMPDIR={folder}: has {free >> 20} MiB free, but compiling needs "
+            f"{_COMPILER_BYTES >> 20}; free it, name another folder (export TMPDIR=...), or set "
+            "parallel.compile=false"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -458,6 +458,16 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert_one_line(done.stderr, str(tmp_path / "disk"), "No space left on device")
 
 
+def test_a_full_temporary_folder_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "run.yaml").write_text("model: {seq_len: 16}")
+    keys = [f"data.{split}={folder}/{split}_*.bin" for split in ("train", "val")]
+    command = [sys.executable, "-m", "jepa_dist.train", tmp_path / "run.yaml", "--check", *keys]
+    done = run_on_full(tmp_path / "tmp", "env", f"TMPDIR={tmp_path / 'tmp'}", *command)
+    assert done.returncode == 2, done.stderr
+    assert_one_line(done.stderr, f"TMPDIR={tmp_path / 'tmp'}: has 0 MiB free", "needs 64")
+
+
 LOAD = """
 import sys
 from pathlib import Path
