@@ -12,6 +12,7 @@ from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import TokenDataset, TrainLoader
 from jepa_dist.data.shards import find_shards
 from jepa_dist.data.tokenizer import Tokenizer
+from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.validation import Validation
 from jepa_dist.model.execution import looped_blocks
 from jepa_dist.model.gpt import GPT
@@ -95,11 +96,9 @@ def build_validation(
     config: Config, world: World, micro: int, tokenizer: Tokenizer | None
 ) -> Validation:
     """The fixed validation set."""
-    dataset = TokenDataset(
-        find_shards(config.data.val, "data.val"), config.model.seq_len, config.model.vocab_size
-    )
+    stream = TokenStream(find_shards(config.data.val, "data.val"), config.model.vocab_size)
     counter = None if tokenizer is None else tokenizer.byte_counter()
-    return Validation(dataset, config.eval.sequences, micro, counter, world)
+    return Validation(stream, config.model.seq_len, config.eval.sequences, micro, counter, world)
 
 
 def build_gpt(

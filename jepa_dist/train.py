@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from jepa_dist.command_line import Parser
 from jepa_dist.config import Config, check_world, load, to_dict
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
@@ -15,6 +19,8 @@ from jepa_dist.failure import told_by_this_rank, told_once
 from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size, tell_place
 from jepa_dist.monitor.run_dir import check_run_dir
 from jepa_dist.monitor.startup import Startup
+
+_COMPILER_BYTES = 1 << 26
 
 
 def main() -> None:
@@ -30,6 +36,8 @@ def main() -> None:
             return
         check_world(resolved.config, launched_world_size())
         check_data(resolved.config)
+        if resolved.config.parallel.compile:
+            check_temporary_folder()
         if arguments.check:
             check_run_dir(Path(resolved.config.run.dir).expanduser())
             return
@@ -37,11 +45,22 @@ def main() -> None:
     train(resolved.config, rank)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells mistakes as everything else does: one line, once."""
+def check_temporary_folder() -> None:
+    """See that compilers have room for their temporary files, whose errors name no folder.
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; --help shows how to call it")
+    Raises:
+        UserError: they have not.
+    """
+    folder = os.environ.get("TMPDIR", "")
+    if not os.path.isdir(folder):  # Python passes over a full one, compilers do not
+        folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < _COMPILER_BYTES:
+        raise UserError(
+            f"TMPDIR={folder}: has {free >> 20} MiB free, but compiling needs "
+            f"{_COMPILER_BYTES >> 20}; free it, name another folder (export TMPDIR=...), or set "
+            "parallel.compile=false"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     Raises:
         UserError: not understood.
     """
-    parser = _Parser(prog="python -m jepa_dist.train", description=__doc__)
+    parser = Parser(prog="python -m jepa_dist.train", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/debug.yaml")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. jepa.lambda=0.02"

@@ -25,7 +25,7 @@ from jepa_dist.build import (
 )
 from jepa_dist.checkpoint import Checkpointer, find_resumable, load, set_aside_after
 from jepa_dist.config import Config
-from jepa_dist.data.baseline import MAX_VOCAB, ngram_bits_per_byte
+from jepa_dist.data.baseline import MAX_VOCAB, MOST_TARGETS, MOST_TOKENS, ngram_baseline
 from jepa_dist.data.check import known_bos, load_checked_tokenizer
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch, make_batch
@@ -160,7 +160,7 @@ class Trainer:
             TrainingError: on every rank: the loss does not stay finite.
         """
         try:
-            baselines = self._baselines(reporter)
+            baselines = self._baselines(reporter) | self._tokenizer_note(reporter)
             if self._is_complete():
                 return self._conclude() | baselines
             if self.config.parallel.compile and self.config.parallel.compile_warmup:
@@ -530,21 +530,35 @@ class Trainer:
                 self.model(batch.tokens, batch.targets, batch.weight, phase=phase)
             self.gathering.release()
 
-    def _baselines(self, reporter: Reporter | None) -> dict[str, float]:
-        """Bits per byte that counting reaches, told at once; on rank 0 alone."""
-        vocab_size = self.config.model.vocab_size
+    def _baselines(self, reporter: Reporter | None) -> dict[str, Any]:
+        """Compute and print the n-gram baselines, on samples of large data; rank 0 only."""
+        vocab_size, seq_len = self.config.model.vocab_size, self.config.model.seq_len
         if reporter is None or vocab_size > MAX_VOCAB or self.tokenizer is None:
             return {}
         train = find_shards(self.config.data.train, "data.train")
-        counted = ngram_bits_per_byte(
-            train, self.validation.windows(), vocab_size, self.tokenizer.byte_counter()
-        )
-        assert counted is not None
+        windows = self.validation.windows(max(1, MOST_TARGETS // seq_len))
+        baseline = ngram_baseline(train, windows, vocab_size, self.tokenizer.byte_counter())
+        assert baseline is not None
+        bits, of = baseline.bits_per_byte, self.validation.num_sequences
+        samples = ""
+        if baseline.available > MOST_TOKENS or len(windows) < of:
+            samples = (
+                f" (counted on {baseline.counted:,} of {baseline.available:,} training tokens, "
+                f"scored on {len(windows):,} of {of:,} validation sequences)"
+            )
         reporter.say(
-            f"to beat, by counting: bigram {counted['bigram']:.4f}, "
-            f"trigram {counted['trigram']:.4f} bits per byte"
+            f"n-gram baselines: bigram {bits['bigram']:.4f}, trigram {bits['trigram']:.4f} bits "
+            f"per byte{samples}"
         )
-        return {f"baseline/{name}_bpb": value for name, value in counted.items()}
+        return {f"baseline/{name}_bpb": value for name, value in bits.items()}
+
+    def _tokenizer_note(self, reporter: Reporter | None) -> dict[str, str]:
+        """Say, in the log and in the summary, what of a text the tokenizer loses."""
+        note = None if self.tokenizer is None else self.tokenizer.note
+        if reporter is None or note is None:
+            return {}
+        reporter.say(note)
+        return {"tokenizer_note": note}
 
     def _record(self, plan: StepPlan) -> dict[str, Any]:
         """Everything that is known of a logged step; waits for the device."""

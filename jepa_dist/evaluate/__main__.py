@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if world.is_main:
             print(report(source, windows, result, time.perf_counter() - started))
+            if tokenizer is not None and tokenizer.note:
+                print(f"note     {tokenizer.note}")
     stop_world()
 
 

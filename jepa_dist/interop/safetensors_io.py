@@ -148,10 +148,17 @@ def _versions(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file that appears under ``path`` when it is whole and on the disk."""
+    """Let ``write`` make a file that appears under ``path`` when it is whole and on the disk.
+
+    Its mode is that of any new file (the umask's), whatever ``write`` gives it: safetensors keeps
+    its files to their owner.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
