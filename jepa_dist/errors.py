@@ -11,8 +11,15 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
+        problems = tuple(printable(problem) for problem in problems)
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with a ``?`` for what a terminal may not be able to show: names and
+    values in messages can come from any file."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 class TrainingError(UserError):
