@@ -19,7 +19,7 @@ from jepa_dist.checkpoint import find_resumable
 from jepa_dist.checkpoint.loader import verify_together
 from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
 from jepa_dist.config import Config, flatten, read_mapping, to_dict, to_yaml
-from jepa_dist.errors import UserError, printable
+from jepa_dist.errors import UserError, one_line
 from jepa_dist.monitor.run_dir import check_run_files, read_status, write_run_dir
 from jepa_dist.parallel.world import World
 from jepa_dist.progress import Progress, RunState, run_state
@@ -143,7 +143,7 @@ def differences(
     """
     before, now = dict(flatten(state.config)), dict(flatten(to_dict(config)))
     changed = [
-        printable(f"{key}: was {before.get(key)!r:.200}, is {now.get(key)!r}")
+        one_line(f"{key}: was {before.get(key)!r:.200}, is {now.get(key)!r}")
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]

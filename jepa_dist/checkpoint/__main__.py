@@ -32,10 +32,10 @@ from jepa_dist.checkpoint.manifest import (
 from jepa_dist.checkpoint.retention import Keep, expendable
 from jepa_dist.checkpoint.shards import ShardFiles, assemble
 from jepa_dist.config import Config, flatten
-from jepa_dist.errors import UserError, printable
+from jepa_dist.errors import UserError, one_line
 from jepa_dist.failure import told_once
 from jepa_dist.interop.safetensors_io import Description, Weights, write_export
-from jepa_dist.progress import RunState, run_state
+from jepa_dist.model.execution import LAST_PHASE
 
 CHECKPOINTS = "checkpoints"
 
@@ -103,7 +103,7 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
             print(_described(read_manifest(path)), "no: " + problems[0] if problems else "yes")
         except UserError:
             print(f"{folders.step_of(path):>10} {'?':>10} {'?':>8} {'?':>6} {'?':>9}", end="")
-            print(f"  no: {problems[0]}")
+            print(f"  no: {one_line(problems[0])}")
     for path in folders.all_set_aside(_folder_of(arguments.run)):
         print(f"{path.name}: set aside, not loaded any more; prune deletes it")
     return 0
@@ -116,7 +116,7 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
     for path in [arguments.run] if single else _all_of(arguments.run):
         problems = verify(path)
         for problem in problems:
-            print(problem)
+            print(one_line(problem))
         if not problems:
             print(f"{path}: whole")
         code |= bool(problems)
@@ -129,7 +129,7 @@ def compare(arguments: argparse.Namespace) -> int:
     print(f"- {first}\n+ {second}")
     differences = [*_differences_of_state(first, second), *_differences_of_tensors(first, second)]
     for difference in differences:
-        print(difference)
+        print(one_line(difference))
     if not differences:
         print("no difference")
     return int(bool(differences))
@@ -138,7 +138,7 @@ def compare(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     """One safetensors file and its description."""
     path = _one(arguments.run)
-    manifest, state = read_manifest(path), _run_state(path)
+    manifest, state = read_manifest(path), read_state(path)
     weights: Weights = "ema" if arguments.ema else "live"
     prefix = "ema/" if arguments.ema else "model/"
     with ShardFiles(path) as files:
@@ -154,9 +154,9 @@ def export(arguments: argparse.Namespace) -> int:
         )
     description = Description(
         step=manifest.step,
-        phase=state.progress.phase,
+        phase=_phase(path, state),
         weights=weights,
-        config=_config(path, state.config),
+        config=_config(path, state),
     )
     allow = arguments.not_finite
     print(write_export(arguments.out, tensors, description, allow_not_finite=allow))
@@ -219,17 +219,23 @@ def _one(path: Path) -> Path:
     raise UserError(f"{path}: no checkpoint is whole; python -m jepa_dist.checkpoint verify {path}")
 
 
-def _run_state(path: Path) -> RunState:
-    return run_state(path / STATE, read_state(path))
+def _phase(path: Path, state: Mapping[str, Any]) -> int:
+    phase = state.get("phase")
+    if type(phase) is not int or not 0 <= phase <= LAST_PHASE:
+        raise UserError(
+            f"{path / STATE}: phase={phase!r:.60}: expected a recurrence phase of 0 to "
+            f"{LAST_PHASE}; it is not of a training run"
+        )
+    return phase
 
 
-def _config(path: Path, config: Mapping[str, Any]) -> Config:
+def _config(path: Path, state: Mapping[str, Any]) -> Config:
     try:
-        return Config.model_validate_json(json.dumps(config))
+        return Config.model_validate_json(json.dumps(state.get("config")))
     except ValidationError as error:
         raise UserError(
             *(
-                f"{path}: config: {'.'.join(map(str, item['loc']))}: {item['msg']}; "
+                f"{path}: config: {'.'.join(map(str, item['loc'])):.80}: {item['msg']:.200}; "
                 "export it with the version of jepa_dist that wrote it"
                 for item in error.errors()
             )
@@ -271,7 +277,7 @@ def _differences_of_state(first: Path, second: Path) -> Iterator[str]:
     before, after = (dict(flatten(_config_of(path))) for path in (first, second))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
-            yield printable(f"config {key}: {before.get(key)!s:.200} -> {after.get(key)!s:.200}")
+            yield f"config {key}: {before.get(key)!s:.200} -> {after.get(key)!s:.200}"
 
 
 def _config_of(path: Path) -> Mapping[str, Any]:

@@ -161,7 +161,7 @@ def read_manifest(path: Path) -> Manifest:
 def _most_manifest_bytes(path: Path) -> int:
     """Size up to which the manifest of a folder with these files is believed."""
     with os.scandir(path) as entries:
-        files = sum(entry.stat().st_size for entry in entries if entry.is_file())
+        files = sum(e.stat().st_size for e in entries if e.name != MANIFEST and e.is_file())
     return max(_LEAST_MANIFEST_BYTES, min(_MOST_MANIFEST_BYTES, _MANIFEST_TO_FILES * files))
 
 

@@ -28,7 +28,8 @@ Record = Mapping[str, Any]
 
 def encode(record: Record) -> bytes:
     """A record as a line of the file."""
-    reasons: dict[str, str] = {}
+    known = record.get(_NOT_FINITE)  # of a record that was read
+    reasons: dict[str, str] = dict(known) if isinstance(known, dict) else {}
     values = {key: _finite(key, value, reasons) for key, value in record.items()}
     if reasons:
         values[_NOT_FINITE] = reasons

@@ -25,7 +25,7 @@ from typing import Self
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from jepa_dist.files import MIB, open_to_append, read_json, write_atomically
+from jepa_dist.files import MIB, open_to_append, read_bytes, write_atomically
 from jepa_dist.monitor.meter import Place
 
 log = logging.getLogger(__name__)
@@ -146,8 +146,8 @@ def read_heartbeats(folder: Path, world_size: int) -> dict[int, Heartbeat]:
     beats = {}
     for rank in range(world_size):
         with suppress(OSError, ValueError):  # pydantic's error is a ValueError
-            beat = read_json(folder / f"rank_{rank}.json", MIB)
-            beats[rank] = _HEARTBEAT.validate_python(beat)
+            beat = read_bytes(folder / f"rank_{rank}.json", MIB)
+            beats[rank] = _HEARTBEAT.validate_json(beat)
     return beats
 
 

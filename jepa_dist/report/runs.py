@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_dist.config import flatten, read_mapping
-from jepa_dist.errors import UserError, printable
+from jepa_dist.errors import UserError, one_line
 from jepa_dist.files import MIB, check_regular, read_json
 from jepa_dist.monitor.history import StartRecord, lasting, read_starts
 from jepa_dist.monitor.metrics_file import METRICS, number, read_records
@@ -182,7 +182,11 @@ def _problems(path: Path) -> list[str]:
 def _labels(paths: Sequence[Path]) -> list[str]:
     """Each directory's name, or its whole path where two have the same name."""
     names = Counter(path.name for path in paths)
-    return [printable(path.name if names[path.name] == 1 else str(path)) for path in paths]
+    return [_printable(path.name if names[path.name] == 1 else str(path)) for path in paths]
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _read(path: Path, label: str) -> Run:
@@ -210,7 +214,7 @@ def _read(path: Path, label: str) -> Run:
         settings_changed=bool(changes),
         written=written,
         series=_series(records),
-        notes=tuple(map(printable, notes)),
+        notes=tuple(map(one_line, notes)),
     )
 
 
@@ -269,6 +273,7 @@ def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name}: missing")
         return {}
     try:
+        check_regular(path, _JSON_BYTES)
         value = read_json(path, _JSON_BYTES) if path.suffix == ".json" else read_mapping(path)
     except (OSError, ValueError, UserError):
         value = None
@@ -285,5 +290,5 @@ def _series(records: Iterable[Record]) -> dict[str, Series]:
         for key in record:
             value = number(record, key)
             if value is not None and key != "step":
-                points.setdefault(printable(key), []).append((record["step"], value))
+                points.setdefault(_printable(key), []).append((record["step"], value))
     return {key: Series(*np.array(pairs, dtype=np.float64).T) for key, pairs in points.items()}

@@ -18,7 +18,7 @@ from typing import Any
 
 from jepa_dist.config import flatten, load
 from jepa_dist.errors import UserError
-from jepa_dist.files import MIB, read_json
+from jepa_dist.files import MIB, check_regular, read_json
 from jepa_dist.monitor.history import StartRecord, lasting, read_starts
 from jepa_dist.monitor.metrics_file import METRICS, number, read_records
 from jepa_dist.sweep.members import CONTROL, Member, Settings, settings_of
@@ -182,7 +182,12 @@ def _best(records: list[Record]) -> Record:
 def _refuse_other_settings(member: Member, starts: Iterable[StartRecord]) -> None:
     """Compare the settings of every start that steps of the run come from with the list's."""
     wanted = settings_of(member.resolve())
-    made_by = settings_of(load(member.run_dir / "config.yaml", environ={}).config)
+    config = member.run_dir / "config.yaml"
+    try:
+        check_regular(config, MIB)
+    except OSError as error:
+        raise UserError(f"{config}: cannot be read: {error.strerror}") from None
+    made_by = settings_of(load(config, environ={}).config)
     configs = [(start.step, _without_own(start.config)) for start in starts if start.config]
     for step, settings in [*configs, (None, made_by)]:
         when = "" if step is None else f" from step {step} on"
