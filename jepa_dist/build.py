@@ -119,11 +119,13 @@ def build_gpt(
     """
     with torch.device("meta"):
         model = GPT(config)
+    looped = [model.blocks[index] for index in looped_blocks(config)]
     gathering = parallelise(
         model,
         regions=model.regions(),
         blocks=model.blocks,
-        looped=[model.blocks[index] for index in looped_blocks(config)],
+        looped=looped,
+        reduced_in_parts=looped if config.untie_loop_mlps else [],
         config=parallel,
         world=world,
         initial_value=initial_value,

@@ -507,6 +507,12 @@ def check(config: Config) -> list[str]:
             "would never start; use jepa.lambda=0 to leave it out",
         ),
         (
+            jepa.lambda_ == 0 or jepa.start_frac >= 1 or _starts(config),
+            f"jepa.start_frac={jepa.start_frac}, jepa.ramp_frac={jepa.ramp_frac}: with "
+            f"train.steps={train.steps} the weight would be 0 in every step; begin earlier, or use "
+            "jepa.lambda=0 to leave the objective out",
+        ),
+        (
             model.num_loops == 0 or not 0 < train.loop_phase2_at < train.enable_looping_at,
             f"train.loop_phase2_at={train.loop_phase2_at}: must not come before "
             f"train.enable_looping_at={train.enable_looping_at} (0 skips phase 1)",
@@ -525,6 +531,16 @@ def check(config: Config) -> list[str]:
         ),
     ]
     return [problem for holds, problem in rules if not holds]
+
+
+def _starts(config: Config) -> bool:
+    """Whether the weight of the objective is above 0 in the last step; by the clock, nobody can
+    tell beforehand."""
+    if config.train.max_wallclock_seconds is not None:
+        return True
+    last = (config.train.steps - 1) / config.train.steps
+    start = config.jepa.start_frac
+    return last > start or (last == start and config.jepa.ramp_frac == 0)
 
 
 def check_world(config: Config, world_size: int) -> None:

@@ -14,7 +14,7 @@ from jepa_dist.command_line import Parser
 from jepa_dist.config import Config, check_world, load, to_dict
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
-from jepa_dist.errors import UserError
+from jepa_dist.errors import TrainingError, UserError
 from jepa_dist.failure import told_by_this_rank, told_once
 from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size, tell_place
 from jepa_dist.monitor.run_dir import check_run_dir
@@ -100,6 +100,7 @@ def train(config: Config, rank: int) -> None:
     from jepa_dist.monitor.run_dir import log_to_run_dir, note_failure
     from jepa_dist.monitor.watchdog import Watchdog
     from jepa_dist.parallel.world import record_collectives, start_world, stop_world
+    from jepa_dist.records import facts
     from jepa_dist.resume import find_start, open_run_dir
     from jepa_dist.trainer import Trainer
 
@@ -111,7 +112,8 @@ def train(config: Config, rank: int) -> None:
     startup.done("process_group")
     with told_once(rank):
         data = world.decide(lambda: fingerprint_data(config))
-        start = find_start(config, run_dir, data["train"]["digest"], world)
+        validated_on = f"{data['val']['digest']}:{config.eval.sequences}"
+        start = find_start(config, run_dir, data["train"]["digest"], world, validated_on)
         if rank == 0:
             print(*start.messages, sep="\n", end="\n" * bool(start.messages))
         if not start.is_finished:
@@ -125,10 +127,21 @@ def train(config: Config, rank: int) -> None:
             memory_watched(run_dir, rank, snapshot=config.monitor.memory_snapshot),
         ):
             log_to_run_dir(run_dir, rank)
-            identity = {"config": to_dict(config), "data_fingerprint": data["train"]["digest"]}
+            identity = {
+                "config": to_dict(config),
+                "data_fingerprint": data["train"]["digest"],
+                "validation_fingerprint": validated_on,
+            }
             reporter = None
             if rank == 0:
-                reporter = Reporter(run_dir, config, start.step, world.world_size)
+                reporter = Reporter(
+                    run_dir,
+                    config,
+                    start.step,
+                    world.world_size,
+                    train_seconds=start.seconds,
+                    facts=facts(config, world.device),
+                )
             trainer = Trainer(config, world, checkpointer, start.checkpoint, identity, startup)
             if reporter is not None:
                 parameters = trainer.model.named_parameters()
@@ -138,7 +151,12 @@ def train(config: Config, rank: int) -> None:
                 Watchdog(run_dir, rank, world.world_size, lambda: trainer.meter.place, late),
                 StepProfiler(config.monitor.profile, run_dir, rank) as profiler,
             ):
-                summary = trainer.run(reporter, profiler)
+                try:
+                    summary = trainer.run(reporter, profiler)
+                except TrainingError as error:
+                    if reporter is not None:
+                        reporter.diverged(error.problems[0])
+                    raise
                 checkpointer.close()
                 if summary["finished"]:
                     trainer.export(run_dir, summary)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 import socket
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from jepa_dist.build import (
     build_validation,
 )
 from jepa_dist.checkpoint import Checkpointer, find_resumable, load, set_aside_after
+from jepa_dist.checkpoint.manifest import STATE
 from jepa_dist.config import Config
 from jepa_dist.data.baseline import MAX_VOCAB, MOST_TARGETS, MOST_TOKENS, ngram_baseline
 from jepa_dist.data.check import known_bos, load_checked_tokenizer
@@ -53,7 +56,7 @@ from jepa_dist.parallel.reduce import MetricsReduction, StepReport
 from jepa_dist.parallel.shard import compile_region
 from jepa_dist.parallel.world import World
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
-from jepa_dist.progress import Progress
+from jepa_dist.progress import Progress, progress_of
 from jepa_dist.records import compiled_graphs, kinds_of_work, losses, memory, mfu
 from jepa_dist.signals import STOP_SIGNALS, StopRequest
 
@@ -106,13 +109,13 @@ class Trainer:
         self.clipped = ClippedShare(config.optim.grad_clip_norm)
         self.histograms: dict[str, Distribution] = {}
         self.compiles = CompileCounter()
-        self.bad_steps = BadSteps()
         self.stop_request = (
             None if checkpointer is None else StopRequest(config.checkpoint.grace_seconds)
         )
         self.startup = startup or Startup()
         self.startup.done("build")
         self._begin_at(Progress() if resume is None else self.restore(resume))
+        self.phases: Counter[int] = Counter()
         self.startup.done("restore")
 
     def _compare_ranks(self) -> RankTimes:
@@ -126,6 +129,7 @@ class Trainer:
     def _begin_at(self, progress: Progress) -> None:
         """Everything that follows from how far the run is."""
         self.progress = progress
+        self.bad_steps = BadSteps(progress)
         self.batches = build_loader(
             self.config, self.world, progress.samples_consumed, progress.skip
         )
@@ -197,6 +201,7 @@ class Trainer:
                     self.roll_back(reporter)
                 if plan.stop:
                     assert record is not None
+                    self._refuse_bad_end(plan, validation)
                     return record | self._ending(plan, validation) | baselines
         finally:
             self.batches.close()
@@ -208,6 +213,7 @@ class Trainer:
         of it when the step's report arrives.
         """
         self.meter.step(plan.step, saving=self._is_saving())
+        self.phases[plan.phase] += 1
         self.optimizer.set_schedule(plan.lr_multiplier, plan.muon_momentum)
         if plan.spans is not None:
             self.spans_digest.update(plan.spans.astype("<i8").tobytes())
@@ -294,14 +300,14 @@ class Trainer:
             except InterruptedEvaluationError:
                 self.plans.request_stop("asked to stop during evaluation")
                 return {}
-            return result | self._sample(plan.phase)
+            return result | self._validation_set() | self._sample(plan.phase)
 
     def _take_in(self, reports: list[StepReport]) -> None:
         """Account for the steps whose numbers have arrived."""
         for report in reports:
             self.latest = report
             self.tokens_digest.update(report.digest.to_bytes(8, "little"))
-            self.bad_steps.observe(report)
+            self.bad_steps.observe(report, self._first_sample(report.step))
             self.clipped.observe(report.values["grad_norm"])
             self.rank_times.observe(report.values)
             signals = [n.name for n in STOP_SIGNALS if report.values[_signal_key(n)] > 0]
@@ -348,6 +354,9 @@ class Trainer:
             seconds=self.clock.seconds(),
             tokens_digest=self.tokens_digest.hex(),
             spans_digest=self.spans_digest.hex(),
+            bad_steps=self.bad_steps.total,
+            bad_in_row=self.bad_steps.in_row,
+            bad_row_sample=self.bad_steps.row_sample,
         )
 
     def roll_back(self, reporter: Reporter | None) -> None:
@@ -360,7 +369,7 @@ class Trainer:
             TrainingError: on every rank: it has been done before, or there is nothing to go to.
         """
         self._take_in(self.reduction.drain())
-        window = self._bad_samples()
+        window = range(self.bad_steps.row_sample, self.batches.samples_consumed)
         told = f"loss or gradient was not finite for {self.bad_steps.in_row} steps in a row"
         if self.checkpointer is None or self.progress.skip_count:
             raise TrainingError(*_advice(told, window, "it was rolled back once already"))
@@ -372,8 +381,16 @@ class Trainer:
         restored = self.restore(found.path)
         self.world.decide(lambda: set_aside_after(folder, restored.step))
         self.batches.close()
-        self._begin_at(replace(restored, skip_start=window.start, skip_count=len(window)))
         self.bad_steps.end_row()
+        self._begin_at(
+            replace(
+                restored,
+                skip_start=window.start,
+                skip_count=len(window),
+                bad_steps=self.bad_steps.total,
+                bad_in_row=0,
+            )
+        )
         self.save(self.progress, wait=True)
         if reporter is not None:
             reporter.go_back(
@@ -384,11 +401,10 @@ class Trainer:
         self.clock.start(restored.seconds)
         self.plans.request(restored.step)
 
-    def _bad_samples(self) -> range:
-        """Places in the order of what the bad steps consumed."""
-        steps = self.bad_steps.first_of_row - self.progress.step
-        start = self.progress.samples_consumed + steps * self.config.batch.sequences
-        return range(start, self.batches.samples_consumed)
+    def _first_sample(self, step: int) -> int:
+        """Samples that the run has consumed before a step of this start."""
+        steps = step - self.progress.step
+        return self.progress.samples_consumed + steps * self.config.batch.sequences
 
     def _is_saving(self) -> bool:
         return self.checkpointer is not None and self.checkpointer.in_flight
@@ -404,7 +420,7 @@ class Trainer:
             UserError: on every rank, if its tensors are not this run's.
         """
         state = load(checkpoint, self.tensors(), self.world, verified=True)
-        return Progress(**{name: state[name] for name in asdict(Progress())})
+        return progress_of(checkpoint / STATE, state)
 
     # ---------------------------------------------------------------- beginning and end
 
@@ -420,6 +436,7 @@ class Trainer:
         """What follows the last step: validation and the closing record."""
         plan = replace(StepPlan.of_nothing(self.progress.phase, 0.0, None), last=True)
         validation = self.evaluate(plan)
+        self._refuse_bad_end(plan, validation)
         return {
             "step": self.progress.step,
             "phase": self.progress.phase,
@@ -436,6 +453,31 @@ class Trainer:
             "saved": self.checkpointer is not None,
             "reason": "all steps are done" if finished else self.plans.stop_reason,
         }
+
+    def _refuse_bad_end(self, plan: StepPlan, validation: Mapping[str, Any]) -> None:
+        """Do not let a run count as finished that ended in numbers that are not finite.
+
+        Raises:
+            TrainingError: on every rank: its last steps were skipped, or its validation loss (live
+                or averaged) is not finite.
+        """
+        if not plan.last:
+            return
+        advice = (
+            "nothing was exported (python -m jepa_dist.checkpoint export RUN OUT --not-finite does "
+            "so all the same); go on from an earlier checkpoint in another run.dir "
+            "(checkpoint.resume=PATH) with lower learning rates (optim.*_lr)"
+        )
+        in_row = self.bad_steps.in_row
+        if in_row > 0:
+            raise TrainingError(
+                f"the last {in_row} step(s) of the run were skipped, because loss or gradient was "
+                "not finite: the run is not finished",
+                advice,
+            )
+        bad = [key for key in ("val/loss", "val/ema_loss") if not _is_finite(validation.get(key))]
+        if bad:
+            raise TrainingError(f"{', '.join(bad)}: not finite at the end of the run", advice)
 
     def _ended_before_training(self) -> dict[str, Any]:
         return {
@@ -464,6 +506,11 @@ class Trainer:
             return self.validation.run(self.model, phase, self._is_stop_asked)
         finally:
             self.gathering.release()
+
+    def _validation_set(self) -> dict[str, str]:
+        """What was validated on, so that readers do not take two sets for one curve."""
+        fingerprint = self.identity.get("validation_fingerprint")
+        return {} if fingerprint is None else {"val/set": fingerprint}
 
     def _sample(self, phase: int) -> dict[str, str]:
         """A text sample, if there is a tokenizer to write it with."""
@@ -565,8 +612,10 @@ class Trainer:
         self._take_in(self.reduction.drain())
         assert self.latest is not None
         values, speed = self.latest.values, self.meter.lap()
+        phases, self.phases = self.phases, Counter()
         return {
             "step": plan.step + 1,
+            "tokens": self.batches.samples_consumed * self.config.model.seq_len,
             **losses(plan, values, self.config),
             **(self.probe.metrics(values) if plan.probe else {}),
             "grad_norm": values["grad_norm"],
@@ -576,7 +625,7 @@ class Trainer:
             "phase": plan.phase,
             **{f"lr/{name}": lr for name, lr in self.optimizer.learning_rates().items()},
             **speed,
-            **mfu(speed["tokens_per_second"], plan.phase, self.config, self.world),
+            **mfu(speed["tokens_per_second"], phases, self.config, self.world),
             **memory(self.world.device),
             **self.rank_times.record(),
             "compile/graphs": compiled_graphs(),
@@ -605,6 +654,11 @@ class Trainer:
 def _nan_unless_finite(loss: Tensor) -> Tensor:
     """The loss; with gradients that are not finite either if it is not, so that all ranks see."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def _is_finite(value: float | None) -> bool:
+    """Whether a number, if there is one, is finite."""
+    return value is None or math.isfinite(value)
 
 
 def _signal_key(number: signal.Signals) -> str:

@@ -1,68 +1,117 @@
-"""Run a function on one hostile input, in a process with limits on time and memory."""
+"""Run one call under a limit of time and memory, in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
-import multiprocessing as mp
+import os
 import resource
+import select
+import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any
+
+import psutil
 
 from jepa_dist.errors import UserError
-
-_context = mp.get_context("forkserver")
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it ended."""
+    """How the call ended.
 
-    code: int
-    """0, or the exit code of a user's mistake (2); 1 for a traceback."""
-    output: str
-    """Standard error, or the text of the error."""
-
-
-def run_limited(
-    fn: Callable[..., Any], *args: Any, seconds: float = 20, memory_mib: int = 512
-) -> Outcome:
-    """Call ``fn(*args)``, which may return an exit code.
-
-    Raises:
-        AssertionError: it takes longer, or the process dies (of a signal, say).
+    Args:
+        kind: ``ok``, ``refused`` (UserError, or exit code 2), ``traceback`` (any other exception),
+            ``timeout`` or ``killed``.
+        text: What it printed, the lines of the refusal, or the traceback.
     """
-    ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_run, args=(theirs, memory_mib, fn, args))
-    process.start()
-    theirs.close()
+
+    kind: str
+    text: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.text.splitlines()
+
+
+def run_limited(call: Callable[[], object], seconds: float, megabytes: int) -> Outcome:
+    """Fork, run ``call`` with its memory limited to ``megabytes`` beyond what is in use, and wait.
+
+    Memory is address space: an allocation beyond the limit is a MemoryError, whether or not it
+    would be touched.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _in_child(call, writing, seconds, megabytes)
+    os.close(writing)
     try:
-        assert ours.poll(seconds), f"still running after {seconds} s"
-        return ours.recv()
-    except EOFError:
-        process.join()
-        raise AssertionError(f"died with exit code {process.exitcode}") from None
+        return _result(reading, child, seconds)
     finally:
-        process.kill()
-        process.join()
+        os.close(reading)
 
 
-def _run(pipe: Connection, memory_mib: int, fn: Callable[..., Any], args: tuple) -> None:
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    limit = used + memory_mib * _MIB
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    errors = io.StringIO()
+def _result(reading: int, child: int, seconds: float) -> Outcome:
+    received = b""
+    timed_out = False
+    while True:
+        # The child ends itself; this is for one that hangs where no signal reaches Python.
+        ready, _, _ = select.select([reading], [], [], 2 * seconds)
+        if not ready:
+            timed_out = True
+            os.kill(child, signal.SIGKILL)
+            break
+        piece = os.read(reading, 2**16)
+        if not piece:
+            break
+        received += piece
+    _, status = os.waitpid(child, 0)
+    if timed_out or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM):
+        return Outcome("timeout", received.decode(errors="replace"))
+    if os.WIFSIGNALED(status):
+        return Outcome("killed", f"signal {os.WTERMSIG(status)}")
+    kind, _, text = received.decode(errors="replace").partition("\n")
+    return Outcome(kind, text)
+
+
+def _in_child(call: Callable[[], object], writing: int, seconds: float, megabytes: int) -> None:
+    kind, text = "traceback", ""
     try:
-        with contextlib.redirect_stderr(errors):
-            code = fn(*args) or 0
-    except UserError as error:
-        pipe.send(Outcome(error.exit_code, "\n".join(error.problems)))
+        faulthandler.disable()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        in_use = psutil.Process().memory_info().vms
+        limit = in_use + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        kind, text = _outcome(call)
     except BaseException:
-        pipe.send(Outcome(1, traceback.format_exc()))
-    else:
-        pipe.send(Outcome(int(code) if isinstance(code, int) else 0, errors.getvalue()))
+        text = traceback.format_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            os.write(writing, f"{kind}\n{text}"[:60_000].encode(errors="backslashreplace"))
+        os._exit(0)
+
+
+def _outcome(call: Callable[[], object]) -> tuple[str, str]:
+    # A terminal's encoding: what cannot be printed there is an error here, too.
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            call()
+    except UserError as error:
+        return "refused", "\n".join(error.problems)
+    except SystemExit as exit_:
+        return ("refused" if exit_.code == 2 else "ok"), _text(printed)
+    except Exception:
+        return "traceback", traceback.format_exc()
+    return "ok", _text(printed)
+
+
+def _text(printed: io.TextIOWrapper) -> str:
+    printed.flush()
+    buffer = printed.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode()

@@ -121,6 +121,9 @@ def test_muon_and_untied_parts_agree(corpus: Path) -> None:
     assert reference[0]["loss/jepa"] is None
     assert reference[-1]["loss/jepa"] is not None
     assert_same_run(run_ranks(train, 3, config)[0], reference)
+    replicas = {"parallel__dp_replicate": 2, "parallel__accumulate": "sharded", "batch__micro": 1}
+    config = tiny_config(corpus, **changes, **replicas)
+    assert_same_run(run_ranks(train, 4, config)[0], reference)
 
 
 # ------------------------------------------------------------------ gradients

@@ -26,12 +26,38 @@ _SWEPT = ("seed", "jepa.", "optim.", "batch.sequences", "train.steps")
 
 
 class Reporter:
-    """Publishes records. One per run, on rank 0."""
+    """Publishes records. One per run, on rank 0.
 
-    def __init__(self, run_dir: Path, config: Config, done: int = 0, world_size: int = 1) -> None:
+    Args:
+        run_dir: Where the run lives.
+        config: Its configuration.
+        done: Steps done before this start.
+        world_size: Number of ranks.
+        train_seconds: Training time spent before this start.
+        facts: What its numbers depend on besides the configuration (``records.facts``).
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        done: int = 0,
+        world_size: int = 1,
+        *,
+        train_seconds: float = 0.0,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
         self._run_dir = run_dir
         self._config = config
-        self._history = RunHistory(run_dir, done, world_size, read_status(run_dir).get("state"))
+        self._history = RunHistory(
+            run_dir,
+            done,
+            world_size,
+            read_status(run_dir).get("state"),
+            train_seconds=train_seconds,
+            config=to_dict(config),
+            facts=facts,
+        )
         self._save_seconds: float | None = None
         self._system = SystemReader(run_dir)
         self._environment = as_lines(environment(world_size))
@@ -39,7 +65,7 @@ class Reporter:
         write_status(run_dir, "running", done, saved=done > 0, reason="")
 
     def _open(self, done: int) -> None:
-        self._done = done
+        self._done = self._recorded = done
         self._console = Console(self._config.train.steps, done)
         self._writer = MetricsWriter(self._run_dir, done, self._warn)
         self._writer.text("config", to_yaml(self._config))
@@ -65,6 +91,7 @@ class Reporter:
         """A step is done; ``record`` is None unless it is logged."""
         self._console.step()
         if record is not None:
+            self._recorded = record["step"]
             self._save_seconds = record.get("checkpoint/stall_seconds", self._save_seconds)
             goodput = self._history.record(record["train_seconds"], self._save_seconds)
             if "startup/total" in record:
@@ -81,6 +108,10 @@ class Reporter:
         self._console.close()
         self._open(step)
         self._warn(why)
+
+    def diverged(self, reason: str) -> None:
+        """The run gives up: leave a record that says why, for whoever counts runs."""
+        self._writer.diverged(self._recorded, reason)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Leave ``status.json``, tell how the run ended, and close; of a finished run also write

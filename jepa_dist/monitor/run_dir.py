@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jepa_dist.errors import UserError
+from jepa_dist.files import MIB, check_regular, read_json, write_atomically
+
+# Far more than a run writes.
+_SMALL_FILE_BYTES = 64 * MIB
+_SMALL_FILES = ("config.yaml", "data.json", "status.json", "starts.jsonl")
+_LARGE_FILES = ("metrics.jsonl",)
+_FOLDERS = ("checkpoints", "heartbeats", "logs", "tensorboard")
 
 
 def write_run_dir(path: Path, files: Mapping[str, str]) -> None:
@@ -21,9 +28,7 @@ def write_run_dir(path: Path, files: Mapping[str, str]) -> None:
     try:
         (path / "logs").mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            partial = path / f".{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path / name)
+            write_atomically(path / name, text)
     except OSError as error:
         raise UserError(
             f"run.dir={path}: cannot be written: {error.strerror}; name another one (run.dir=...)"
@@ -44,6 +49,30 @@ def check_run_dir(path: Path) -> None:
             f"run.dir={path}: cannot be written ({made} is not a folder this user may write to); "
             "name another one (run.dir=...)"
         )
+
+
+def check_run_files(path: Path) -> None:
+    """See that what the run directory holds are files and folders where a run has them, so that no
+    rank waits for a FIFO or reads a device later on.
+
+    Raises:
+        UserError: something else is there; one line each.
+    """
+    problems = []
+    for name in (*_SMALL_FILES, *_LARGE_FILES):
+        try:
+            check_regular(path / name, _SMALL_FILE_BYTES if name in _SMALL_FILES else None)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            problems.append(f"{path / name}: {error.strerror}")
+    problems += [
+        f"{path / name}: not a folder"
+        for name in _FOLDERS
+        if os.path.lexists(path / name) and not (path / name).is_dir()
+    ]
+    if problems:
+        raise UserError(*(f"{p}; move it away, or name another run.dir" for p in problems))
 
 
 def write_status(path: Path, state: str, step: int, *, saved: bool, reason: str) -> None:
@@ -68,13 +97,14 @@ def note_failure(path: Path, rank: int, reason: str) -> None:
     status = read_status(path)
     if status.get("state") == "running":
         reason = f"rank {rank}: {reason}"
-        write_status(path, "failed", status["step"], saved=status["saved"], reason=reason)
+        step, saved = status.get("step", 0), bool(status.get("saved"))
+        write_status(path, "failed", step, saved=saved, reason=reason)
 
 
 def read_status(path: Path) -> dict[str, Any]:
     """What ``write_status`` left; nothing if there is none, or it is damaged."""
     try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+        status = read_json(path / "status.json", _SMALL_FILE_BYTES)
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}

@@ -18,10 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from jepa_dist.files import MIB, open_to_append, read_bytes, write_atomically
 from jepa_dist.monitor.meter import Place
 
 log = logging.getLogger(__name__)
@@ -31,7 +35,7 @@ _BEAT_SECONDS = 5.0
 _BEATS_BETWEEN_LOOKS = 3
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class Heartbeat:
     """What a rank leaves."""
 
@@ -43,6 +47,9 @@ class Heartbeat:
     """That it has been in this place."""
     host: str
     pid: int
+
+
+_HEARTBEAT = TypeAdapter(Heartbeat)
 
 
 class Watchdog:
@@ -111,12 +118,10 @@ class Watchdog:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        path = self._folder / f"rank_{self._rank}.json"
-        partial = path.with_suffix(".partial")
         with suppress(OSError):  # a full disk must not end the watch
             self._folder.mkdir(exist_ok=True)
-            partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-            partial.replace(path)
+            text = json.dumps(asdict(beat))
+            write_atomically(self._folder / f"rank_{self._rank}.json", text)
 
     def _tell(self, seconds: float) -> None:
         before = read_heartbeats(self._folder, self._world_size)
@@ -132,7 +137,7 @@ class Watchdog:
         log.warning("%s", text)
         if self._rank == min(_alive(before, after), default=self._rank):
             print(f"warning: {text} (stacks: {self._stacks.parent})", file=sys.stderr, flush=True)
-        with suppress(OSError), self._stacks.open("a", encoding="utf-8") as file:
+        with suppress(OSError), open_to_append(self._stacks) as file:
             faulthandler.dump_traceback(file, all_threads=True)
 
 
@@ -140,10 +145,9 @@ def read_heartbeats(folder: Path, world_size: int) -> dict[int, Heartbeat]:
     """The last heartbeat of every rank that has left a readable one, by rank."""
     beats = {}
     for rank in range(world_size):
-        with suppress(OSError, ValueError, TypeError):
-            text = (folder / f"rank_{rank}.json").read_text(encoding="utf-8")
-            fields: dict[str, Any] = json.loads(text)
-            beats[rank] = Heartbeat(**fields)
+        with suppress(OSError, ValueError):  # pydantic's error is a ValueError
+            beat = read_bytes(folder / f"rank_{rank}.json", MIB)
+            beats[rank] = _HEARTBEAT.validate_json(beat)
     return beats
 
 

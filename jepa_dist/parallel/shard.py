@@ -50,6 +50,7 @@ def parallelise(
     regions: Iterable[tuple[str, nn.Module]],
     blocks: Iterable[nn.Module],
     looped: Iterable[nn.Module],
+    reduced_in_parts: Iterable[nn.Module] = (),
     config: ParallelConfig,
     world: World,
     initial_value: InitialValue,
@@ -63,6 +64,8 @@ def parallelise(
         blocks: Modules that are gathered and freed one at a time, in execution order; each returns
             one tensor.
         looped: Those of them that run several times per pass.
+        reduced_in_parts: Those of which some parameters belong to one of these times alone, so
+            that their gradients are reduced before the others'.
         config: Parallel settings.
         world: Ranks and mesh.
         initial_value: Full initial tensor by name and shape, on any rank the same.
@@ -83,7 +86,7 @@ def parallelise(
     kept = blocks if accumulates else [*looped, *blocks[-1:]]
     shard(model, blocks, kept, config, world)
     materialise(model, world.device, initial_value)
-    return Gathering(model, looped, config)
+    return Gathering(model, looped, config, reduced_in_parts)
 
 
 def shard(
@@ -123,14 +126,23 @@ class Gathering:
     all-gathers for four of eight blocks run three times). Autograd adds up the gradients of their
     passes before FSDP2 sees them, so they reduce once; only MLPs that belong to one pass alone
     (``model.untie_loop_mlps``) are reduced as soon as that pass is done.
+
+    With replicas and ``accumulate: sharded``, gradients are summed over the replicas in the last
+    micro-batch alone. Not those of ``reduced_in_parts``: FSDP2 keeps one partial sum per block,
+    which has the shape of whatever was reduced last.
     """
 
     def __init__(
-        self, model: nn.Module, looped: Iterable[nn.Module], config: ParallelConfig
+        self,
+        model: nn.Module,
+        looped: Iterable[nn.Module],
+        config: ParallelConfig,
+        reduced_in_parts: Iterable[nn.Module] = (),
     ) -> None:
         assert isinstance(model, FSDPModule)
         self._model = model
         self._looped = [block for block in looped if isinstance(block, FSDPModule)]
+        self._in_parts = [block for block in reduced_in_parts if isinstance(block, FSDPModule)]
         self._shards_each = config.accumulate == "sharded"
 
     def begin_micro_batch(self, *, is_last: bool) -> None:
@@ -138,6 +150,8 @@ class Gathering:
         is_complete = is_last or self._shards_each
         self._model.set_requires_gradient_sync(is_complete)
         self._model.set_requires_all_reduce(is_last)  # over replicas, once even so
+        for block in self._in_parts:
+            block.set_requires_all_reduce(True)
         self._model.set_reshard_after_backward(is_complete)
         for block in self._looped:
             block.set_reshard_after_backward(False)
