@@ -22,6 +22,7 @@ from jepa_dist.config import Config, flatten, to_dict, to_yaml
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.run_dir import read_status, write_run_dir
 from jepa_dist.parallel.world import World
+from jepa_dist.run_lock import LOCK_NAME
 
 # Keys that a checkpoint cannot go on without being the same, by the beginning of their names.
 _ESSENTIAL = ("seed", "model.", "optim.matrix", "data.tokenizer")
@@ -160,7 +161,9 @@ def _starts(line: str, beginnings: tuple[str, ...]) -> bool:
 
 
 def _is_occupied(run_dir: Path) -> bool:
-    return run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+    if not run_dir.is_dir():
+        return run_dir.exists()
+    return any(LOCK_NAME not in path.name for path in run_dir.iterdir())
 
 
 def _refuse_unless_same(run_dir: Path, config: Config) -> None:

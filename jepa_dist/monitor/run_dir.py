@@ -6,10 +6,12 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jepa_dist.errors import UserError
+from jepa_dist.output import report_lost_output
 
 
 def write_run_dir(path: Path, files: Mapping[str, str]) -> None:
@@ -80,8 +82,22 @@ def read_status(path: Path) -> dict[str, Any]:
     return status if isinstance(status, dict) else {}
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that drops what it cannot write: a full disk must not end the training."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; the file is opened by the first."""
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say nothing: standard error may be what cannot be written."""
+
+
 def log_to_run_dir(path: Path, rank: int) -> None:
     """Send this rank's log messages to ``logs/rank_<r>.log``, which exists only if it has any."""
-    handler = logging.FileHandler(path / "logs" / f"rank_{rank}.log", delay=True)
+    file = path / "logs" / f"rank_{rank}.log"
+    handler = _LogFile(file, delay=True, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("jepa_dist").addHandler(handler)
+    report_lost_output()
