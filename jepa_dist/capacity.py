@@ -36,9 +36,9 @@ def check_memory(config: Config, world: World) -> None:
         raise UserError(
             f"memory: each rank needs at least {(state + activations) / _GIB:.1f} GiB "
             f"({state / _GIB:.1f} for its share of {num_parameters(config):,} parameters, their "
-            f"gradients and optimizer state, {activations / _GIB:.1f} for activations), and {place} "
-            f"has {available / _GIB:.1f} GiB for {ranks} rank{'s' * (ranks > 1)}; use more ranks, "
-            "a smaller model or a smaller batch.micro"
+            f"gradients and optimizer state, {activations / _GIB:.1f} for activations), and "
+            f"{place} has {available / _GIB:.1f} GiB for {ranks} rank{'s' * (ranks > 1)}; use more "
+            "ranks, a smaller model or a smaller batch.micro"
         )
 
 

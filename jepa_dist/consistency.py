@@ -20,7 +20,7 @@ from jepa_dist.config import Config, flatten, to_dict
 from jepa_dist.errors import SharedError
 
 if TYPE_CHECKING:  # the statement is made before torch is imported
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 # Libraries that decide what is computed or read.
 _LIBRARIES = ("torch", "torchdata", "numpy", "safetensors", "pydantic")

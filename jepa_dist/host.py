@@ -14,7 +14,8 @@ from jepa_dist.config import Config
 from jepa_dist.errors import UserError
 from jepa_dist.launched import check_rendezvous, ranks_on_this_host
 
-# A socket's path has at most 107 characters; multiprocessing adds "/pymp-xxxxxxxx/listener-xxxxxxxx".
+# A socket's path has at most 107 characters; to TMPDIR multiprocessing adds
+# "/pymp-xxxxxxxx/listener-xxxxxxxx".
 _LONGEST_TEMPORARY = 107 - 32
 _SHARED = Path("/dev/shm")
 # Semaphores and the like, besides the batches.

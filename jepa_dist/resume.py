@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jepa_dist.checkpoint import find_resumable
+from jepa_dist.checkpoint.folder import LATEST, published
 from jepa_dist.checkpoint.loader import verify_together
 from jepa_dist.checkpoint.manifest import read_state
-from jepa_dist.config import Config, flatten, to_dict, to_yaml
+from jepa_dist.config import Config, flatten, read_mapping, to_dict, to_yaml
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.run_dir import read_status, write_run_dir
 from jepa_dist.parallel.world import World
@@ -69,8 +68,12 @@ def find_start(config: Config, run_dir: Path, data_fingerprint: str, world: Worl
             )
         if mode == "never":
             return Start(None, 0, False, ())
-        verify_together(Path(mode), world)
-        return _start_at(Path(mode), (), config, data_fingerprint, world)
+        named = Path(mode).expanduser()
+        folder = world.decide(lambda: _folder_of_checkpoints(named))
+        if folder is not None:
+            return _start_at_newest(folder, named, config, data_fingerprint, world)
+        verify_together(named, world)
+        return _start_at(named, (), config, data_fingerprint, world)
     if not occupied:
         return Start(None, 0, False, ())
     found = find_resumable(run_dir / "checkpoints", world)
@@ -85,6 +88,44 @@ def find_start(config: Config, run_dir: Path, data_fingerprint: str, world: Worl
     world.decide(lambda: _refuse_unless_same(run_dir, config))
     told = f"{run_dir}: stopped before its first checkpoint; beginning anew"
     return Start(None, 0, False, (told,))
+
+
+def _folder_of_checkpoints(named: Path) -> Path | None:
+    """The folder whose newest checkpoint is meant, if ``named`` is none itself.
+
+    Raises:
+        UserError: it is nothing that a run can continue from.
+    """
+    if named.name == LATEST and not named.is_dir():
+        return named.parent
+    if (named / "checkpoints").is_dir():
+        return named / "checkpoints"
+    if named.is_dir() and published(named):
+        return named
+    if named.is_dir():
+        return None
+    key = f"checkpoint.resume={named}"
+    if not named.exists():
+        raise UserError(
+            f"{key}: there is no such folder; python -m jepa_dist.checkpoint ls RUN lists the "
+            "checkpoints of a run (or auto, or never)"
+        )
+    raise UserError(
+        f"{key}: is a file; expected the folder of a checkpoint, e.g. "
+        "runs/a/checkpoints/step_00001000, or a run directory (exported weights hold no optimizer "
+        "state to continue from)"
+    )
+
+
+def _start_at_newest(
+    folder: Path, named: Path, config: Config, data_fingerprint: str, world: World
+) -> Start:
+    found = find_resumable(folder, world)
+    if found.path is None:
+        raise UserError(
+            *found.messages, f"checkpoint.resume={named}: holds no checkpoint that is whole"
+        )
+    return _start_at(found.path, found.messages, config, data_fingerprint, world)
 
 
 def _start_at(
@@ -132,6 +173,13 @@ def differences(
         if before.get(key) != now.get(key)
     ]
     refused = [line for line in changed if _starts(line, _ESSENTIAL)]
+    averages = [settings.get("optim.ema_decay", 0.0) > 0 for settings in (before, now)]
+    if averages[0] != averages[1]:
+        refused.append(
+            f"optim.ema_decay: was {before.get('optim.ema_decay')!r}, is "
+            f"{now['optim.ema_decay']!r}: the moving average covers a whole run and cannot be "
+            f"switched {'off' if averages[0] else 'on'} within it"
+        )
     if state["data_fingerprint"] != data_fingerprint and not config.checkpoint.allow_other_data:
         refused.append(
             "data.train: not the shards that it was trained on (checkpoint.allow_other_data=true "
@@ -169,10 +217,10 @@ def _is_occupied(run_dir: Path) -> bool:
 def _refuse_unless_same(run_dir: Path, config: Config) -> None:
     """A directory without checkpoints is gone on with only by the very run that made it."""
     try:
-        before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        before = read_mapping(run_dir / "config.yaml")
+    except UserError:
         before = None
-    if before != yaml.safe_load(to_yaml(config)):
+    if before != to_dict(config):
         raise UserError(
             f"run.dir={run_dir}: exists already, holds no checkpoint and was not made by this "
             "configuration; it is not overwritten: name another one (run.dir=...)"

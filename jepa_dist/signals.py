@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 EXIT_GRACE_OVER = 4
 
 # One request may arrive twice: SLURM signals every process of a step, and torchrun passes on to its
@@ -38,7 +38,9 @@ class StopRequest:
         outbox.setblocking(False)
         self._outbox = outbox  # keeps it open
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
+            # What nohup (or a shell, for a job in the background) has set to be ignored stays so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 

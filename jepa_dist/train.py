@@ -95,6 +95,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     startup = Startup()
     startup.done("check")
     # Imported late: mistakes in the configuration are told before torch takes its seconds.
+    from jepa_dist.capacity import check_memory
     from jepa_dist.checkpoint import Checkpointer, Keep
     from jepa_dist.checkpoint.agreement import on_every_rank
     from jepa_dist.model.summary import model_summary
@@ -103,7 +104,6 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     from jepa_dist.monitor.reporter import Reporter
     from jepa_dist.monitor.run_dir import log_to_run_dir
     from jepa_dist.monitor.watchdog import Watchdog
-    from jepa_dist.capacity import check_memory
     from jepa_dist.parallel.world import record_collectives, start_world, stop_world
     from jepa_dist.resume import find_start, open_run_dir
     from jepa_dist.trainer import Trainer

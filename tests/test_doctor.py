@@ -19,7 +19,7 @@ import pytest
 from jepa_dist.config import ParallelConfig
 from jepa_dist.doctor.judge import Report, findings, table
 from jepa_dist.doctor.measure import allreduce_gbps, check_files, clock_offset, ring_gbps
-from jepa_dist.doctor.place import interface_to, num_nodes, obstacles
+from jepa_dist.doctor.place import interface_to, obstacles
 from jepa_dist.parallel.world import World, start_world
 from tests.commands import TORCHRUN, Finished, run_command
 from tests.ranks import run_ranks

@@ -187,7 +187,14 @@ def test_dry_run(project: Path) -> None:
     assert preparing == [".venv/bin/python", "-m", "jepa_dist.data.prepare"]
     assert training[0] == "env"
     assert training[2:] == [
-        *(".venv/bin/torchrun", "--standalone", "--nproc-per-node=2", "-m", "jepa_dist.train"),
+        *(
+            ".venv/bin/torchrun",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+            "--nproc-per-node=2",
+            "-m",
+            "jepa_dist.train",
+        ),
         *("configs/debug.yaml", "run.dir=runs/debug", "jepa.lambda=0.1", "seed=2"),
     ]
     assert not (project / "runs").exists()

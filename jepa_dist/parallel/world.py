@@ -12,8 +12,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from jepa_dist.config import ParallelConfig
 from jepa_dist.consistency import Statement, check_alike
@@ -106,7 +107,7 @@ def start_world(config: ParallelConfig, mine: Statement | None = None) -> World:
             check_alike({**mine, **_device_facts(device)}, store, rank, world_size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("process_group", store),
+            store=PrefixStore("process_group", store),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -123,11 +124,11 @@ def start_world(config: ParallelConfig, mine: Statement | None = None) -> World:
     )
 
 
-def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def _meet(rank: int, world_size: int, timeout: timedelta) -> Store:
     """The store through which the ranks find each other; waits for it, not for the ranks."""
     if not is_launched():
         return HashStore()
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
     return store
 
