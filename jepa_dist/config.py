@@ -706,7 +706,7 @@ for _name in ("null", "bool", "str", "seq", "map"):
     _Loader.add_constructor(f"{_TAG}{_name}", yaml.SafeLoader.yaml_constructors[f"{_TAG}{_name}"])
 for _name in ("int", "float"):
     _Loader.add_constructor(f"{_TAG}{_name}", _Loader.construct_number)
-_Loader.add_constructor(None, _Loader.construct_undefined)
+_Loader.yaml_constructors[None] = yaml.SafeLoader.construct_undefined
 
 _Layer = Iterable[tuple[str, Any, str]]
 

@@ -204,7 +204,7 @@ def test_ranks_and_threads(project: Path) -> None:
     def of(**environ: object) -> tuple[int, str]:
         training = planned(project, **environ)[-1]
         threads = int(training[1].removeprefix("OMP_NUM_THREADS="))
-        return threads, training[4]
+        return threads, training[5]
 
     cores = int(run_command("nproc", environ={"OMP_NUM_THREADS": ""}).output)
     assert of() == (max(1, cores // 2), "--nproc-per-node=2")
