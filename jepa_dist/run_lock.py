@@ -199,16 +199,20 @@ class RunLock:
 
 
 def is_in_use(run_dir: Path) -> bool | None:
-    """Return whether the owner of ``run_dir`` is alive: None if that cannot be seen at once."""
+    """Return whether the owner of ``run_dir`` is alive; None if there is no lock, or that cannot
+    be seen at once."""
     try:
         owner, renewed = _look(run_dir / LOCK_NAME)
     except OSError:
         return None
     if renewed is None:
-        return False
+        return None
     if owner is not None and owner.machine == _machine():
         return _is_alive(owner)
-    return True if time.time() - renewed / 1e9 < STALE_SECONDS else None
+    age = time.time() - renewed / 1e9
+    if age < STALE_SECONDS:
+        return True
+    return False if age > _LONG_DEAD_SECONDS else None
 
 
 def _create(partial: Path, path: Path, token: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jepa_dist.errors import UserError
+from jepa_dist.monitor.run_dir import current_status
 from jepa_dist.run_lock import LOCK_NAME, RunLock, is_in_use
 from tests.commands import Command
 
@@ -52,7 +53,7 @@ def test_the_lock_leaves_nothing_behind(run_dir: Path) -> None:
     assert [path.name for path in run_dir.iterdir()] == [LOCK_NAME]
     lock.release()
     assert not run_dir.exists()
-    assert is_in_use(run_dir) is False
+    assert is_in_use(run_dir) is None
 
 
 def test_a_second_start_is_refused(run_dir: Path) -> None:
@@ -75,6 +76,20 @@ def test_a_killed_owner_s_lock_is_taken_over_at_once(dead: Path) -> None:
     lock = RunLock(dead)
     assert lock.acquire() == ()
     assert is_in_use(dead) is True
+    lock.release()
+
+
+def test_the_status_of_a_killed_run(dead: Path) -> None:
+    """It says running for ever; lock and checkpoints know better."""
+    (dead / "checkpoints/step_00000030").mkdir(parents=True)
+    for step in (40, 30):
+        (dead / "status.json").write_text(f'{{"state": "running", "step": {step}, "reason": ""}}')
+        status = current_status(dead)
+        assert (status["state"], status["step"], status["checkpoint"]) == ("killed", step, 30)
+        assert status["saved"] is (step == 30)
+    lock = RunLock(dead)
+    lock.acquire()
+    assert current_status(dead)["state"] == "running"
     lock.release()
 
 

@@ -16,6 +16,7 @@ from jepa_dist.errors import UserError
 from jepa_dist.output import report_lost_output
 from jepa_dist.run_lock import is_in_use
 
+_MOST_BYTES = 2**16
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 
@@ -115,7 +116,7 @@ def current_status(path: Path) -> dict[str, Any]:
     checkpoints what is saved. Its state is ``killed``.
     """
     status = read_status(path)
-    if status.get("state") != "running" or is_in_use(path):
+    if status.get("state") != "running" or is_in_use(path) is not False:
         return status
     checkpoint = newest_checkpoint(path)
     return {
@@ -129,8 +130,11 @@ def current_status(path: Path) -> dict[str, Any]:
 
 def read_status(path: Path) -> dict[str, Any]:
     """Return what a run last wrote about itself; nothing if there is none, or it is damaged."""
+    file = path / "status.json"
     try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+        if not file.is_file() or file.stat().st_size > _MOST_BYTES:
+            return {}
+        status = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     is_status = isinstance(status, dict) and type(status.get("step")) is int

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from jepa_dist.config import flatten
 from jepa_dist.errors import UserError
+from jepa_dist.monitor.run_dir import current_status
 
 Array = NDArray[np.float64]
 Record = Mapping[str, Any]
@@ -52,7 +53,7 @@ class Run:
         final: The closing record, empty unless the run is finished.
         config: Values by dotted key.
         data: ``data.json``, by split.
-        status: ``status.json``.
+        status: ``status.json``; of a run that was killed, what its lock and checkpoints say.
         written: Time of the last record, in seconds since 1970.
         notes: What was wrong with the files, for people.
     """
@@ -160,7 +161,7 @@ def _read(path: Path, label: str) -> Run:
         final=final,
         config=dict(flatten(config)),
         data=data,
-        status=status,
+        status={**status, **current_status(path)},
         written=written,
         series=_series(records),
         notes=tuple(notes),
