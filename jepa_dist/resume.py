@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jepa_dist.checkpoint import find_resumable
+from jepa_dist.checkpoint.folder import LATEST, published
 from jepa_dist.checkpoint.loader import verify_together
 from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
 from jepa_dist.config import Config, flatten, read_mapping, to_dict, to_yaml
@@ -23,6 +22,7 @@ from jepa_dist.errors import UserError, one_line
 from jepa_dist.monitor.run_dir import check_run_files, read_status, write_run_dir
 from jepa_dist.parallel.world import World
 from jepa_dist.progress import Progress, RunState, run_state
+from jepa_dist.run_lock import LOCK_NAME
 
 # Keys that a checkpoint cannot go on without being the same, by the beginning of their names.
 _ESSENTIAL = ("seed", "model.", "optim.matrix", "data.tokenizer")
@@ -78,8 +78,12 @@ def find_start(
             )
         if mode == "never":
             return Start(None, 0, 0.0, False, ())
-        verify_together(Path(mode), world)
-        return _start_at(Path(mode), (), config, now, world)
+        named = Path(mode).expanduser()
+        folder = world.decide(lambda: _folder_of_checkpoints(named))
+        if folder is not None:
+            return _start_at_newest(folder, named, config, now, world)
+        verify_together(named, world)
+        return _start_at(named, (), config, now, world)
     if not occupied:
         return Start(None, 0, 0.0, False, ())
     world.decide(lambda: check_run_files(run_dir))
@@ -95,6 +99,44 @@ def find_start(
     world.decide(lambda: _refuse_unless_same(run_dir, config))
     told = f"{run_dir}: stopped before its first checkpoint; beginning anew"
     return Start(None, 0, 0.0, False, (told,))
+
+
+def _folder_of_checkpoints(named: Path) -> Path | None:
+    """The folder whose newest checkpoint is meant, if ``named`` is none itself.
+
+    Raises:
+        UserError: it is nothing that a run can continue from.
+    """
+    if named.name == LATEST and not named.is_dir():
+        return named.parent
+    if (named / "checkpoints").is_dir():
+        return named / "checkpoints"
+    if named.is_dir() and published(named):
+        return named
+    if named.is_dir():
+        return None
+    key = f"checkpoint.resume={named}"
+    if not named.exists():
+        raise UserError(
+            f"{key}: there is no such folder; python -m jepa_dist.checkpoint ls RUN lists the "
+            "checkpoints of a run (or auto, or never)"
+        )
+    raise UserError(
+        f"{key}: is a file; expected the folder of a checkpoint, e.g. "
+        "runs/a/checkpoints/step_00001000, or a run directory (exported weights hold no optimizer "
+        "state to continue from)"
+    )
+
+
+def _start_at_newest(
+    folder: Path, named: Path, config: Config, fingerprints: tuple[str, str | None], world: World
+) -> Start:
+    found = find_resumable(folder, world)
+    if found.path is None:
+        raise UserError(
+            *found.messages, f"checkpoint.resume={named}: holds no checkpoint that is whole"
+        )
+    return _start_at(found.path, found.messages, config, fingerprints, world)
 
 
 def _start_at(
@@ -148,6 +190,13 @@ def differences(
         if before.get(key) != now.get(key)
     ]
     refused = [line for line in changed if _starts(line, _ESSENTIAL)]
+    averages = [settings.get("optim.ema_decay", 0.0) > 0 for settings in (before, now)]
+    if averages[0] != averages[1]:
+        refused.append(
+            f"optim.ema_decay: was {before.get('optim.ema_decay')!r}, is "
+            f"{now['optim.ema_decay']!r}: the moving average covers a whole run and cannot be "
+            f"switched {'off' if averages[0] else 'on'} within it"
+        )
     if state.data_fingerprint != data_fingerprint and not config.checkpoint.allow_other_data:
         refused.append(
             "data.train: not the shards that it was trained on (checkpoint.allow_other_data=true "
@@ -185,7 +234,9 @@ def _starts(line: str, beginnings: tuple[str, ...]) -> bool:
 
 
 def _is_occupied(run_dir: Path) -> bool:
-    return run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+    if not run_dir.is_dir():
+        return run_dir.exists()
+    return any(LOCK_NAME not in path.name for path in run_dir.iterdir())
 
 
 def _refuse_unless_same(run_dir: Path, config: Config) -> None:
@@ -194,7 +245,7 @@ def _refuse_unless_same(run_dir: Path, config: Config) -> None:
         before = read_mapping(run_dir / "config.yaml")
     except UserError:
         before = None
-    if before != yaml.safe_load(to_yaml(config)):
+    if before != to_dict(config):
         raise UserError(
             f"run.dir={run_dir}: exists already, holds no checkpoint and was not made by this "
             "configuration; it is not overwritten: name another one (run.dir=...)"

@@ -9,8 +9,11 @@ import sys
 import threading
 import time
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 EXIT_GRACE_OVER = 4
+
+# Where nohup (or a shell, for a job in the background) has these ignored, they stay so.
+_OF_TERMINALS = (signal.SIGHUP, signal.SIGQUIT)
 
 # One request may arrive twice: SLURM signals every process of a step, and torchrun passes on to its
 # ranks what it gets.
@@ -38,7 +41,9 @@ class StopRequest:
         outbox.setblocking(False)
         self._outbox = outbox  # keeps it open
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
+            is_ignored = signal.getsignal(number) is signal.SIG_IGN
+            if not (is_ignored and number in _OF_TERMINALS):
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 

@@ -6,43 +6,58 @@ import argparse
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jepa_dist.command_line import Parser
 from jepa_dist.config import Config, check_world, load, to_dict
+from jepa_dist.consistency import Statement, statement
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
 from jepa_dist.errors import TrainingError, UserError
-from jepa_dist.failure import told_by_this_rank, told_once
-from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size, tell_place
-from jepa_dist.monitor.run_dir import check_run_dir
+from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
+from jepa_dist.host import check_host
+from jepa_dist.launched import (
+    adopt_launcher,
+    die_with_launcher,
+    launched_rank,
+    launched_world_size,
+    tell_place,
+)
+from jepa_dist.monitor.run_dir import check_run_dir, note_failure
 from jepa_dist.monitor.startup import Startup
+from jepa_dist.output import keep_output_alive
+from jepa_dist.run_lock import RunLock
 
 _COMPILER_BYTES = 1 << 26
 
 
 def main() -> None:
     """Check everything that can be checked, then train."""
-    die_with_launcher()
-    rank = launched_rank()
-    with told_once(rank):
+    keep_output_alive()
+    with told_by_host():
         arguments = parse_arguments()
+        adopt_launcher(os.environ, will_meet=not (arguments.print_config or arguments.check))
+        die_with_launcher()
         resolved = load(arguments.config, arguments.overrides)
         if arguments.print_config:
-            if rank == 0:
+            if launched_rank() == 0:
                 print(resolved.describe())
             return
-        check_world(resolved.config, launched_world_size())
-        check_data(resolved.config)
-        if resolved.config.parallel.compile:
+        config = resolved.config
+        check_world(config, launched_world_size())
+        check_data(config)
+        if config.parallel.compile:
             check_temporary_folder()
         if arguments.check:
-            check_run_dir(Path(resolved.config.run.dir).expanduser())
+            check_run_dir(Path(config.run.dir).expanduser())
             return
+        check_host(config)
+        mine = statement(config, data := fingerprint_data(config))
     tell_place()
-    train(resolved.config, rank)
+    train(config, data, mine)
 
 
 def check_temporary_folder() -> None:
@@ -87,17 +102,25 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def train(config: Config, rank: int) -> None:
-    """Join the other ranks and run to the end, or until asked to stop."""
+def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
+    """Join the other ranks and run to the end, or until asked to stop.
+
+    Args:
+        config: The run.
+        data: Fingerprints of the shards by split.
+        mine: What must be the same on every rank.
+    """
     startup = Startup()
     startup.done("check")
     # Imported late: mistakes in the configuration are told before torch takes its seconds.
+    from jepa_dist.capacity import check_memory
     from jepa_dist.checkpoint import Checkpointer, Keep
+    from jepa_dist.checkpoint.agreement import on_every_rank
     from jepa_dist.model.summary import model_summary
     from jepa_dist.monitor.memory import memory_watched
     from jepa_dist.monitor.profiler import StepProfiler
     from jepa_dist.monitor.reporter import Reporter
-    from jepa_dist.monitor.run_dir import log_to_run_dir, note_failure
+    from jepa_dist.monitor.run_dir import log_to_run_dir
     from jepa_dist.monitor.watchdog import Watchdog
     from jepa_dist.parallel.world import record_collectives, start_world, stop_world
     from jepa_dist.records import facts
@@ -105,17 +128,21 @@ def train(config: Config, rank: int) -> None:
     from jepa_dist.trainer import Trainer
 
     startup.done("imports")
+    rank = launched_rank()
     run_dir = Path(config.run.dir).expanduser()
     record_collectives(run_dir / "logs")
     with told_by_this_rank(rank):
-        world = start_world(config.parallel)
+        world = start_world(config.parallel, mine)
     startup.done("process_group")
-    with told_once(rank):
-        data = world.decide(lambda: fingerprint_data(config))
-        validated_on = f"{data['val']['digest']}:{config.eval.sequences}"
+    lock = RunLock(run_dir)
+    validated_on = f"{data['val']['digest']}:{config.eval.sequences}"
+    with told_once(rank, on_failure=lock.release):
+        on_every_rank(lambda: check_memory(config, world), world)
+        messages = world.decide(lock.acquire)
         start = find_start(config, run_dir, data["train"]["digest"], world, validated_on)
         if rank == 0:
-            print(*start.messages, sep="\n", end="\n" * bool(start.messages))
+            for line in (*messages, *start.messages):
+                print(line)
         if not start.is_finished:
             world.decide(lambda: open_run_dir(run_dir, config, data))
             keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
@@ -123,7 +150,7 @@ def train(config: Config, rank: int) -> None:
     startup.done("find_checkpoint")
     if not start.is_finished:
         with (
-            told_by_this_rank(rank, on_failure=partial(note_failure, run_dir, rank)),
+            told_by_this_rank(rank, on_failure=partial(note_end, run_dir, rank, lock)),
             memory_watched(run_dir, rank, snapshot=config.monitor.memory_snapshot),
         ):
             log_to_run_dir(run_dir, rank)
@@ -162,7 +189,16 @@ def train(config: Config, rank: int) -> None:
                     trainer.export(run_dir, summary)
             if reporter is not None:
                 reporter.finish(summary)
+    lock.release()
     stop_world()
+
+
+def note_end(run_dir: Path, rank: int, lock: RunLock, reason: str) -> None:
+    """Leave the run directory as a failed run should: ``status.json`` says why, no lock."""
+    try:
+        note_failure(run_dir, rank, reason)
+    finally:
+        lock.release()
 
 
 def fingerprint_data(config: Config) -> dict[str, Any]:

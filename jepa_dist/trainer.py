@@ -189,6 +189,8 @@ class Trainer:
                 self.compiles.observe(compiled_graphs(), kinds_of_work(plan))
                 if plan.settle and self.checkpointer is not None:
                     self.checkpointer.wait()
+                    if reporter is not None:
+                        reporter.saved()
                 record = self._record(plan) | validation if plan.log else None
                 if reporter is not None:
                     reporter.step(record)
@@ -202,7 +204,7 @@ class Trainer:
                 if plan.stop:
                     assert record is not None
                     self._refuse_bad_end(plan, validation)
-                    return record | self._ending(plan, validation) | baselines
+                    return record | self._ending(plan, plan.step + 1, validation) | baselines
         finally:
             self.batches.close()
 
@@ -442,16 +444,16 @@ class Trainer:
             "phase": self.progress.phase,
             **validation,
             **self._digests(),
-            **self._ending(plan, validation),
+            **self._ending(plan, self.progress.step, validation),
         }
 
-    def _ending(self, plan: StepPlan, validation: Mapping[str, Any]) -> dict[str, Any]:
+    def _ending(self, plan: StepPlan, step: int, validation: Mapping[str, Any]) -> dict[str, Any]:
         """How training ended, and its totals; a last validation cut short is still to be done."""
         finished = plan.last and bool(validation)
         return self.meter.summary() | {
             "finished": finished,
             "saved": self.checkpointer is not None,
-            "reason": "all steps are done" if finished else self.plans.stop_reason,
+            "reason": self._why_finished(step) if finished else self.plans.stop_reason,
         }
 
     def _refuse_bad_end(self, plan: StepPlan, validation: Mapping[str, Any]) -> None:
@@ -478,6 +480,11 @@ class Trainer:
         bad = [key for key in ("val/loss", "val/ema_loss") if not _is_finite(validation.get(key))]
         if bad:
             raise TrainingError(f"{', '.join(bad)}: not finite at the end of the run", advice)
+
+    def _why_finished(self, step: int) -> str:
+        if step < self.config.train.steps:
+            return "the time is used up (train.max_wallclock_seconds)"
+        return "all steps are done"
 
     def _ended_before_training(self) -> dict[str, Any]:
         return {

@@ -250,6 +250,13 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
         parameter_golf.read_final_model(tmp_path / "final_model.pt")
 
 
+def test_what_wrappers_put_before_names_is_taken_off(tmp_path: Path) -> None:
+    names = ["module._orig_mod.blocks.0.attn.w", "_orig_mod.tok.w", "blocks.1._orig_mod.mlp.w"]
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "final_model.pt")
+    state = parameter_golf.read_final_model(tmp_path / "final_model.pt")
+    assert list(state) == ["blocks.0.attn.w", "tok.w", "blocks.1.mlp.w"]
+
+
 def test_bad_states_and_settings_are_all_listed() -> None:
     case: Case = cases("gpt")[0].values[0]
     settings, state = case.info["settings"], case.tensors("param/")

@@ -289,6 +289,38 @@ def test_a_finished_run_is_not_touched(alone: Finished, corpus: Path, run_dir: P
     assert contents(run_dir) == before
 
 
+def test_a_run_directory_stands_for_its_newest_checkpoint(
+    alone: Finished, corpus: Path, run_dir: Path
+) -> None:
+    changes = SHORT | {"train__steps": 10, "checkpoint__resume": run_dir}
+    finished = run_command(*TRAIN, *settings(corpus, run__dir=corpus / "branch", **changes))
+    assert finished.code == 0, finished.output
+    assert f"going on from {run_dir}/checkpoints/step_00000009, after step 9" in finished.output
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("model.safetensors", {}, "is a file; expected the folder of a checkpoint"),
+        ("missing", {}, "there is no such folder"),
+        ("", {"optim__ema_decay": 0.9}, "optim.ema_decay: was 0.0, is 0.9: the moving average"),
+    ],
+)
+def test_what_cannot_be_continued_from(
+    alone: Finished, corpus: Path, run_dir: Path, name: str, changes: dict[str, Any], told: str
+) -> None:
+    other = settings(
+        corpus, run__dir=corpus / "other", checkpoint__resume=run_dir / name, **SHORT, **changes
+    )
+    finished = run_command(*TRAIN, *other)
+    assert finished.code == 2
+    (line, *advice) = finished.output.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+    assert len(advice) <= 1
+    assert not (corpus / "other").exists()
+
+
 def test_an_existing_run_is_not_overwritten(alone: Finished, corpus: Path, run_dir: Path) -> None:
     before = contents(run_dir)
     again = settings(corpus, run__dir=run_dir, checkpoint__resume="never", **SHORT)
@@ -375,7 +407,10 @@ def test_exception_on_one_rank(corpus: Path, tmp_path: Path) -> None:
     assert "[rank 1] failed:" in finished.output
     assert "RuntimeError: a deliberate failure" in finished.output
     assert "a deliberate failure" in (tmp_path / "run/logs/rank_1.log").read_text()
-    assert records(tmp_path / "run")[-1]["step"] <= 3
+    last = records(tmp_path / "run")[-1]["step"]
+    assert last <= 3
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"], status["saved"]) == ("failed", last, False)
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
@@ -425,6 +460,7 @@ def test_asked_to_stop_while_it_waits_for_data(corpus: Path, tmp_path: Path) -> 
     [
         pytest.param(TRAIN, signal.SIGINT, id="alone"),
         pytest.param(TRAIN, signal.SIGUSR1, id="alone-usr1"),
+        pytest.param(TRAIN, signal.SIGHUP, id="alone-hup"),
         pytest.param(UNDER_TORCHRUN, signal.SIGTERM, id="torchrun"),
     ],
 )

@@ -243,6 +243,7 @@ class TrainLoader:
         pin_memory: bool = False,
     ) -> None:
         self._layout = layout
+        self._paths = dataset.paths
         self._workers = workers
         self._start = samples_consumed
         self._yielded = 0
@@ -289,6 +290,8 @@ class TrainLoader:
             self.close()
             if not self._workers:
                 raise
+            for path in self._paths:
+                read_count(path)  # a shard cut short while it is mapped is a bus error
             raise UserError(
                 f"a data loader process died ({error}): perhaps killed for want of memory, or of "
                 "shared memory (/dev/shm); give the job more, or lower data.workers"

@@ -6,12 +6,11 @@ python -m jepa_dist.evaluate RUN [--sliding --stride 64] [--ema] [KEY=VALUE ...]
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jepa_dist.config import Config, check_world, flatten, load, to_dict
+from jepa_dist.config import Config, as_override, check_world, flatten, load, to_dict
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.shards import find_shards
 from jepa_dist.errors import UserError
@@ -106,7 +105,7 @@ def resolve(trained: Config, overrides: Sequence[str]) -> Config:
     if idle:
         raise UserError(*idle)
     taken = [
-        f"{key}={json.dumps(value)}"
+        as_override(key, value)
         for key, value in flatten(to_dict(trained))
         if key.startswith(_TAKEN)
     ]

@@ -216,7 +216,14 @@ def read_final_model(path: Path) -> dict[str, Tensor]:
             f"{path}: holds something else than named tensors; "
             "expected what torch.save(model.state_dict()) writes"
         )
-    return dict(state)
+    return {_plain_name(name): tensor for name, tensor in state.items()}
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and DistributedDataParallel put before it."""
+    while (plain := name.removeprefix("module.").removeprefix("_orig_mod.")) != name:
+        name = plain
+    return name.replace("._orig_mod.", ".")
 
 
 def import_final_model(

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jepa_dist.config import Config, flatten, to_dict, to_yaml
-from jepa_dist.errors import UserError
 from jepa_dist.monitor.alarms import JepaAlarms
 from jepa_dist.monitor.console import Console
 from jepa_dist.monitor.environment import as_lines, environment
 from jepa_dist.monitor.history import RunHistory
-from jepa_dist.monitor.run_dir import read_status, write_status
+from jepa_dist.monitor.run_dir import RunStatus, read_status
 from jepa_dist.monitor.stragglers import StragglerAlarm
 from jepa_dist.monitor.system import SystemReader
 from jepa_dist.monitor.writer import MetricsWriter
@@ -62,7 +61,8 @@ class Reporter:
         self._system = SystemReader(run_dir)
         self._environment = as_lines(environment(world_size))
         self._open(done)
-        write_status(run_dir, "running", done, saved=done > 0, reason="")
+        self._status = RunStatus(run_dir, self._warn)
+        self._status.update(state="running", step=done, reason="")
 
     def _open(self, done: int) -> None:
         self._done = self._recorded = done
@@ -98,6 +98,11 @@ class Reporter:
                 self._console.say(_startup_line(record))
             self._console.record(record)
             self._writer.write({**record, **goodput, **self._system.record()})
+            self._status.update(
+                step=record["step"],
+                phase=record["phase"],
+                tokens_per_second=record["tokens_per_second"],
+            )
             for alarm in [*self._alarms.observe(record), *self._stragglers.observe(record)]:
                 self._warn(alarm)
                 self._writer.text("alarms", alarm, record["step"])
@@ -108,6 +113,11 @@ class Reporter:
         self._console.close()
         self._open(step)
         self._warn(why)
+        self._status.update(step=step)
+
+    def saved(self) -> None:
+        """A checkpoint was published."""
+        self._status.update()
 
     def diverged(self, reason: str) -> None:
         """The run gives up: leave a record that says why, for whoever counts runs."""
@@ -127,16 +137,7 @@ class Reporter:
         for line in _closing_lines(summary, self._run_dir) if is_finished else [_stopped(summary)]:
             self._console.say(line)
         state = "finished" if is_finished else "stopped"
-        try:
-            write_status(
-                self._run_dir,
-                state,
-                summary["step"],
-                saved=summary["saved"],
-                reason=summary["reason"],
-            )
-        except UserError as error:  # of no consequence for what was trained
-            self._warn(f"status.json does not say that the run has {state}: {error}")
+        self._status.update(state=state, step=summary["step"], reason=summary["reason"])
 
     def _warn(self, text: str) -> None:
         self._console.say(f"warning: {text}")

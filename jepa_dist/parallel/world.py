@@ -12,10 +12,12 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from jepa_dist.config import ParallelConfig
+from jepa_dist.consistency import Statement, check_alike
 from jepa_dist.errors import UserError
 from jepa_dist.launched import is_launched, launched_local_rank, launched_rank, launched_world_size
 
@@ -81,12 +83,18 @@ class World:
         return result  # type: ignore[return-value]
 
 
-def start_world(config: ParallelConfig) -> World:
+def start_world(config: ParallelConfig, mine: Statement | None = None) -> World:
     """Join the process group (NCCL and gloo on CUDA, gloo on CPU) and build the mesh.
 
     Without a launcher this process is a world of its own.
 
+    Args:
+        config: The mesh and the time limit.
+        mine: What must be the same on every rank (``consistency.statement``); None compares
+            nothing.
+
     Raises:
+        SharedError: on every rank: the ranks were not started alike.
         UserError: more ranks on this host than CUDA devices.
     """
     rank, world_size = launched_rank(), launched_world_size()
@@ -94,9 +102,12 @@ def start_world(config: ParallelConfig) -> World:
     device = _device(local_rank)
     timeout = timedelta(seconds=config.timeout_seconds)
     if not dist.is_initialized():
+        store = _meet(rank, world_size, timeout)
+        if mine is not None:
+            check_alike({**mine, **_device_facts(device)}, store, rank, world_size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=None if is_launched() else HashStore(),
+            store=PrefixStore("process_group", store),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -111,6 +122,23 @@ def start_world(config: ParallelConfig) -> World:
         control=dist.new_group(backend="gloo", timeout=timeout),
         timeout=timeout,
     )
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> Store:
+    """The store through which the ranks find each other; waits for it, not for the ranks."""
+    if not is_launched():
+        return HashStore()
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return store
+
+
+def _device_facts(device: torch.device) -> dict[str, str]:
+    """What must be the same on every rank, besides configuration, data and code."""
+    if device.type == "cpu":
+        return {"device": "cpu"}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {"device": "cuda", "version of cuda": str(torch.version.cuda), "version of nccl": nccl}
 
 
 def record_collectives(folder: Path) -> None:

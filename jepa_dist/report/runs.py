@@ -17,6 +17,7 @@ from jepa_dist.errors import UserError, one_line
 from jepa_dist.files import MIB, check_regular, read_json
 from jepa_dist.monitor.history import StartRecord, lasting, read_starts
 from jepa_dist.monitor.metrics_file import METRICS, number, read_records
+from jepa_dist.monitor.run_dir import current_status
 
 Array = NDArray[np.float64]
 Record = Mapping[str, Any]
@@ -58,7 +59,7 @@ class Run:
         final: The closing record, empty unless the run is finished.
         config: Values by dotted key.
         data: ``data.json``, by split.
-        status: ``status.json``.
+        status: ``status.json``; of a run that was killed, what its lock and checkpoints say.
         starts: Those of which steps are left in the run.
         settings_changed: Whether those starts had other settings (``notes`` say which).
         written: Time of the last record, in seconds since 1970.
@@ -209,7 +210,7 @@ def _read(path: Path, label: str) -> Run:
         final=final,
         config=dict(flatten(config)),
         data=data,
-        status=status,
+        status={**status, **current_status(path)},
         starts=starts,
         settings_changed=bool(changes),
         written=written,

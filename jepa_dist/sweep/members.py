@@ -16,10 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jepa_dist.config import ENVIRONMENT, Config, flatten, load, parse_value, read_mapping, to_dict
+from jepa_dist.config import (
+    ENVIRONMENT,
+    Config,
+    as_override,
+    flatten,
+    load,
+    parse_value,
+    read_mapping,
+    to_dict,
+)
 from jepa_dist.errors import UserError
 
 CONTROL = "control"
@@ -75,7 +83,10 @@ class Member:
     @property
     def arguments(self) -> list[str]:
         """What to give to ``jepa_dist.train``: CONFIG KEY=VALUE ..."""
-        return [self.config_file, *(f"{key}={_text(v)}" for key, v in self.settings.items())]
+        return [
+            self.config_file,
+            *(as_override(key, value) for key, value in self.settings.items()),
+        ]
 
     def resolve(self) -> Config:
         """Its configuration.
@@ -161,14 +172,9 @@ def _split(overrides: Iterable[str]) -> Settings:
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"command line: {item!r}: expected KEY=VALUE, e.g. train.steps=100")
-        settings[key.strip()] = parse_value(text, f"command line {item}")
+        key = key.strip()
+        settings[key] = parse_value(key, text, f"command line: {key}")
     return settings
-
-
-def _text(value: Any) -> str:
-    """A value as the command line takes it."""
-    dumped = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
-    return dumped.removesuffix("\n").removesuffix("\n...")
 
 
 # ---------------------------------------------------------------------------- checks
