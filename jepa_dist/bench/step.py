@@ -194,7 +194,10 @@ class Floor:
     def step(self) -> None:
         """One optimiser step."""
         if self._model is not self._master:
-            torch._foreach_copy_(list(self._model.parameters()), list(self._master.parameters()))
+            with torch.no_grad():
+                torch._foreach_copy_(
+                    list(self._model.parameters()), list(self._master.parameters())
+                )
         batch = self._config.batch.sequences * self._config.model.seq_len
         for _ in range(self._layout.num_micro):
             output = self._forward(
