@@ -139,7 +139,7 @@ def new_graphs(rank: int, world_size: int, config: Config) -> dict[str, int]:
     plain, backend = torch.nn.Module.compile, CountingBackend()
     torch.nn.Module.compile = lambda self, **options: plain(self, backend=backend, **options)
     trainer = Trainer(config, start_world(config.parallel))
-    measured = jepa_bench._measure(jepa_bench._variants(trainer), rounds=1, steps=1, device=CPU)
+    measured = jepa_bench.measure(jepa_bench.variants(trainer), rounds=1, steps=1, device=CPU)
     trainer.batches.close()
     assert sum(v["new_graphs"] for v in measured["variants"].values()) == len(backend.graphs)
     return {name: variant["new_graphs"] for name, variant in measured["variants"].items()}

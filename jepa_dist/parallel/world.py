@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jepa_dist.config import ParallelConfig
@@ -81,10 +81,14 @@ class World:
         return result  # type: ignore[return-value]
 
 
-def start_world(config: ParallelConfig) -> World:
+def start_world(config: ParallelConfig, store: Store | None = None) -> World:
     """Join the process group (NCCL and gloo on CUDA, gloo on CPU) and build the mesh.
 
     Without a launcher this process is a world of its own.
+
+    Args:
+        config: Mesh and timeout.
+        store: Where the ranks find each other (default: what the launcher says).
 
     Raises:
         UserError: more ranks on this host than CUDA devices.
@@ -96,7 +100,7 @@ def start_world(config: ParallelConfig) -> World:
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=None if is_launched() else HashStore(),
+            store=store if store is not None or is_launched() else HashStore(),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
