@@ -6,7 +6,8 @@ Run it on one GPU, or under torchrun on all GPUs of a node:
     torchrun --standalone --nproc-per-node=gpu -m jepa_dist.bench gpu --json gpu.json
 
 It needs no data: tokens are random. A configuration's batch is two micro-batches per rank. Each
-part has a time limit of its own; one that hangs, crashes or exceeds it costs only itself. Figures
+part has a time limit of its own; one that hangs, crashes or exceeds it costs only itself. The floor
+(see bench step), checkpoints and replicas are measured for the first configuration only. Figures
 are compared with what is expected of the card where that is known; the exit code is 1 if a part
 failed or a figure is off. Without CUDA it runs with toy sizes, to be tried out.
 """

@@ -37,9 +37,9 @@ PARTS: dict[str, Part] = {
     "newton_schulz": Part(parts_kernels.newton_schulz, 60, "machine"),
     "step": Part(parts_trainer.step, 150, "trainer"),
     "jepa": Part(parts_trainer.jepa, 90, "trainer"),
-    "checkpoint": Part(parts_trainer.checkpoint, 120, "trainer"),
+    "checkpoint": Part(parts_trainer.checkpoint, 120, "trainer", configs="first"),
     "hsdp": Part(parts_trainer.hsdp, 120, "hsdp", configs="first", ranks=2),
-    "floor": Part(parts_trainer.floor, 240, "floor"),
+    "floor": Part(parts_trainer.floor, 240, "floor", configs="first"),
 }
 
 

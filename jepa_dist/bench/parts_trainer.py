@@ -282,7 +282,7 @@ def _save(saver: Checkpointer, number: int, warm: WarmTrainer, world: World) -> 
 
 def jepa(session: Session, path: str) -> Measured:
     """Steps with the objective on and off in turn, as ``bench jepa`` measures them."""
-    rounds, steps = (1, 1) if session.small else (6, 1)
+    rounds, steps = (1, 1) if session.small else (5, 2)
     variants = jepa_bench.variants(session.warm(path).trainer)
     result = jepa_bench.measure(variants, rounds, steps, session.device)["variants"]
     names = {
