@@ -119,17 +119,17 @@ class Supervisor:
         with log.open("wb") as output:
             child = _start(request, output.fileno())
             try:
-                self._watch(child, events)
+                code = self._watch(child, events)
             finally:
                 _end(child)
-        return self._conclude(tasks, events, log, child.returncode, began)
+        return self._conclude(tasks, events, log, code, began)
 
-    def _watch(self, child: subprocess.Popen[bytes], events: Path) -> None:
-        """Wait for the child's end; return early when its time is up or a rank has failed."""
+    def _watch(self, child: subprocess.Popen[bytes], events: Path) -> int | None:
+        """Wait for the child's end; return its exit code, or None if it is to be ended."""
         known, since = 0, time.monotonic()
         while child.poll() is None:
             if self._store.check([self._key("stop")]):
-                return
+                return None
             if self._rank == 0:
                 found = read_events(events)
                 if len(found) > known:
@@ -140,12 +140,13 @@ class Supervisor:
             elif not self._store.check([self._key("over")]):
                 since = time.monotonic()
             elif time.monotonic() > since + _LEAVE_SECONDS:  # rank 0's child has ended
-                return
+                return None
             time.sleep(_POLL_SECONDS)
         if child.returncode != 0:
             self._stop("")
         if self._rank == 0:
             self._store.set(self._key("over"), "")
+        return child.returncode
 
     def _overdue(self, events: Sequence[Mapping[str, Any]], since: float) -> str:
         """Why the children must be ended now, if they must."""
@@ -165,11 +166,16 @@ class Supervisor:
     def _conclude(
         self, tasks: list[Task], events: Path, log: Path, code: int | None, began: float
     ) -> list[Outcome]:
-        """Gather how it ended on all ranks; rank 0 returns the outcomes."""
+        """Gather how it ended on all ranks; rank 0 returns the outcomes.
+
+        Args:
+            code: The child's exit code; None if it was ended.
+        """
         found = read_events(events)
         fail = next((e for e in found if e["kind"] == "fail"), None)
-        if fail is None and code not in (0, None, -signal.SIGKILL):
-            fail = {"time": time.time(), "reason": f"the process died with exit code {code}"}
+        if fail is None and code:
+            how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+            fail = {"time": time.time(), "reason": f"the process died with {how}"}
         ending = {"rank": self._rank, "fail": fail, "log": _tail(log) if fail else []}
         self._store.set(self._key(f"ended/{self._rank}"), json.dumps(ending))
         if self._rank != 0:
@@ -205,7 +211,7 @@ class Supervisor:
         broken = tasks[:1] if begun else tasks
         seconds = time.time() - (begun[-1]["time"] if begun else began)
         return [
-            Outcome(task, "failed", seconds, reason or "the process was killed", log=log)
+            Outcome(task, "failed", seconds, reason or "the process was ended", log=log)
             for task in broken
         ]
 
