@@ -124,9 +124,11 @@ def test_device_numbers_are_reported(corpus: Path) -> None:
 # ------------------------------------------------------------------ compiled in bfloat16
 
 
+@pytest.mark.timeout(900)  # where a CPU compiles
 def test_compiled_follows_eager_in_bfloat16(corpus: Path) -> None:
-    """The objective on from the first step, so that its region is among the compiled ones."""
-    rounded = {"parallel__precision": "bfloat16", "train__steps": 6, "optim__matrix": "muon"}
+    """The objective on from the first step: its region is compiled, too. No validation, whose
+    graphs are others."""
+    rounded = {"parallel__precision": "bfloat16", "train__stop_at": 5, "optim__matrix": "muon"}
     eager = train(tiny_config(corpus, **rounded))
     compiled = train(tiny_config(corpus, parallel__compile=True, **rounded))
     assert [r["tokens_digest"] for r in compiled] == [r["tokens_digest"] for r in eager]
