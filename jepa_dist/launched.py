@@ -203,8 +203,12 @@ def die_with_launcher() -> None:
 
     Otherwise it would train on unnoticed, for minutes.
     """
-    if not is_launched():
-        return
+    if is_launched():
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when its parent dies, even by SIGKILL (Linux)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() == 1:  # it died before

@@ -10,12 +10,25 @@ import sys
 from pathlib import Path
 
 from jepa_dist.bench.common import machine, versions
-from jepa_dist.failure import told_once
+from jepa_dist.failure import EXIT_FAILURE, told_once
 from jepa_dist.launched import launched_rank
 
 # A benchmark is a module of this package with ``add_arguments(parser)``, ``run(arguments)``, which
-# returns what belongs into the JSON, and ``table(result)``, which returns it as Markdown.
-_BENCHES = ("comm", "compile", "data", "head", "jepa", "monitor", "muon", "scale", "spans", "step")
+# returns what belongs into the JSON, and ``table(result)``, which returns it as Markdown. What the
+# result has under ``off`` is wrong with the machine.
+_BENCHES = (
+    "comm",
+    "compile",
+    "data",
+    "gpu",
+    "head",
+    "jepa",
+    "monitor",
+    "muon",
+    "scale",
+    "spans",
+    "step",
+)
 
 
 def main() -> None:
@@ -46,6 +59,10 @@ def main() -> None:
     print(f"{result['command']}\n{where}\n{what}\n\n{bench.table(result)}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for line in result.get("off", []):
+        print(f"off: {line}", file=sys.stderr)
+    if result.get("off"):
+        sys.exit(EXIT_FAILURE)
 
 
 if __name__ == "__main__":

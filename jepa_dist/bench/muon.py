@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_launcher("muon")
     groups = arguments.ranks or [torch.cuda.device_count()] * torch.cuda.is_available() or [2, 4]
     _check(groups, arguments.replicas, arguments.rounds)
-    shapes = _matrices(chosen_config(arguments))
+    shapes = matrix_shapes(chosen_config(arguments))
     setup = Setup(shapes, arguments.replicas, arguments.rounds)
     return {
         "config": str(arguments.config),
@@ -134,8 +134,8 @@ def _check(groups: Sequence[int], replicas: int, rounds: int) -> None:
         raise UserError(*problems)
 
 
-def _matrices(config: Config) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the matrices that the configuration's model has."""
+def matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """Return the names and shapes of the matrices that the configuration's model has."""
     with torch.device("meta"):
         model = GPT(config.model)
     groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)

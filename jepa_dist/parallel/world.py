@@ -83,7 +83,9 @@ class World:
         return result  # type: ignore[return-value]
 
 
-def start_world(config: ParallelConfig, mine: Statement | None = None) -> World:
+def start_world(
+    config: ParallelConfig, mine: Statement | None = None, store: Store | None = None
+) -> World:
     """Join the process group (NCCL and gloo on CUDA, gloo on CPU) and build the mesh.
 
     Without a launcher this process is a world of its own.
@@ -92,6 +94,7 @@ def start_world(config: ParallelConfig, mine: Statement | None = None) -> World:
         config: The mesh and the time limit.
         mine: What must be the same on every rank (``consistency.statement``); None compares
             nothing.
+        store: Where the ranks find each other (default: what the launcher says).
 
     Raises:
         SharedError: on every rank: the ranks were not started alike.
@@ -102,7 +105,7 @@ def start_world(config: ParallelConfig, mine: Statement | None = None) -> World:
     device = _device(local_rank)
     timeout = timedelta(seconds=config.timeout_seconds)
     if not dist.is_initialized():
-        store = _meet(rank, world_size, timeout)
+        store = _meet(rank, world_size, timeout) if store is None else store
         if mine is not None:
             check_alike({**mine, **_device_facts(device)}, store, rank, world_size)
         dist.init_process_group(
