@@ -238,6 +238,7 @@ METAS: dict[str, bytes | str] = {
     "NUL": json.dumps({**GOOD, "shards": {"a\0b": 1}}),
     "link outside": json.dumps({**GOOD, "shards": {"outside.bin": 1}}),
     "negative count": json.dumps({**GOOD, "shards": {"val_0.bin": -1}}),
+    "line end in a name": json.dumps({**GOOD, "shards": {"a\nb\x1b[2J": None}}),
 }
 
 
@@ -343,9 +344,9 @@ def test_a_bad_input_of_prepare_is_one_line(tmp_path: Path, name: str) -> None:
 def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path: Path) -> None:
     with (tmp_path / "a.jsonl").open("wb") as file:
         file.write(b'{"text": "first"}\n{"text": "' + b"x" * 5000)
-        file.truncate(1 << 30)
+        file.truncate(300 << 20)
     arguments = [str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
-    outcome = run_limited(main, arguments, memory_mib=256)
+    outcome = run_limited(main, arguments, seconds=60, memory_mib=256)
     assert outcome.code == 2, outcome.output
     assert_one_line(outcome.output, "a.jsonl:2: a line of more than 64 MiB")
 

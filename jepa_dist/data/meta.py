@@ -83,7 +83,7 @@ def read_meta(folder: Path) -> Meta | None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))[:80]
-        raise _damaged(path, f"{place}: {first['msg']}" if place else first["msg"]) from None
+        raise _damaged(path, f"{place!r}: {first['msg']}" if place else first["msg"]) from None
     inside = folder.resolve()
     for name in meta.shards:
         if (folder / name).resolve().parent != inside:
