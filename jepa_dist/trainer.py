@@ -100,7 +100,7 @@ class Trainer:
         self.validation = build_validation(config, world, self.layout.micro_size, self.tokenizer)
         self.clock = TrainingClock()
         self.meter = Meter(config.batch.sequences * config.model.seq_len, world.device)
-        time_communication(self.model, self.meter.communication)
+        time_communication(self.model, lambda: self.meter.communication())
         self.rank_times = self._compare_ranks()
         self.update_ratio = UpdateRatio(self.optimizer.parameters())
         self.clipped = ClippedShare(config.optim.grad_clip_norm)

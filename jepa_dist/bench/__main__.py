@@ -15,7 +15,19 @@ from jepa_dist.launched import launched_rank
 
 # A benchmark is a module of this package with ``add_arguments(parser)``, ``run(arguments)``, which
 # returns what belongs into the JSON, and ``table(result)``, which returns it as Markdown.
-_BENCHES = ("comm", "compile", "data", "head", "jepa", "monitor", "muon", "scale", "spans", "step")
+_BENCHES = (
+    "comm",
+    "compile",
+    "data",
+    "head",
+    "host",
+    "jepa",
+    "monitor",
+    "muon",
+    "scale",
+    "spans",
+    "step",
+)
 
 
 def main() -> None:
