@@ -266,8 +266,13 @@ class ParallelConfig(_Section):
     auto is bfloat16 on CUDA and float32 on CPU."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in backward: of no block, all but matmul and attention, or all."""
+    blocks_per_unit: PositiveInt = 1
+    """Consecutive blocks that are gathered, reduced and freed together. More of them mean fewer,
+    larger collectives and less work for the host, but less overlap and more memory. Looped blocks
+    form units of their own, unless one unit holds all blocks (this many or fewer): then the whole
+    model is gathered once and stays so until backward is done."""
     reshard_after_forward: bool = True
-    """Free gathered parameters after each block's forward (less memory, one more gather)."""
+    """Free gathered parameters after each unit's forward (less memory, one more gather)."""
     keep_looped_gathered: bool = True
     """Keep looped blocks gathered from their first pass until backward is done, and reduce their
     gradients once."""
