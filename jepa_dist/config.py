@@ -63,6 +63,9 @@ class TrainConfig(_Section):
     """Steps in a row, skipped because loss or gradient is not finite, before a roll-back."""
     log_every: PositiveInt = 10
     """Steps between two metric records (the device is synchronised only then)."""
+    gc_every: Count = 50
+    """Steps between runs of Python's garbage collector, on all ranks at once; automatic collection,
+    which stops ranks one by one, is off. 0 leaves it to Python."""
     enable_looping_at: Fraction = 0.5
     """Fraction of the run at which depth recurrence starts (phase 1). Needs model.num_loops > 0."""
     loop_phase2_at: Fraction = 0.0

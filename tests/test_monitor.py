@@ -60,7 +60,7 @@ def test_evaluation_is_not_training_time() -> None:
 
 def test_communication_is_set_apart_from_the_pass_that_waits_for_it() -> None:
     meter = Meter(1000, torch.device("cpu"))
-    meter.step(0)
+    meter.step(0, times_communication=True)
     with meter.phase("forward"):
         time.sleep(0.05)
         with meter.communication():

@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,13 +95,12 @@ def narrowed(config: Config, ranks: int) -> Config:
             "mlp_mult": 1.0,
         }
     )
+    train = {"enable_looping_at": 0.0, "loop_phase2_at": 0.0}
     return config.model_copy(
         update={
             "model": model,
             "batch": config.batch.model_copy(update={"sequences": ranks, "micro": 1}),
-            "train": config.train.model_copy(
-                update={"enable_looping_at": 0.0, "loop_phase2_at": 0.0}
-            ),
+            "train": config.train.model_copy(update=train),
             "jepa": config.jepa.model_copy(update={"lambda_": 0.0}),
         }
     )
@@ -111,7 +110,7 @@ def measure(device: torch.device, config: Config) -> dict[str, Any]:
     """On one rank: train, and say what the host did."""
     torch.set_num_threads(1)  # threads that wait for each other would count as work
     trainer = Trainer(config, start_world(config.parallel))
-    trainer.meter = meter = _HostMeter(config.train.log_every, device)
+    trainer.meter = meter = _HostMeter(device)
     stop_at = config.train.stop_at
     assert stop_at is not None
     operators = _Operators(stop_at - 2)
@@ -133,6 +132,7 @@ def measure(device: torch.device, config: Config) -> dict[str, Any]:
         "names": operators.names,
         "pauses": len(kept),
         "longest_pause_ms": 1e3 * max(kept, default=0.0),
+        "full_collection_ms": 1e3 * _seconds(gc.collect),
     }
 
 
@@ -149,9 +149,8 @@ class _Step:
 class _HostMeter(Meter):
     """Also takes the CPU seconds of this thread, by step and phase."""
 
-    def __init__(self, log_every: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(1, device)
-        self._log_every = log_every
         self._began = time.thread_time()
         self.steps: list[_Step] = []
 
@@ -163,13 +162,13 @@ class _HostMeter(Meter):
         if self.steps:
             self.steps[-1].phases[name] += time.thread_time() - began
 
-    def step(self, step: int, saving: bool = False) -> None:
+    def step(self, step: int, *, saving: bool = False, times_communication: bool = False) -> None:
         now = time.thread_time()
         if self.steps:
             self.steps[-1].seconds = now - self._began
         self._began = now
-        self.steps.append(_Step(logs=(step + 1) % self._log_every == 0))
-        super().step(step, saving)
+        self.steps.append(_Step(logs=times_communication))
+        super().step(step, saving=saving, times_communication=times_communication)
 
 
 # ---------------------------------------------------------------------------- operators
@@ -274,6 +273,12 @@ def _pauses(meter: _HostMeter) -> Iterator[list[tuple[int, float]]]:
         gc.callbacks.remove(observe)
 
 
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.thread_time()
+    call()
+    return time.thread_time() - began
+
+
 # ---------------------------------------------------------------------------- output
 
 
@@ -290,6 +295,7 @@ def table(result: Mapping[str, Any]) -> str:
             rows.append([ranks, phase, f"{milliseconds:.1f}", *counts])
         pauses.append(
             f"{ranks} rank(s): {found['pauses']} garbage collections in {found['steps']} steps, "
-            f"the longest {found['longest_pause_ms']:.1f} ms"
+            f"the longest {found['longest_pause_ms']:.1f} ms; a full one over all objects, as "
+            f"automatic collection starts now and then: {found['full_collection_ms']:.1f} ms"
         )
     return "\n".join([markdown_table(columns, rows), "", *pauses])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from torch.utils.checkpoint import (
 
 from jepa_dist.config import ParallelConfig
 from jepa_dist.parallel.world import World
+
+T = TypeVar("T")
 
 
 class InitialValue(Protocol):
@@ -88,9 +90,7 @@ def parallelise(
     return Gathering(model, looped, config)
 
 
-def fsdp_units(
-    blocks: Sequence[nn.Module], looped: Sequence[nn.Module], blocks_per_unit: int
-) -> list[list[nn.Module]]:
+def fsdp_units(blocks: Sequence[T], looped: Iterable[T], blocks_per_unit: int) -> list[list[T]]:
     """Divide the blocks into the units that are gathered and reduced together, besides the root's.
 
     A unit holds up to ``blocks_per_unit`` consecutive blocks, either looped ones or others. FSDP2
