@@ -64,5 +64,5 @@ def _checksum(tensor: Tensor) -> int:
     shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     octets = shard.detach().contiguous().flatten().view(torch.uint8)
     bits = octets.view(torch.int32) if octets.numel() % 4 == 0 else octets
-    weights = torch.arange(1, 2 * bits.numel(), 2, device=bits.device)  # odd: no bit is lost
+    weights = 2 * torch.arange(bits.numel(), device=bits.device) + 1  # odd: no bit is lost
     return int((bits * weights).sum())
