@@ -117,6 +117,9 @@ class TrainConfig(_Section):
     """Steps in a row, skipped because loss or gradient is not finite, before a roll-back."""
     log_every: PositiveInt = 10
     """Steps between two metric records (the device is synchronised only then)."""
+    gc_every: Count = 50
+    """Steps between runs of Python's garbage collector, on all ranks at once; automatic collection,
+    which stops ranks one by one, is off. 0 leaves it to Python."""
     enable_looping_at: Fraction = 0.5
     """Fraction of the run at which depth recurrence starts (phase 1). Needs model.num_loops > 0."""
     loop_phase2_at: Fraction = 0.0
@@ -320,8 +323,13 @@ class ParallelConfig(_Section):
     auto is bfloat16 on CUDA and float32 on CPU."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in backward: of no block, all but matmul and attention, or all."""
+    blocks_per_unit: PositiveInt = 1
+    """Consecutive blocks that are gathered, reduced and freed together. More of them mean fewer,
+    larger collectives and less work for the host, but less overlap and more memory. Looped blocks
+    form units of their own, unless one unit holds all blocks (this many or fewer): then the whole
+    model is gathered once and stays so until backward is done."""
     reshard_after_forward: bool = True
-    """Free gathered parameters after each block's forward (less memory, one more gather)."""
+    """Free gathered parameters after each unit's forward (less memory, one more gather)."""
     keep_looped_gathered: bool = True
     """Keep looped blocks gathered from their first pass until backward is done, and reduce their
     gradients once."""

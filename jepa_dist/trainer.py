@@ -35,6 +35,7 @@ from jepa_dist.data.loader import Batch, make_batch
 from jepa_dist.data.shards import find_shards
 from jepa_dist.errors import TrainingError
 from jepa_dist.evaluate.score import InterruptedEvaluationError
+from jepa_dist.garbage import ScheduledCollection
 from jepa_dist.generate import generate
 from jepa_dist.health import BadSteps, is_healthy
 from jepa_dist.interop.safetensors_io import Weights, export_model
@@ -48,11 +49,12 @@ from jepa_dist.monitor.profiler import StepProfiler
 from jepa_dist.monitor.reporter import Reporter
 from jepa_dist.monitor.startup import Startup
 from jepa_dist.monitor.stragglers import RankTimes
-from jepa_dist.optim.clip import clip_grad_norm
+from jepa_dist.optim.clip import GradientClip
 from jepa_dist.optim.histograms import Distribution, distributions
 from jepa_dist.optim.update_ratio import UpdateRatio
 from jepa_dist.parallel.communication import time_communication, without_communication
 from jepa_dist.parallel.reduce import MetricsReduction, StepReport
+from jepa_dist.parallel.replicas import check_replicas
 from jepa_dist.parallel.shard import compile_region
 from jepa_dist.parallel.world import World
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
@@ -94,6 +96,7 @@ class Trainer:
         if config.parallel.compile:
             compile_region(self.jepa_loss)
         self.optimizer = build_optimizer(config, self.model)
+        self.clip_gradients = GradientClip(self.model.parameters(), config.optim.grad_clip_norm)
         self.ema = build_ema(config, self.model)
         self.tokenizer = load_checked_tokenizer(config, ("train", "val"))
         self.bos_id = known_bos(config, self.tokenizer)
@@ -103,7 +106,7 @@ class Trainer:
         self.validation = build_validation(config, world, self.layout.micro_size, self.tokenizer)
         self.clock = TrainingClock()
         self.meter = Meter(config.batch.sequences * config.model.seq_len, world.device)
-        time_communication(self.model, self.meter.communication)
+        time_communication(self.model, lambda: self.meter.communication())
         self.rank_times = self._compare_ranks()
         self.update_ratio = UpdateRatio(self.optimizer.parameters())
         self.clipped = ClippedShare(config.optim.grad_clip_norm)
@@ -116,6 +119,8 @@ class Trainer:
         self.startup.done("build")
         self._begin_at(Progress() if resume is None else self.restore(resume))
         self.phases: Counter[int] = Counter()
+        if config.parallel.dp_replicate > 1:
+            check_replicas(self.tensors(), world)
         self.startup.done("restore")
 
     def _compare_ranks(self) -> RankTimes:
@@ -163,6 +168,7 @@ class Trainer:
         Raises:
             TrainingError: on every rank: the loss does not stay finite.
         """
+        garbage = ScheduledCollection(self.config.train.gc_every)
         try:
             baselines = self._baselines(reporter) | self._tokenizer_note(reporter)
             if self._is_complete():
@@ -187,6 +193,7 @@ class Trainer:
                     self.startup.done("first_step")
                 validation = self.evaluate(plan) if plan.evaluate else {}
                 self.compiles.observe(compiled_graphs(), kinds_of_work(plan))
+                garbage.after_step(plan.step, compiled_graphs())
                 if plan.settle and self.checkpointer is not None:
                     self.checkpointer.wait()
                     if reporter is not None:
@@ -206,6 +213,7 @@ class Trainer:
                     self._refuse_bad_end(plan, validation)
                     return record | self._ending(plan, plan.step + 1, validation) | baselines
         finally:
+            garbage.close()
             self.batches.close()
 
     def step(self, plan: StepPlan) -> None:
@@ -214,7 +222,7 @@ class Trainer:
         A step whose loss or gradient is not finite updates nothing, on any rank; the host learns
         of it when the step's report arrives.
         """
-        self.meter.step(plan.step, saving=self._is_saving())
+        self.meter.step(plan.step, saving=self._is_saving(), times_communication=plan.log)
         self.phases[plan.phase] += 1
         self.optimizer.set_schedule(plan.lr_multiplier, plan.muon_momentum)
         if plan.spans is not None:
@@ -235,7 +243,7 @@ class Trainer:
             sums = {name: sums.get(name, 0) + value.detach() for name, value in parts.items()}
         self.gathering.release()
         with self.meter.phase("optimizer"):
-            grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip_norm)
+            grad_norm = self.clip_gradients()
             self.histograms = self._histograms(plan)
             if plan.log:
                 self.update_ratio.before()
@@ -501,8 +509,11 @@ class Trainer:
         reports = self.checkpointer.poll()
         if not reports:
             return {}
+        first = [report.stall_seconds for report in reports if report.is_first]
+        later = [report.stall_seconds for report in reports if not report.is_first]
         return {
-            "checkpoint/stall_seconds": max(report.stall_seconds for report in reports),
+            **({"checkpoint/first_stall_seconds": first[0]} if first else {}),
+            **({"checkpoint/stall_seconds": max(later)} if later else {}),
             "checkpoint/background_seconds": max(report.background_seconds for report in reports),
             "checkpoint/bytes": float(reports[-1].bytes),
         }

@@ -93,6 +93,18 @@ def test_world_sizes_agree(world_size: int, corpus: Path, single) -> None:
             id="accumulation-sharded-hsdp-2x2",
         ),
         pytest.param(2, {"parallel__keep_looped_gathered": False}, id="looped-gathered-again"),
+        pytest.param(2, {"parallel__blocks_per_unit": 4, "batch__micro": 1}, id="one-unit"),
+        pytest.param(
+            4,
+            {
+                "parallel__blocks_per_unit": 2,
+                "parallel__dp_replicate": 2,
+                "parallel__activation_checkpointing": "full",
+                "batch__micro": 1,
+                "parallel__accumulate": "sharded",
+            },
+            id="units-of-two-hsdp-2x2",
+        ),
         pytest.param(2, {"parallel__activation_checkpointing": "full"}, id="checkpointing-full"),
         pytest.param(
             2, {"parallel__activation_checkpointing": "selective"}, id="checkpointing-selective"

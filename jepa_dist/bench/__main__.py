@@ -22,6 +22,7 @@ _BENCHES = (
     "data",
     "gpu",
     "head",
+    "host",
     "jepa",
     "monitor",
     "muon",

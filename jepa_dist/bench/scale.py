@@ -202,11 +202,13 @@ def _working_memory(config: Config, micro_batches: int, rows: int) -> dict[str, 
     shapes, parallel = shapes_of(config), config.parallel
     accumulates = micro_batches > 1 and parallel.accumulate == "gathered"
     looped = looped_blocks(config.model) if parallel.keep_looped_gathered else range(0)
-    others = sorted(size for index, size in enumerate(shapes.blocks) if index not in looped)
-    some = shapes.root + sum(shapes.blocks[index] for index in looped) + sum(others[-2:])
+    kept = [size for last, size in shapes.units.items() if last in looped]
+    others = sorted(size for last, size in shapes.units.items() if last not in looped)
+    some = shapes.root + sum(kept) + sum(others[-2:])
     is_whole = accumulates or not parallel.reshard_after_forward
     gathered = shapes.all if is_whole else some
-    gradients = shapes.all if accumulates else shapes.root + max(shapes.blocks)
+    largest = max(shapes.units.values(), default=0)
+    gradients = shapes.all if accumulates else shapes.root + largest
     return {
         "gathered parameters": _ELEMENT * gathered,
         "whole gradients": 4 * gradients,

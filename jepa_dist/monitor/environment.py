@@ -63,6 +63,9 @@ def _cuda() -> dict[str, str]:
         "device": torch.cuda.get_device_name(),
         "cuda": str(torch.version.cuda),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "bf16 reduced precision reduction": str(
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        ),
     }
 
 

@@ -92,7 +92,8 @@ class Reporter:
         self._console.step()
         if record is not None:
             self._recorded = record["step"]
-            self._save_seconds = record.get("checkpoint/stall_seconds", self._save_seconds)
+            for key in ("checkpoint/first_stall_seconds", "checkpoint/stall_seconds"):
+                self._save_seconds = record.get(key, self._save_seconds)
             goodput = self._history.record(record["train_seconds"], self._save_seconds)
             if "startup/total" in record:
                 self._console.say(_startup_line(record))

@@ -8,8 +8,9 @@ device until its parameters are shards, so that no rank ever holds all of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import Any, Protocol
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from torch.utils.checkpoint import (
 
 from jepa_dist.config import ParallelConfig
 from jepa_dist.parallel.world import World
+
+T = TypeVar("T")
 
 
 class InitialValue(Protocol):
@@ -61,8 +64,8 @@ def parallelise(
     Args:
         model: The plain model; parameters on meta.
         regions: What is compiled, named by the model.
-        blocks: Modules that are gathered and freed one at a time, in execution order; each returns
-            one tensor.
+        blocks: Modules in execution order, each of which returns one tensor; they are gathered and
+            freed in units of ``config.blocks_per_unit``.
         looped: Those of them that run several times per pass.
         reduced_in_parts: Those of which some parameters belong to one of these times alone, so
             that their gradients are reduced before the others'.
@@ -74,31 +77,52 @@ def parallelise(
     Returns:
         The control over when parameters are gathered and gradients reduced.
     """
-    blocks = list(blocks)
-    looped = list(looped) if config.keep_looped_gathered else []
+    blocks, looped = list(blocks), list(looped)
     for block in blocks:
         checkpoint_activations(block, config.activation_checkpointing)
     if config.compile:
         for _, region in regions:
             compile_region(region)
+    units = fsdp_units(blocks, looped, config.blocks_per_unit)
+    looped = looped if config.keep_looped_gathered else []
     accumulates = micro_batches > 1 and config.accumulate == "gathered"
     # The last block's backward follows its forward at once.
     kept = blocks if accumulates else [*looped, *blocks[-1:]]
-    shard(model, blocks, kept, config, world)
+    shard(model, units, kept, config, world)
     materialise(model, world.device, initial_value)
     return Gathering(model, looped, config, reduced_in_parts)
 
 
+def fsdp_units(blocks: Sequence[T], looped: Iterable[T], blocks_per_unit: int) -> list[list[T]]:
+    """Divide the blocks into the units that are gathered and reduced together, besides the root's.
+
+    A unit holds up to ``blocks_per_unit`` consecutive blocks, either looped ones or others. FSDP2
+    ends the forward of a unit when each of its blocks has run once, so a pass over the model must
+    run all of a unit's blocks equally often, and run them all before it repeats one. Where one
+    unit holds all blocks they belong to the root instead, whose forward is the whole pass: there
+    are no units then.
+    """
+    if blocks_per_unit >= len(blocks):
+        return []
+    runs = [list(run) for _, run in itertools.groupby(blocks, key=set(looped).__contains__)]
+    return [
+        run[start : start + blocks_per_unit]
+        for run in runs
+        for start in range(0, len(run), blocks_per_unit)
+    ]
+
+
 def shard(
     model: nn.Module,
-    blocks: Iterable[nn.Module],
+    units: Iterable[list[nn.Module]],
     kept: Iterable[nn.Module],
     config: ParallelConfig,
     world: World,
 ) -> None:
-    """``fully_shard`` each block and the root; gradients are summed, not averaged.
+    """``fully_shard`` each unit and the root; gradients are summed, not averaged.
 
-    Blocks in ``kept`` stay gathered between forward and backward, whatever the configuration.
+    Units with a block in ``kept`` stay gathered between forward and backward, whatever the
+    configuration; so does the root.
     """
     kept = set(kept)
     policy = MixedPrecisionPolicy(
@@ -106,10 +130,12 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    for block in blocks:
-        reshard = config.reshard_after_forward and block not in kept
-        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    for unit in units:
+        reshard = config.reshard_after_forward and kept.isdisjoint(unit)
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    if world.world_size == 1:
+        return  # nothing is summed, and a factor would cost a pass over all gradients
     for module in fsdp_modules(model):
         # Losses are divided by the global batch before backward: the plain sum is then exact for
         # ranks that hold different numbers of sequences. gloo knows no pre-multiplied sum.
@@ -166,8 +192,12 @@ class Gathering:
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """All FSDP units, the root first."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    """The first module of every FSDP unit, which speaks for the unit; the root first."""
+    units: dict[int, FSDPModule] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            units.setdefault(id(module._get_fsdp_state()), module)
+    return list(units.values())
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:

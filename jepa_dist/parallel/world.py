@@ -171,15 +171,20 @@ def _device(local_rank: int) -> torch.device:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    # Where a product is split along its sum, the parts are added up in float32, too: torch's
+    # default rounds them to bfloat16, at a place that depends on shapes and on the GPU.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return device
 
 
 def build_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh:
     """1-D ``dp_shard`` over the ranks, or 2-D ``dp_replicate x dp_shard`` with replicas."""
     replicas = config.dp_replicate
-    mesh = init_device_mesh(
+    if replicas == 1:
+        # A mesh of (1, ranks) would split off a group of one for every rank.
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp_shard",))
+    return init_device_mesh(
         device.type,
         (replicas, world_size // replicas),
         mesh_dim_names=("dp_replicate", "dp_shard"),
     )
-    return mesh if replicas > 1 else mesh["dp_shard"]
