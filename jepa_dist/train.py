@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jepa_dist.config import Config, check_world, load, to_dict
+from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
 from jepa_dist.errors import UserError
@@ -73,6 +73,7 @@ def train(config: Config, rank: int) -> None:
     startup = Startup()
     startup.done("check")
     # Imported late: mistakes in the configuration are told before torch takes its seconds.
+    from jepa_dist.build import chosen_attention
     from jepa_dist.checkpoint import Checkpointer, Keep
     from jepa_dist.model.summary import model_summary
     from jepa_dist.monitor.memory import memory_watched
@@ -91,6 +92,7 @@ def train(config: Config, rank: int) -> None:
         world = start_world(config.parallel)
     startup.done("process_group")
     with told_once(rank):
+        attention = chosen_attention(config.model, config.parallel, world.device)
         data = world.decide(lambda: fingerprint_data(config))
         start = find_start(config, run_dir, data["train"]["digest"], world)
         if rank == 0:
@@ -109,7 +111,9 @@ def train(config: Config, rank: int) -> None:
             identity = {"config": to_dict(config), "data_fingerprint": data["train"]["digest"]}
             reporter = None
             if rank == 0:
-                reporter = Reporter(run_dir, config, start.step, world.world_size)
+                choices = {"attention kernel": attention}
+                reporter = Reporter(run_dir, config, start.step, world.world_size, choices)
+                reporter.say(describe_kernels(config.parallel, attention))
             trainer = Trainer(config, world, checkpointer, start.checkpoint, identity, startup)
             if reporter is not None:
                 parameters = trainer.model.named_parameters()
@@ -126,6 +130,16 @@ def train(config: Config, rank: int) -> None:
             if reporter is not None:
                 reporter.finish(summary)
     stop_world()
+
+
+def describe_kernels(config: ParallelConfig, attention: str) -> str:
+    """Return a line that says which kernels this start runs."""
+    line = f"attention kernel: {attention} (parallel.attention={config.attention})"
+    if not config.deterministic:
+        return line
+    from jepa_dist.parallel.determinism import EXCLUDED
+
+    return f"{line}; deterministic algorithms only, without {EXCLUDED}"
 
 
 def fingerprint_data(config: Config) -> dict[str, Any]:

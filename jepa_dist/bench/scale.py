@@ -139,7 +139,7 @@ def simulate(config: Config, ranks: int) -> dict[str, Any]:
 def simulated_config(config: Config, ranks: int) -> Config:
     """The configuration as it is simulated: eager, in bfloat16, a sequence per rank at least."""
     sequences = max(config.batch.sequences, ranks)
-    parallel = {"compile": False, "precision": "bfloat16"}
+    parallel = {"compile": False, "precision": "bfloat16", "attention": "auto"}
     return config.model_copy(
         update={
             "batch": config.batch.model_copy(update={"sequences": sequences}),

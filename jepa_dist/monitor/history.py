@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ class _StartRecord:
     world_size: int
     after_failure: bool
     """Whether the start before this one ended otherwise than by itself or on request."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What this start runs with besides its configuration: kernels, versions, variables."""
 
 
 class RunHistory:
@@ -33,13 +36,21 @@ class RunHistory:
         step: Steps done before this start.
         world_size: Ranks of this start.
         last_state: ``state`` of the status file that the start before left; None at the first.
+        environment: What this start runs with besides its configuration, by name.
     """
 
-    def __init__(self, run_dir: Path, step: int, world_size: int, last_state: str | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        world_size: int,
+        last_state: str | None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._monotonic = time.monotonic()
         earlier = _read(run_dir / STARTS)
         failed = bool(earlier) and last_state not in ("stopped", "finished")
-        now = _StartRecord(time.time(), step, world_size, failed)
+        now = _StartRecord(time.time(), step, world_size, failed, dict(environment or {}))
         with (run_dir / STARTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(now)) + "\n")
         self._starts = [*earlier, now]

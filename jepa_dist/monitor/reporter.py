@@ -26,15 +26,32 @@ _SWEPT = ("seed", "jepa.", "optim.", "batch.sequences", "train.steps")
 
 
 class Reporter:
-    """Publishes records. One per run, on rank 0."""
+    """Publishes records. One per run, on rank 0.
 
-    def __init__(self, run_dir: Path, config: Config, done: int = 0, world_size: int = 1) -> None:
+    Args:
+        run_dir: The run.
+        config: Its configuration.
+        done: Steps done before.
+        world_size: Number of ranks.
+        choices: What this start chose where the configuration leaves it open, by name.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        done: int = 0,
+        world_size: int = 1,
+        choices: Mapping[str, str] | None = None,
+    ) -> None:
         self._run_dir = run_dir
         self._config = config
-        self._history = RunHistory(run_dir, done, world_size, read_status(run_dir).get("state"))
+        facts = {**environment(world_size), **(choices or {})}
+        last_state = read_status(run_dir).get("state")
+        self._history = RunHistory(run_dir, done, world_size, last_state, facts)
         self._save_seconds: float | None = None
         self._system = SystemReader(run_dir)
-        self._environment = as_lines(environment(world_size))
+        self._environment = as_lines(facts)
         self._open(done)
         write_status(run_dir, "running", done, saved=done > 0, reason="")
 
