@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,6 +77,7 @@ def train(config: Config, rank: int) -> None:
     from jepa_dist.checkpoint import Checkpointer, Keep
     from jepa_dist.model.summary import model_summary
     from jepa_dist.monitor.memory import memory_watched
+    from jepa_dist.monitor.peers import Peers
     from jepa_dist.monitor.profiler import StepProfiler
     from jepa_dist.monitor.reporter import Reporter
     from jepa_dist.monitor.run_dir import log_to_run_dir, note_failure
@@ -101,10 +102,18 @@ def train(config: Config, rank: int) -> None:
             world.decide(lambda: open_run_dir(run_dir, config, data))
             keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
             checkpointer = Checkpointer(run_dir / "checkpoints", world, keep)
+            peers = Peers(run_dir, rank, world.decide(lambda: uuid.uuid4().hex))
+            if rank == 0:
+                peers.remove_old_reports()
     startup.done("find_checkpoint")
     if not start.is_finished:
+
+        def note(reason: str) -> None:
+            peers.report_failure(reason)
+            note_failure(run_dir, rank, reason)
+
         with (
-            told_by_this_rank(rank, on_failure=partial(note_failure, run_dir, rank)),
+            told_by_this_rank(rank, on_failure=note),
             memory_watched(run_dir, rank, snapshot=config.monitor.memory_snapshot),
         ):
             log_to_run_dir(run_dir, rank)
@@ -114,13 +123,28 @@ def train(config: Config, rank: int) -> None:
                 choices = {"attention kernel": attention}
                 reporter = Reporter(run_dir, config, start.step, world.world_size, choices)
                 reporter.say(describe_kernels(config.parallel, attention))
-            trainer = Trainer(config, world, checkpointer, start.checkpoint, identity, startup)
+            trainer = Trainer(
+                config,
+                world,
+                checkpointer,
+                start.checkpoint,
+                identity,
+                startup,
+                on_stop=peers.leave_if_local_rank_ended,
+            )
             if reporter is not None:
                 parameters = trainer.model.named_parameters()
                 reporter.text("model", model_summary(parameters, config.model))
             late = config.monitor.late_seconds
             with (
-                Watchdog(run_dir, rank, world.world_size, lambda: trainer.meter.place, late),
+                Watchdog(
+                    run_dir,
+                    rank,
+                    world.world_size,
+                    lambda: trainer.meter.place,
+                    late,
+                    look=peers.leave_if_reported,
+                ),
                 StepProfiler(config.monitor.profile, run_dir, rank) as profiler,
             ):
                 summary = trainer.run(reporter, profiler)
