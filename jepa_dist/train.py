@@ -12,14 +12,22 @@ from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
 from jepa_dist.errors import UserError
 from jepa_dist.failure import told_by_this_rank, told_once
-from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size, tell_place
+from jepa_dist.launched import (
+    die_with_launcher,
+    launched_local_world_size,
+    launched_rank,
+    launched_world_size,
+    tell_place,
+)
 from jepa_dist.monitor.run_dir import check_run_dir
 from jepa_dist.monitor.startup import Startup
+from jepa_dist.process_env import set_defaults
 
 
 def main() -> None:
     """Check everything that can be checked, then train."""
     die_with_launcher()
+    set_defaults(launched_local_world_size())
     rank = launched_rank()
     with told_once(rank):
         arguments = parse_arguments()
