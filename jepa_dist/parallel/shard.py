@@ -176,10 +176,9 @@ def checkpoint_activations(block: nn.Module, mode: str) -> None:
     """
     if mode == "none":
         return
-    saved = _ATTENTION if mode == "full" else _ATTENTION | _MATRIX_PRODUCTS
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     options["context_fn"] = functools.partial(
-        create_selective_checkpoint_contexts, functools.partial(_policy, saved)
+        create_selective_checkpoint_contexts, functools.partial(_policy, saved_operations(mode))
     )
     forward = block.forward
 
@@ -187,6 +186,11 @@ def checkpoint_activations(block: nn.Module, mode: str) -> None:
         return checkpoint(forward, *args, **options)
 
     block.forward = checkpointed
+
+
+def saved_operations(mode: str) -> frozenset[Any]:
+    """Return the operations whose outputs ``selective`` or ``full`` keeps for backward."""
+    return _ATTENTION if mode == "full" else _ATTENTION | _MATRIX_PRODUCTS
 
 
 _MATRIX_PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
