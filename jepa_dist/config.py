@@ -321,13 +321,20 @@ class ParallelConfig(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of computation (master weights and gradient reduction stay float32);
     auto is bfloat16 on CUDA and float32 on CPU."""
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math", "flex"] = "auto"
+    """Attention kernel; auto is PyTorch's choice for the device. One that the device cannot run is
+    refused (the CPU runs flash and math)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in backward: of no block, all but matmul and attention, or all."""
+    """Recompute activations in backward: none; all but attention and matmul (selective); or all
+    but attention (full)."""
     blocks_per_unit: PositiveInt = 1
     """Consecutive blocks that are gathered, reduced and freed together. More of them mean fewer,
     larger collectives and less work for the host, but less overlap and more memory. Looped blocks
     form units of their own, unless one unit holds all blocks (this many or fewer): then the whole
     model is gathered once and stays so until backward is done."""
+    deterministic: bool = False
+    """Run deterministic algorithms only, on CUDA: slower, without cuDNN attention, and the same
+    start of the same run gives the same bits (docs/performance.md). The CPU always does."""
     reshard_after_forward: bool = True
     """Free gathered parameters after each unit's forward (less memory, one more gather)."""
     keep_looped_gathered: bool = True
@@ -612,6 +619,11 @@ def check(config: Config) -> list[str]:
         (
             parallel.dp_shard == -1 or parallel.dp_shard >= 1,
             f"parallel.dp_shard={parallel.dp_shard}: must be -1 (all ranks left) or at least 1",
+        ),
+        (
+            not parallel.deterministic or parallel.attention != "cudnn",
+            "parallel.attention=cudnn: its backward is not deterministic and parallel.deterministic"
+            " is true; use auto, flash, efficient, math or flex",
         ),
     ]
     return [problem for holds, problem in rules if not holds]

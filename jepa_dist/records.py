@@ -80,6 +80,7 @@ def facts(config: Config, device: torch.device) -> dict[str, str]:
     return {
         "parallel.precision": str(compute_dtype(config.parallel, device)).removeprefix("torch."),
         "parallel.compile": str(config.parallel.compile).lower(),
+        "parallel.deterministic": str(config.parallel.deterministic).lower(),
         "optim.muon_dtype": ("bfloat16" if on_cuda else "float32") if muon == "auto" else muon,
         "device": torch.cuda.get_device_name(device) if on_cuda else f"CPU {platform.machine()}",
         "torch": torch.__version__,

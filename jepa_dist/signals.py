@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 EXIT_GRACE_OVER = 4
@@ -31,12 +32,14 @@ class StopRequest:
 
     Args:
         grace_seconds: From the first signal on; a process that still runs then exits (code 4).
+        on_stop: Called once, at the first signal, by the thread that receives it.
     """
 
-    def __init__(self, grace_seconds: float) -> None:
+    def __init__(self, grace_seconds: float, on_stop: Callable[[], None] | None = None) -> None:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._grace_seconds = grace_seconds
+        self._on_stop = on_stop
         self._inbox, outbox = socket.socketpair()
         outbox.setblocking(False)
         self._outbox = outbox  # keeps it open
@@ -63,6 +66,8 @@ class StopRequest:
         timer = threading.Timer(self._grace_seconds, self._give_up, [number.name])
         timer.daemon = True
         timer.start()
+        if self._on_stop is not None:
+            self._on_stop()
 
     def _give_up(self, name: str) -> None:
         print(

@@ -6,13 +6,13 @@ import argparse
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jepa_dist.command_line import Parser
-from jepa_dist.config import Config, check_world, load, to_dict
+from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
 from jepa_dist.consistency import Statement, statement
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
@@ -24,11 +24,13 @@ from jepa_dist.launched import (
     die_with_launcher,
     launched_rank,
     launched_world_size,
+    ranks_on_this_host,
     tell_place,
 )
 from jepa_dist.monitor.run_dir import check_run_dir, note_failure
 from jepa_dist.monitor.startup import Startup
 from jepa_dist.output import keep_output_alive
+from jepa_dist.process_env import set_defaults
 from jepa_dist.run_lock import RunLock
 
 _COMPILER_BYTES = 1 << 26
@@ -41,6 +43,7 @@ def main() -> None:
         arguments = parse_arguments()
         adopt_launcher(os.environ, will_meet=not (arguments.print_config or arguments.check))
         die_with_launcher()
+        set_defaults(ranks_on_this_host())
         resolved = load(arguments.config, arguments.overrides)
         if arguments.print_config:
             if launched_rank() == 0:
@@ -113,11 +116,13 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     startup = Startup()
     startup.done("check")
     # Imported late: mistakes in the configuration are told before torch takes its seconds.
+    from jepa_dist.build import chosen_attention
     from jepa_dist.capacity import check_memory
     from jepa_dist.checkpoint import Checkpointer, Keep
     from jepa_dist.checkpoint.agreement import on_every_rank
     from jepa_dist.model.summary import model_summary
     from jepa_dist.monitor.memory import memory_watched
+    from jepa_dist.monitor.peers import Peers
     from jepa_dist.monitor.profiler import StepProfiler
     from jepa_dist.monitor.reporter import Reporter
     from jepa_dist.monitor.run_dir import log_to_run_dir
@@ -137,6 +142,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     lock = RunLock(run_dir)
     validated_on = f"{data['val']['digest']}:{config.eval.sequences}"
     with told_once(rank, on_failure=lock.release):
+        attention = chosen_attention(config.model, config.parallel, world.device)
         on_every_rank(lambda: check_memory(config, world), world)
         messages = world.decide(lock.acquire)
         start = find_start(config, run_dir, data["train"]["digest"], world, validated_on)
@@ -147,10 +153,21 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
             world.decide(lambda: open_run_dir(run_dir, config, data))
             keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
             checkpointer = Checkpointer(run_dir / "checkpoints", world, keep)
+            peers = Peers(run_dir, rank, world.decide(lambda: uuid.uuid4().hex))
+            if rank == 0:
+                peers.remove_old_reports()
     startup.done("find_checkpoint")
     if not start.is_finished:
+
+        def note(reason: str) -> None:
+            peers.report_failure(reason)
+            try:
+                note_failure(run_dir, rank, reason)
+            finally:
+                lock.release()
+
         with (
-            told_by_this_rank(rank, on_failure=partial(note_end, run_dir, rank, lock)),
+            told_by_this_rank(rank, on_failure=note),
             memory_watched(run_dir, rank, snapshot=config.monitor.memory_snapshot),
         ):
             log_to_run_dir(run_dir, rank)
@@ -167,15 +184,31 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                     start.step,
                     world.world_size,
                     train_seconds=start.seconds,
-                    facts=facts(config, world.device),
+                    facts={**facts(config, world.device), "parallel.attention": attention},
                 )
-            trainer = Trainer(config, world, checkpointer, start.checkpoint, identity, startup)
+                reporter.say(describe_kernels(config.parallel, attention))
+            trainer = Trainer(
+                config,
+                world,
+                checkpointer,
+                start.checkpoint,
+                identity,
+                startup,
+                on_stop=peers.leave_if_local_rank_ended,
+            )
             if reporter is not None:
                 parameters = trainer.model.named_parameters()
                 reporter.text("model", model_summary(parameters, config.model))
             late = config.monitor.late_seconds
             with (
-                Watchdog(run_dir, rank, world.world_size, lambda: trainer.meter.place, late),
+                Watchdog(
+                    run_dir,
+                    rank,
+                    world.world_size,
+                    lambda: trainer.meter.place,
+                    late,
+                    look=peers.leave_if_reported,
+                ),
                 StepProfiler(config.monitor.profile, run_dir, rank) as profiler,
             ):
                 try:
@@ -193,12 +226,14 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     stop_world()
 
 
-def note_end(run_dir: Path, rank: int, lock: RunLock, reason: str) -> None:
-    """Leave the run directory as a failed run should: ``status.json`` says why, no lock."""
-    try:
-        note_failure(run_dir, rank, reason)
-    finally:
-        lock.release()
+def describe_kernels(config: ParallelConfig, attention: str) -> str:
+    """Return a line that says which kernels this start runs."""
+    line = f"attention kernel: {attention} (parallel.attention={config.attention})"
+    if not config.deterministic:
+        return line
+    from jepa_dist.parallel.determinism import EXCLUDED
+
+    return f"{line}; deterministic algorithms only, without {EXCLUDED}"
 
 
 def fingerprint_data(config: Config) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 import signal
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Trainer:
         resume: The checkpoint to go on from, known to be whole and to fit the configuration.
         identity: What a checkpoint says of the run besides (configuration, data fingerprint).
         startup: Measures what this start costs.
+        on_stop: Called when this process is asked to stop, by the thread that receives signals.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Trainer:
         resume: Path | None = None,
         identity: Mapping[str, Any] | None = None,
         startup: Startup | None = None,
+        on_stop: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.world = world
@@ -113,7 +115,7 @@ class Trainer:
         self.histograms: dict[str, Distribution] = {}
         self.compiles = CompileCounter()
         self.stop_request = (
-            None if checkpointer is None else StopRequest(config.checkpoint.grace_seconds)
+            None if checkpointer is None else StopRequest(config.checkpoint.grace_seconds, on_stop)
         )
         self.startup = startup or Startup()
         self.startup.done("build")

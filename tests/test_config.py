@@ -218,6 +218,10 @@ def test_wrong_types_and_values(override: str, complaint: str) -> None:
         ),
         (["optim.beta2=1"], "optim.beta1=0.9, optim.beta2=1.0: must be below 1"),
         (["parallel.dp_shard=0"], "parallel.dp_shard=0: must be -1"),
+        (
+            ["parallel.deterministic=true", "parallel.attention=cudnn"],
+            "parallel.attention=cudnn: its backward is not deterministic",
+        ),
     ],
 )
 def test_impossible_combinations(overrides: list[str], start: str) -> None:

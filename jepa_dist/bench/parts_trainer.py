@@ -123,7 +123,7 @@ def _shares(
 ) -> dict[str, float]:
     """MFU in percent, where the device's peak is known."""
     config, world = warm.trainer.config, warm.trainer.world
-    found = {what: mfu(tokens / took, phase, config, world) for what, took in seconds.items()}
+    found = {what: mfu(tokens / took, {phase: 1}, config, world) for what, took in seconds.items()}
     return {f"{name} {what} %": 100 * m["mfu"] for what, m in found.items() if m}
 
 

@@ -140,7 +140,7 @@ def _result(
             "seconds": median,
             "seconds_of_each_round": of_each_round,
             "tokens_per_second": tokens / median,
-            "mfu": mfu(tokens / median, phase, config, world).get("mfu"),
+            "mfu": mfu(tokens / median, {phase: 1}, config, world).get("mfu"),
             "peak_bytes": peaks[name],
         }
     return {

@@ -19,8 +19,9 @@ from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.weights import Source, find_weights, load_model
 from jepa_dist.evaluate.windows import Windows
 from jepa_dist.failure import told_by_this_rank, told_once
-from jepa_dist.launched import launched_rank, launched_world_size
+from jepa_dist.launched import launched_rank, launched_world_size, ranks_on_this_host
 from jepa_dist.parallel.world import start_world, stop_world
+from jepa_dist.process_env import set_defaults
 
 # What of a run's configuration an evaluation goes by. The rest belongs to training; ranks are laid
 # out anew, since the evaluation may have others than the run had.
@@ -33,6 +34,7 @@ _DEFAULT_STRIDE = 64
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything that can be checked, then evaluate."""
+    set_defaults(ranks_on_this_host())
     rank = launched_rank()
     arguments = _parse_arguments(argv)
     with told_once(rank):

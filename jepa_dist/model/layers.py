@@ -11,6 +11,7 @@ heads, C head width, R rotated dimensions of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -76,14 +77,26 @@ def project(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     return F.linear(x, weight if scale is None else weight * scale[:, None])
 
 
+def causal_attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+    """Attend causally with grouped key/value heads; returns [B, H, T, C]."""
+    grouped = q_BHTC.size(1) != k_BKTC.size(1)
+    return F.scaled_dot_product_attention(
+        q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=grouped
+    )
+
+
 class Attention(nn.Module):
-    """Causal attention with QK norm, partial rotary embedding and grouped key/value heads."""
+    """Causal attention with QK norm, partial rotary embedding and grouped key/value heads.
+
+    ``attend`` may be replaced by a function with the same result (another kernel).
+    """
 
     def __init__(self, config: ModelConfig, *, xsa: bool) -> None:
         super().__init__()
         width, kv_width = config.model_dim, config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
         self.xsa = xsa
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
         self.c_q = nn.Linear(width, width, bias=False)
         self.c_k = nn.Linear(width, kv_width, bias=False)
         self.c_v = nn.Linear(width, kv_width, bias=False)
@@ -104,13 +117,7 @@ class Attention(nn.Module):
             q_norm_BTH1 = q_norm_BTH1 * self.q_gain[:, None]
         q_BTHC = rotate(q_BTHC * q_norm_BTH1, cos_TR, sin_TR).type_as(x_BTD)
         k_BTKC = rotate(k_BTKC * k_norm_BTK1, cos_TR, sin_TR).type_as(x_BTD)
-        y_BHTC = F.scaled_dot_product_attention(
-            q_BTHC.transpose(1, 2),
-            k_BTKC.transpose(1, 2),
-            v_BTKC.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=q_BTHC.size(2) != k_BTKC.size(2),
-        )
+        y_BHTC = self.attend(q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2))
         y_BTHC = y_BHTC.transpose(1, 2)
         if self.xsa:
             y_BTHC = remove_own_value(y_BTHC, v_BTKC)

@@ -14,7 +14,10 @@ import torch
 
 _GIT_SECONDS = 5.0
 # Besides all JEPA_*. GROUP_WORLD_SIZE is torchrun's count of hosts (of agents, to be exact).
-_VARIABLES = {"GROUP_WORLD_SIZE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF"}
+_VARIABLES = {
+    *("GROUP_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"),
+}
 
 
 def environment(world_size: int) -> dict[str, str]:

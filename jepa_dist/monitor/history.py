@@ -45,6 +45,8 @@ class StartRecord:
     facts: dict[str, str] | None = None
     """What numbers depend on besides the configuration: what ``auto`` stands for, the device, and
     the versions of libraries, by name."""
+    environment: dict[str, str] | None = None
+    """Host, ranks, versions and variables that this start ran with."""
 
 
 _RECORD = TypeAdapter(StartRecord)
@@ -61,6 +63,7 @@ class RunHistory:
         train_seconds: Training time spent before this start.
         config: Of this start.
         facts: See ``StartRecord``.
+        environment: See ``StartRecord``.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class RunHistory:
         train_seconds: float = 0.0,
         config: Mapping[str, Any] | None = None,
         facts: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._monotonic = time.monotonic()
         earlier = read_starts(run_dir)
@@ -85,6 +89,7 @@ class RunHistory:
             idle_seconds=_idle_seconds(run_dir) if earlier else 0.0,
             config=None if config is None else dict(config),
             facts=None if facts is None else dict(facts),
+            environment=None if environment is None else dict(environment),
         )
         with open_to_append(run_dir / STARTS) as file:
             # A crash may have cut the line before this one short.

@@ -48,6 +48,7 @@ class Reporter:
     ) -> None:
         self._run_dir = run_dir
         self._config = config
+        surroundings = environment(world_size)
         self._history = RunHistory(
             run_dir,
             done,
@@ -56,10 +57,11 @@ class Reporter:
             train_seconds=train_seconds,
             config=to_dict(config),
             facts=facts,
+            environment=surroundings,
         )
         self._save_seconds: float | None = None
         self._system = SystemReader(run_dir)
-        self._environment = as_lines(environment(world_size))
+        self._environment = as_lines({**surroundings, **(facts or {})})
         self._open(done)
         self._status = RunStatus(run_dir, self._warn)
         self._status.update(state="running", step=done, reason="")

@@ -61,6 +61,7 @@ class Watchdog:
         world_size: Number of ranks.
         place: Where this rank is, at any time.
         late_seconds: In one place for longer than this is late; 0 watches nothing.
+        look: Called at every beat, by the watching thread.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Watchdog:
         world_size: int,
         place: Callable[[], Place],
         late_seconds: float,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = run_dir / "heartbeats"
         self._stacks = run_dir / "logs" / f"rank_{rank}.log"
         self._rank, self._world_size = rank, world_size
         self._place = place
         self._late_seconds = late_seconds
+        self._look = look
         self._interval = min(_BEAT_SECONDS, late_seconds / 4)
         self._beat = 0
         self._since = time.monotonic()
@@ -100,6 +103,7 @@ class Watchdog:
             self._tick()
 
     def _tick(self) -> None:
+        self._look()
         place = self._place()
         if place != self._seen:
             self._seen, self._since, self._is_told = place, time.monotonic(), False
@@ -128,6 +132,7 @@ class Watchdog:
         for _ in range(_BEATS_BETWEEN_LOOKS):
             if self._end.wait(self._interval):
                 return
+            self._look()
             self._leave_heartbeat(time.monotonic() - self._since)
         if self._place() != self._seen:
             return  # it went on meanwhile

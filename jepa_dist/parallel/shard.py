@@ -211,14 +211,19 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
 
 
 def checkpoint_activations(block: nn.Module, mode: str) -> None:
-    """Recompute the block's activations in backward (all, or all but matmuls and attention)."""
+    """Recompute the block's activations in backward, all but attention (full) or all but attention
+    and matrix products (selective).
+
+    The output of attention is always saved: it costs one [B, T, D] tensor per block, attention is
+    the most expensive operation per byte of output, and the graph needs no state of CUDA's random
+    generator, which fused kernels would otherwise have to replay.
+    """
     if mode == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if mode == "selective":
-        options["context_fn"] = functools.partial(
-            create_selective_checkpoint_contexts, _save_matrix_products
-        )
+    options["context_fn"] = functools.partial(
+        create_selective_checkpoint_contexts, functools.partial(_policy, saved_operations(mode))
+    )
     forward = block.forward
 
     def checkpointed(*args: Any) -> Any:
@@ -227,18 +232,28 @@ def checkpoint_activations(block: nn.Module, mode: str) -> None:
     block.forward = checkpointed
 
 
-_SAVED = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
+def saved_operations(mode: str) -> frozenset[Any]:
+    """Return the operations whose outputs ``selective`` or ``full`` keeps for backward."""
+    return _ATTENTION if mode == "full" else _ATTENTION | _MATRIX_PRODUCTS
 
 
-def _save_matrix_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+_MATRIX_PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+# Fused kernels only: the unfused one (math) would save its [T, T] probabilities.
+_ATTENTION = frozenset(
+    {
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
+    }
+)
+
+
+def _policy(
+    saved: frozenset[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # ------------------------------------------------------------------ real weights

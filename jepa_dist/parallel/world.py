@@ -20,6 +20,7 @@ from jepa_dist.config import ParallelConfig
 from jepa_dist.consistency import Statement, check_alike
 from jepa_dist.errors import UserError
 from jepa_dist.launched import is_launched, launched_local_rank, launched_rank, launched_world_size
+from jepa_dist.parallel.determinism import use_deterministic_algorithms
 
 T = TypeVar("T")
 
@@ -100,6 +101,8 @@ def start_world(
         SharedError: on every rank: the ranks were not started alike.
         UserError: more ranks on this host than CUDA devices.
     """
+    if config.deterministic:
+        use_deterministic_algorithms()
     rank, world_size = launched_rank(), launched_world_size()
     local_rank = launched_local_rank()
     device = _device(local_rank)
