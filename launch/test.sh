@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Set-up and tests.
+# Set up and run the tests (docs/testing.md).
 #
-#   bash launch/test.sh [PYTEST ARGUMENTS]          what needs no more than minutes
-#   bash launch/test.sh --all [PYTEST ARGUMENTS]    the slow tests too: all but those that need a GPU
+#   bash launch/test.sh [PYTEST ARGUMENTS]          the default tier: minutes
+#   bash launch/test.sh --all [PYTEST ARGUMENTS]    the slow and SLURM tiers too: all but GPU tests
 #
 #   VENV=DIR, PYTHON=EXE: see launch/setup.sh
+#
+# Four workers run one test file each; -n 0 runs one test after the other in this process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,5 +22,7 @@ case "${1:-}" in
 esac
 
 bash launch/setup.sh dev
-# The tests start as many ranks as there are cores, and more.
-OMP_NUM_THREADS=1 exec "${VENV:-.venv}/bin/python" -m pytest "$@"
+# More workers than cores, because many tests wait: for SLURM, for restarts, for time limits. The
+# tests start as many ranks as there are cores, and more, so each process gets one thread.
+OMP_NUM_THREADS=1 exec "${VENV:-.venv}/bin/python" -m pytest \
+    -n 4 --dist loadfile --no-loadscope-reorder --durations 25 "$@"

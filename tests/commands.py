@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import psutil
 
+from tests.contention import slowdown
 from tests.tiny import REPOSITORY
 
 TRAIN = (sys.executable, "-m", "jepa_dist.train")
@@ -59,8 +60,9 @@ class Command:
         """Wait for the end, and see that nothing is left running.
 
         Raises:
-            AssertionError: it takes longer, or leaves a process behind.
+            AssertionError: it takes longer (times ``slowdown()``), or leaves a process behind.
         """
+        timeout *= slowdown()
         try:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -105,7 +107,7 @@ class Command:
         return self._output.read()
 
     def _wait_until(self, condition: Callable[[], bool], timeout: float, problem: str) -> None:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * slowdown()
         while not condition():
             assert time.monotonic() < deadline, f"{problem}:\n{self.output()}"
             time.sleep(0.05)

@@ -1,7 +1,55 @@
-"""Shared fixtures: the golden cases and one thread per process (the machine has few cores)."""
+"""What all tests share: one thread per process, order and time limits under several workers."""
 
 from __future__ import annotations
 
+import signal
+from collections import Counter
+
+import pytest
 import torch
 
+from tests.contention import slowdown
+
 torch.set_num_threads(1)
+
+# Tests of SLURM mostly wait: the file that has them starts before any other.
+_SLURM_WEIGHT = 100
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let Ctrl-C end a worker's test in order, so that the processes it started end, too."""
+    if hasattr(session.config, "workerinput"):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Prepare for workers that share the machine (pytest -n); without workers change nothing."""
+    if not hasattr(config, "workerinput"):
+        return
+    _start_long_files_first(items)
+    if slowdown() > 1:
+        _extend_time_limits(config, items)
+
+
+def _start_long_files_first(items: list[pytest.Item]) -> None:
+    """A worker takes whole files, in this order; short ones at the end let all finish together."""
+    weights: Counter[str] = Counter()
+    for item in items:
+        weights[_file(item)] += _SLURM_WEIGHT * _has(item, "slurm") + _has(item, "slow")
+    items.sort(key=lambda item: -weights[_file(item)])
+
+
+def _extend_time_limits(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test that hangs is still cut, only later."""
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        seconds = float(mark.args[0] if mark else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(seconds * slowdown()), append=False)
+
+
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
+def _has(item: pytest.Item, mark: str) -> bool:
+    return item.get_closest_marker(mark) is not None

@@ -1,7 +1,7 @@
 """Run a function on N real gloo ranks, with a hard timeout and nothing left behind.
 
-Children are forked from a clean server process that has torch imported already, so a group of
-four starts in well under a second and inherits no threads from pytest.
+Children are forked from a clean server process that has torch and the trainer imported already, so
+a group of four starts in well under a second and inherits no threads from pytest.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests.contention import slowdown
+
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor"]
+    ["torch.distributed.fsdp", "torch.distributed.tensor", "hypothesis", "jepa_dist.trainer"]
 )
 
 
@@ -39,7 +41,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         for process in processes:
             process.start()
         try:
-            _wait(processes, folder, time.monotonic() + timeout)
+            _wait(processes, folder, time.monotonic() + timeout * slowdown())
         finally:
             for process in processes:
                 if process.is_alive():
@@ -77,7 +79,7 @@ def _worker(fn: Callable[..., Any], rank: int, world_size: int, folder: str, arg
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=60 * slowdown()),
         )
         result = fn(rank, world_size, *args)
         (Path(folder) / f"{rank}.ok").write_bytes(pickle.dumps(result))

@@ -121,11 +121,9 @@ def test_thousands_of_shards_fit_in_few_file_handles(tmp_path: Path) -> None:
     for i in range(1500):
         write_shard(tmp_path / f"{i:04d}.bin", np.full(2 * SEQ_LEN + 1, i))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    started = time.perf_counter()
-    dataset = TokenDataset(sorted(tmp_path.iterdir()), SEQ_LEN, 1500)
-    assert time.perf_counter() - started < 2
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
+        dataset = TokenDataset(sorted(tmp_path.iterdir()), SEQ_LEN, 1500)
         ids = np.random.default_rng(0).permutation(len(dataset))
         assert np.array_equal(dataset.read(ids)[:, 0], ids // 2)
     finally:
@@ -284,7 +282,6 @@ def test_a_bad_shard_surfaces_as_its_own_message(tmp_path: Path, workers: int) -
     write_shard(tmp_path / "a.bin", np.arange(SEQ_LEN * 20 + 1) % 50)
     write_shard(tmp_path / "b.bin", np.full(SEQ_LEN + 1, 60))
     dataset = TokenDataset(sorted(tmp_path.iterdir()), SEQ_LEN, 51)
-    started = time.monotonic()
     loader = TrainLoader(dataset, BatchLayout(4, 2, 0, 1), seed=7, workers=workers)
     with pytest.raises(UserError) as error:
         take(loader, 12)
@@ -292,7 +289,6 @@ def test_a_bad_shard_surfaces_as_its_own_message(tmp_path: Path, workers: int) -
         next(loader)
     assert error.value.problems[0].startswith(f"{tmp_path / 'b.bin'}: holds token id 60")
     assert "Traceback" not in str(error.value)
-    assert time.monotonic() - started < 30
 
 
 @pytest.mark.timeout(60)

@@ -99,7 +99,6 @@ def test_set_up_happens_once(project: Path) -> None:
 
     again = setup(project)
     assert (again.code, again.output) == (0, "")
-    assert again.seconds < 2
 
     more = setup(project, "dev")
     assert more.code == 0, more.output
@@ -305,4 +304,5 @@ def test_the_test_command(project: Path, arguments: list[str], expected: list[st
     command = ["bash", project / "launch/test.sh", *arguments]
     finished = run_command(*command, cwd=Path("/"), environ=_own({}))
     assert finished.code == 0, finished.output
-    assert finished.output.splitlines() == ["set-up dev", "1", "-m", "pytest", *expected]
+    workers = ["-n", "4", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "25"]
+    assert finished.output.splitlines() == ["set-up dev", "1", "-m", "pytest", *workers, *expected]

@@ -18,11 +18,12 @@ from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.order import sample_order
 from jepa_dist.data.shards import find_shards, num_windows, read_count
 from tests.commands import TORCHRUN, TRAIN, Command, Finished, run_command
+from tests.contention import slowdown
 from tests.tiny import tiny_overrides, write_corpus
 
 UNDER_TORCHRUN = (*TORCHRUN, "-m", "jepa_dist.train")
 # Far less than parallel.timeout_seconds, after which a hanging collective would end the job.
-SOON = 30.0
+SOON = 30.0 * slowdown()
 
 
 def settings(folder: Path, **changes: Any) -> list[str]:

@@ -26,6 +26,8 @@ from typing import Any, Self
 
 import psutil
 
+from tests.contention import slowdown
+
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 _SYSTEM_FOLDERS = ("/usr/sbin", "/sbin")
 _LONGEST_FOLDER = 107 - len("/spool.n8/n8_12345678.4294967291")
@@ -396,7 +398,7 @@ def _kill(process: psutil.Process) -> None:
 def _wait_until(
     condition: Callable[[], bool], timeout: float, what: str, tell: Callable[[], str]
 ) -> None:
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * slowdown()
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not after {timeout:g} s\n{tell()}"
         time.sleep(0.25)

@@ -18,8 +18,9 @@ from tests.slurm.conftest import PATIENCE, Checkout, json_lines, last_step, worl
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-# Steps that no test reaches.
+# Steps that no test reaches, and a pace at which they leave the cores to other tests.
 ENDLESS = 1_000_000
+IDLE = {"PYTHONPATH": Path(__file__).parent / "pace"}
 
 
 # ---------------------------------------------------------------------------- runs that succeed
@@ -131,6 +132,7 @@ def test_time_limit(checkout: Checkout) -> None:
         *checkout.settings(train__steps=ENDLESS, train__max_wallclock_seconds=110),
         # SLURM warns up to a minute too early: after one to two minutes.
         options=("--nodes=2", "--time=3", "--signal=B:USR1@60"),
+        **IDLE,
     )
     assert job.wait(2 * PATIENCE) == "COMPLETED", job.output()
     restarts = int(job.field("Restarts"))
@@ -147,7 +149,9 @@ def test_time_limit(checkout: Checkout) -> None:
 
 def test_requeue_by_hand_and_a_stop_by_hand(checkout: Checkout) -> None:
     job = checkout.submit(
-        *checkout.settings(train__steps=ENDLESS, checkpoint__every=0), options=("--nodes=2",)
+        *checkout.settings(train__steps=ENDLESS, checkpoint__every=0),
+        options=("--nodes=2",),
+        **IDLE,
     )
     run_dir = checkout.run_dir(job)
     job.wait_for(lambda: last_step(run_dir) >= 5, PATIENCE, "step 5")
@@ -171,6 +175,7 @@ def test_preemption(checkout: Checkout) -> None:
     job = checkout.submit(
         *checkout.settings(train__steps=ENDLESS, train__max_wallclock_seconds=25),
         options=("--nodes=2", "--exclude=n[3-8]"),
+        **IDLE,
     )
     run_dir = checkout.run_dir(job)
     job.wait_for(lambda: last_step(run_dir) >= 5, PATIENCE, "step 5")
@@ -212,6 +217,7 @@ def test_a_dead_node(checkout: Checkout, cluster: Cluster) -> None:
     job = checkout.submit(
         *checkout.settings(train__steps=ENDLESS, checkpoint__every=5),
         options=("--nodes=3", "--exclude=n[4-8]"),
+        **IDLE,
     )
     run_dir = checkout.run_dir(job)
     saved = run_dir / "checkpoints/latest"
@@ -229,7 +235,9 @@ def test_a_dead_node(checkout: Checkout, cluster: Cluster) -> None:
 def test_a_drained_node(checkout: Checkout, cluster: Cluster) -> None:
     """It works on until the job is requeued, which then goes to another one."""
     job = checkout.submit(
-        *checkout.settings(train__steps=ENDLESS), options=("--nodes=2", "--exclude=n[4-8]")
+        *checkout.settings(train__steps=ENDLESS),
+        options=("--nodes=2", "--exclude=n[4-8]"),
+        **IDLE,
     )
     run_dir = checkout.run_dir(job)
     goes_on(job, run_dir, [2])
