@@ -635,7 +635,7 @@ class Trainer:
         phases, self.phases = self.phases, Counter()
         return {
             "step": plan.step + 1,
-            "tokens": self.batches.samples_consumed * self.config.model.seq_len,
+            "tokens": self._samples_after(plan) * self.config.model.seq_len,
             **losses(plan, values, self.config),
             **(self.probe.metrics(values) if plan.probe else {}),
             "grad_norm": values["grad_norm"],
@@ -656,6 +656,11 @@ class Trainer:
             "train_seconds": self.clock.seconds(),
             **self._digests(),
         }
+
+    def _samples_after(self, plan: StepPlan) -> int:
+        """Sequences trained on once ``plan`` is done."""
+        steps = plan.step + 1 - self.progress.step
+        return self.progress.samples_consumed + steps * self.config.batch.sequences
 
     def _histograms(self, plan: StepPlan) -> dict[str, Distribution]:
         """Of parameters and (clipped) gradients, at the steps that they are asked for."""
