@@ -20,7 +20,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,7 +143,7 @@ def measure(device: torch.device, config: Config) -> dict[str, Any]:
 class _Step:
     logs: bool = False
     seconds: float = 0.0
-    phases: Counter[str] = field(default_factory=Counter)
+    phases: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class _HostMeter(Meter):
