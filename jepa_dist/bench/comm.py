@@ -141,7 +141,7 @@ def _gathers(
         launches += needed
         elements += needed * size
     per_micro = "M" if times > 1 else ""
-    if accumulates or not config.parallel.reshard_after_forward:
+    if accumulates or not (config.parallel.reshard_after_forward and shapes.units):
         return Minimum(
             launches,
             f"{per_micro}(1 + N)" if per_micro else "1 + N",
@@ -398,7 +398,7 @@ def table(result: Mapping[str, Any]) -> str:
         cells.append("; ".join(must[kind]["bytes_formula"] for kind in _KINDS if kind in must))
         rows.append(cells)
     caption = (
-        f"{result['config']}: N = {result['blocks']}, P = {result['parameters']:,}, "
+        f"{result['config']}: N = {result['blocks']} in units of one block, P = {result['parameters']:,}, "
         f"b = {result['compute_bytes']}; one step"
     )
     return f"{caption}\n\n{markdown_table(columns, rows)}"

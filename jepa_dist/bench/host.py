@@ -143,7 +143,7 @@ def measure(device: torch.device, config: Config) -> dict[str, Any]:
 class _Step:
     logs: bool = False
     seconds: float = 0.0
-    phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    phases: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class _HostMeter(Meter):
