@@ -22,6 +22,7 @@ from tests.contention import slowdown
 from tests.tiny import tiny_overrides, write_corpus
 
 UNDER_TORCHRUN = (*TORCHRUN, "-m", "jepa_dist.train")
+OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 # Far less than parallel.timeout_seconds, after which a hanging collective would end the job.
 SOON = 30.0 * slowdown()
 
@@ -99,6 +100,22 @@ def test_run_directory(alone: Finished, corpus: Path, run_dir: Path) -> None:
     assert load(run_dir / "config.yaml", environ={}).config == given
     fingerprint = json.loads((run_dir / "data.json").read_text())
     assert fingerprint["train"]["tokens"] == 6777
+
+
+def test_what_a_start_chose_is_told_and_recorded(alone: Finished, run_dir: Path) -> None:
+    assert "attention kernel: flash (parallel.attention=auto)" in alone.output
+    (start,) = map(json.loads, (run_dir / "starts.jsonl").read_text().splitlines())
+    assert start["environment"]["attention kernel"] == "flash"
+    assert "TORCHINDUCTOR_COMPILE_THREADS" in start["environment"]
+    assert any(name in start["environment"] for name in ("PYTORCH_ALLOC_CONF", OLD_ALLOCATOR))
+
+
+def test_a_kernel_that_the_device_lacks_is_refused(corpus: Path) -> None:
+    settings_of_cudnn = settings(corpus, run__dir=corpus / "x", parallel__attention="cudnn")
+    finished = run_command(*TRAIN, *settings_of_cudnn)
+    assert finished.code == 2
+    (line,) = finished.output.splitlines()
+    assert line.startswith("error: parallel.attention=cudnn: cannot run on the CPU")
 
 
 def test_metrics(alone: Finished, run_dir: Path) -> None:
