@@ -453,9 +453,8 @@ def test_a_run_that_ends_in_numbers_that_are_not_finite(corpus: Path, tmp_path: 
     options = settings(
         corpus, run__dir=tmp_path / "run", train__steps=4, optim__grad_clip_norm=0, **rates
     )
-    command = (*TRAIN, corpus / "config.yaml", *options)
     for _ in range(2):
-        finished = run_command(*command)
+        finished = run_command(*TRAIN, *options)
         assert finished.code == 3, finished.output
         assert "error: the last 3 step(s) of the run were skipped" in finished.output
         assert "Traceback" not in finished.output
