@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jepa_dist.config import Config, load
+from jepa_dist.config import Config, load, to_dict
 from jepa_dist.errors import UserError
 from jepa_dist.interop.parameter_golf import export_final_model, import_final_model
 from jepa_dist.interop.safetensors_io import Description, read_description, write_export
@@ -27,9 +27,11 @@ from jepa_dist.monitor.hardware import peak_flops
 from jepa_dist.monitor.history import RunHistory, lasting, read_starts, young_interval
 from jepa_dist.optim.update_ratio import UpdateRatio
 from jepa_dist.plan import StepPlan
+from jepa_dist.progress import Progress, RunState
 from jepa_dist.records import losses, mean_flops
 from jepa_dist.report.compare import difference, pairing
 from jepa_dist.report.runs import read_runs
+from jepa_dist.resume import differences
 from tests.tiny import tiny_config
 
 # ---------------------------------------------------------------------------- goodput
@@ -242,6 +244,16 @@ def test_settings_that_changed_and_other_precision_are_no_pair(tmp_path: Path) -
     assert reason == "changed: settings changed on the way in changed (see notes)"
     assert "optim.beta1 changed from 0.9 to 0.8 at step 2" in changed.notes
     assert pairing([plain, unlike]) == ["other: torch 2.11 against 2.13"]
+
+
+def test_another_validation_set_is_told_when_resuming(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    before = RunState(Progress(), to_dict(config), "data", "a:0")
+    assert differences(tmp_path, before, config, "data", "a:0") == []
+    (told,) = differences(tmp_path, before, config, "data", "a:5")
+    assert told.startswith("changed since the checkpoint: what the run is validated on (data.val,")
+    old = replace(before, validation_fingerprint=None)  # a checkpoint that does not say
+    assert differences(tmp_path, old, config, "data", "a:5") == []
 
 
 # ---------------------------------------------------------------------------- exports

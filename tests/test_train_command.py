@@ -499,3 +499,23 @@ def test_asked_to_stop(corpus: Path, tmp_path: Path, command: tuple[str, ...], n
     rest = run_command(*TRAIN, *arguments, f"train.stop_at={saved + 3}")
     assert rest.code == 0, rest.output
     assert [record["step"] for record in records(run_dir)] == list(range(1, saved + 4))
+
+
+def test_a_run_that_ends_in_numbers_that_are_not_finite(corpus: Path, tmp_path: Path) -> None:
+    """Not finished, exit code 3, nothing exported; the record says why; the same again after it."""
+    rates = {f"optim__{name}_lr": 1e30 for name in ("matrix", "scalar", "tied_embed")}
+    options = settings(
+        corpus, run__dir=tmp_path / "run", train__steps=4, optim__grad_clip_norm=0, **rates
+    )
+    for _ in range(2):
+        finished = run_command(*TRAIN, *options)
+        assert finished.code == 3, finished.output
+        assert "error: the last 3 step(s) of the run were skipped" in finished.output
+        assert "Traceback" not in finished.output
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    *_, last = records(tmp_path / "run")
+    assert (last["step"], last["diverged"]) == (4, True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in lines
+    assert '"grad_norm": null' in lines
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
