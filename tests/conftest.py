@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.contention import slowdown
+from tests.ranks import choose_imports_of_server
 
 torch.set_num_threads(1)
 
@@ -29,6 +30,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _start_long_files_first(items)
     if slowdown() > 1:
         _extend_time_limits(config, items)
+
+
+def pytest_collection_finish() -> None:
+    """Before any test, and after the imports of all."""
+    choose_imports_of_server()
 
 
 def _start_long_files_first(items: list[pytest.Item]) -> None:

@@ -20,9 +20,16 @@ from typing import Any
 from tests.contention import slowdown
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor", "hypothesis", "jepa_dist.trainer"]
-)
+
+
+def choose_imports_of_server() -> None:
+    """Have the fork server import what ranks need; call it when all modules are imported.
+
+    There is one server per process and one list for it, which jepa_dist.data.loader sets, too, when
+    it is imported: then each rank would import the trainer by itself, for seconds.
+    """
+    torch_parts = ["torch.distributed.fsdp", "torch.distributed.tensor"]
+    _context.set_forkserver_preload([*torch_parts, "jepa_dist.trainer", "hypothesis", "pytest"])
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list:

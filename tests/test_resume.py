@@ -70,8 +70,15 @@ def config(corpus: Path, name: str, **changes: Any) -> Config:
     return tiny_config(corpus, run__dir=corpus / name, **{**ALL, **changes})
 
 
-def test_bit_for_bit_at_the_same_world_size(corpus: Path) -> None:
-    straight = run_ranks(train, 2, config(corpus, "straight"))[0]
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run of two ranks that never stops; all others see the same tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return run_ranks(train, 2, config(folder, "straight"))[0]
+
+
+def test_bit_for_bit_at_the_same_world_size(corpus: Path, straight: dict[str, Any]) -> None:
     first = run_ranks(train, 2, config(corpus, "parts", train__stop_at=9))[0]
     assert [r["step"] for r in first["records"]][-1] == 9
     assert not first["records"][-1]["finished"]
@@ -111,6 +118,7 @@ def test_the_clock_of_a_timed_run_goes_on(corpus: Path) -> None:
     assert all(later > earlier > 0 for earlier, later in pairwise(progress))
 
 
+@pytest.mark.slow
 def test_mesh_and_jepa_may_change_and_it_is_said(corpus: Path) -> None:
     run_ranks(train, 2, config(corpus, "run", train__stop_at=5))
     changes = {"parallel__dp_replicate": 2, "jepa__lambda": 0.3}
@@ -196,7 +204,7 @@ def stop_while_evaluating(
     return {"records": recorder.records, "summary": summary}
 
 
-def test_a_stop_during_an_evaluation_gives_it_up(corpus: Path) -> None:
+def test_a_stop_during_an_evaluation_gives_it_up(corpus: Path, straight: dict[str, Any]) -> None:
     result = run_ranks(stop_while_evaluating, 2, config(corpus, "stopped"), 1)[0]
     summary = result["summary"]
     assert not summary["finished"]
@@ -205,18 +213,18 @@ def test_a_stop_during_an_evaluation_gives_it_up(corpus: Path) -> None:
     assert summary["step"] <= 8  # the evaluation was that of step 6
     assert all("val/loss" not in record for record in result["records"])
     rest = run_ranks(train, 2, config(corpus, "stopped"))[0]
-    straight = run_ranks(train, 2, config(corpus, "straight"))[0]
     assert rest["records"][-1]["val/loss"] == straight["records"][-1]["val/loss"]
 
 
-def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_start(corpus: Path) -> None:
+def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_start(
+    corpus: Path, straight: dict[str, Any]
+) -> None:
     last = 20 // 6 + 1
     summary = run_ranks(stop_while_evaluating, 2, config(corpus, "stopped"), last)[0]["summary"]
     assert (summary["step"], summary["finished"]) == (20, False)
     rest = run_ranks(train, 2, config(corpus, "stopped"))[0]
     assert rest["start"].step == 20
     assert rest["records"][-1]["finished"]
-    straight = run_ranks(train, 2, config(corpus, "straight"))[0]
     for key in ("val/loss", "val/ema_loss", "tokens_digest", "spans_digest"):
         assert rest["records"][-1][key] == straight["records"][-1][key], key
 
