@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda", 0)
 _DEVICES = 8
@@ -74,6 +76,25 @@ def pretend_device() -> None:
 def _always(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
+
+class OnlyDeviceFake(FakeTensorMode):
+    """Tensors on the device have no data; what is computed on the host alone is computed."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave operators to PyTorch that neither read nor make a tensor on the device."""
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        makes_one = device is not None and torch.device(device).type == DEVICE.type
+        leaves = tree_leaves((args, kwargs))
+        if makes_one or any(type(x) not in _PLAIN for x in leaves if isinstance(x, Tensor)):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **kwargs)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 # ---------------------------------------------------------------------------- attention
 

@@ -64,8 +64,7 @@ class WaitDetector(TorchDispatchMode):
     def note(self, what: str) -> None:
         """Keep a wait, with the line of this project that it comes from."""
         frames = reversed(traceback.extract_stack())
-        inside = (frame for frame in frames if Path(frame.filename).is_relative_to(_PROJECT))
-        frame = next(inside, None)
+        frame = next((f for f in frames if _is_training_code(Path(f.filename))), None)
         place = "elsewhere"
         if frame is not None:
             place = f"{Path(frame.filename).relative_to(_PROJECT.parent)}:{frame.lineno}"
@@ -83,6 +82,11 @@ class WaitDetector(TorchDispatchMode):
             self.note(f"blocking copy {arrow} of {size} elements")
         elif isinstance(host, Tensor) and not getattr(host, "is_page_locked", False):
             self.note(f"copy {arrow} of {size} elements without page-locked memory")
+
+
+def _is_training_code(path: Path) -> bool:
+    """The counters of the benchmarks are dispatch modes, too, and stand in every stack."""
+    return path.is_relative_to(_PROJECT) and not path.is_relative_to(_PROJECT / "bench")
 
 
 def _report(what: str) -> None:
@@ -154,8 +158,10 @@ def pretend_streams() -> None:
     cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream = torch.accelerator.current_stream = lambda *_: Stream()
     cuda.stream = lambda _: contextlib.nullcontext()
+    torch.accelerator.is_available = lambda: True  # the loader asks, before it locks pages
     cuda.synchronize = lambda *_: _report("cuda.synchronize")
     torch.Tensor.pin_memory = lambda tensor, *_: _page_locked(tensor)  # type: ignore[method-assign]
+    torch.utils._device._device_constructors()  # `with torch.device` knows functions by identity
     empty = torch.empty
 
     def empty_or_page_locked(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
