@@ -163,6 +163,8 @@ def pretend_compiler() -> Assembler:
     for launcher in ("use_static_cuda_launcher", "use_static_triton_launcher"):  # 2.11, 2.13
         if hasattr(inductor_config, launcher):
             setattr(inductor_config, launcher, False)
+    # Whether matrices of odd shapes are padded is decided by trial, on a device.
+    inductor_config.shape_padding = False
     # Kernels that are equal but for their number are then equal, and Triton's cache has them.
     inductor_config.triton.unique_kernel_names = False
     functorch_config.force_non_lazy_backward_lowering = True

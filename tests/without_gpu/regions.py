@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -116,6 +117,7 @@ class Compiler:
 
         def recorded(graph: GraphLowering) -> Any:
             kernels, cubins = self._assembler.kernels, self._assembler.cubins
+            began = time.process_time()
             result = compile_to_module(graph)
             self._counts.append(
                 {
@@ -127,6 +129,9 @@ class Compiler:
                 }
             )
             assert self._assembler.kernels - kernels == self._counts[-1]["sources"]
+            seconds = time.process_time() - began
+            names = [*self._labels.values(), *self._block_labels.values(), self._region]
+            print(*names, _direction(graph), f"{seconds:.1f} s", file=sys.stderr, flush=True)
             return result
 
         GraphLowering.compile_to_module = recorded
