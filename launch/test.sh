@@ -3,6 +3,7 @@
 #
 #   bash launch/test.sh [PYTEST ARGUMENTS]          what needs no more than minutes
 #   bash launch/test.sh --all [PYTEST ARGUMENTS]    the slow tests too: all but those that need a GPU
+#                                                   or a CUDA build of torch (docs/performance.md)
 #
 #   VENV=DIR, PYTHON=EXE: see launch/setup.sh
 set -euo pipefail
@@ -15,7 +16,7 @@ case "${1:-}" in
         ;;
     --all)
         shift
-        set -- -m "not gpu" "$@"
+        set -- -m "not gpu and not cuda_build" "$@"
         ;;
 esac
 

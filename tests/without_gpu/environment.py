@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ def find() -> Path:
 
 @functools.cache
 def check(python: Path) -> str:
-    """The version of the environment's torch.
+    """Return the version of the environment's torch.
 
     Raises:
         UnavailableError: it does not import, or is no CUDA build.

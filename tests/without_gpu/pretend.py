@@ -1,9 +1,9 @@
 """A pretended H100: tensors without data on cuda:0, and kernels that are assembled but never run.
 
-Imported only in the environment of ``environment.py``. ``pretend_device`` makes PyTorch accept
-tensors on cuda:0 under ``FakeTensorMode``; ``pretend_compiler`` has Inductor generate code for
-sm_90 and Triton assemble it; ``pretend_streams`` replaces streams, events and page-locked memory by
-objects that take note of every wait of the host. All of them change the process for good.
+For processes in the environment of ``environment.py``. ``pretend_device`` makes PyTorch accept
+tensors on cuda:0 under ``FakeTensorMode``; ``attend_with`` chooses the back end of attention;
+``pretend_compiler`` has Inductor generate code for sm_90 and Triton assemble it. All of them change
+the process for good.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -118,6 +119,8 @@ def attend_with(backend: str) -> None:
             query, key, value, None, True, 0.0, is_causal
         )[0]
 
+    chosen = SDPBackend.FLASH_ATTENTION if backend == "flash" else SDPBackend.CUDNN_ATTENTION
+    torch._fused_sdp_choice = _always(chosen.value)
     torch.nn.functional.scaled_dot_product_attention = attention
 
 

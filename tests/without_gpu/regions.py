@@ -283,11 +283,11 @@ def main() -> None:
             initargs=(folder,),
         ) as pool,
     ):
-        results = list(pool.map(compile_config, arguments.configs))
-    graphs = tuple(graph for found, _ in results for graph in found)
-    failures = {name: error for _, failed in results for name, error in failed.items()}
-    seconds = time.monotonic() - began
-    Table(str(torch.__version__), graphs, failures, seconds).write(arguments.out)
+        table = Table(str(torch.__version__), ())
+        for found, failed in pool.map(compile_config, arguments.configs):
+            graphs, failures = (*table.graphs, *found), {**table.failures, **failed}
+            table = Table(table.torch, graphs, failures, time.monotonic() - began)
+            table.write(arguments.out)  # what there is, if the rest takes too long
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start this package's commands in the environment of ``environment.py``, and read what they find."""
+"""Start this package's commands in the environment with the CUDA build; read what they find."""
 
 from __future__ import annotations
 

@@ -144,7 +144,8 @@ def main() -> None:
     pretend.attend_with("cudnn")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        config = prepare(load(arguments.config, [*changes, *arguments.set], {}).config, Path(folder))
+        config = load(arguments.config, [*changes, *arguments.set], {}).config
+        config = prepare(config, Path(folder))
         watch = watch_step(config, arguments.ranks)
     phase = LAST_PHASE if arguments.looped else 0
     must = minimum(config, arguments.ranks, phase, pretend.DEVICE)

@@ -94,24 +94,35 @@ def read_expected(path: Path = EXPECTED) -> dict[str, Any]:
 
 
 def write_expected(table: Table, path: Path = EXPECTED) -> None:
-    """Make this table the committed one; one line per graph, so that a diff shows what changed.
+    """Put the configurations of this table into the committed one, in place of what it has of them.
+
+    There is one line per graph, so that a diff shows what changed.
 
     Raises:
-        ValueError: the table is not complete.
+        ValueError: the table is not complete, or the rest is of another version of torch.
     """
     if table.failures:
-        raise ValueError(f"not written, since these did not compile: {', '.join(table.failures)}")
-    lines = [
-        f"    {json.dumps(graph.key)}: {json.dumps(graph.counts)}"
-        for graph in sorted(table.graphs, key=lambda graph: graph.key)
-    ]
+        raise ValueError(f"not written, since these do not compile: {', '.join(table.failures)}")
+    before = read_expected(path) if path.exists() else {"torch": table.torch, "graphs": {}}
+    configs = {graph.config for graph in table.graphs}
+    kept = {key: row for key, row in before["graphs"].items() if key.split()[0] not in configs}
+    if kept and before["torch"] != table.torch:
+        raise ValueError(f"not written: the other rows are of torch {before['torch']}")
+    counts = kept | {graph.key: graph.counts for graph in table.graphs}
+    lines = [f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(counts.items())]
     text = f'{{\n  "torch": {json.dumps(table.torch)},\n  "graphs": {{\n'
     path.write_text(text + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
 
 
-def differences(
+def of_configs(
     expected: Mapping[str, Mapping[str, int]], graphs: Iterable[Graph]
-) -> list[str]:
+) -> dict[str, Mapping[str, int]]:
+    """Return the rows of the configurations that these graphs belong to."""
+    configs = {graph.config for graph in graphs}
+    return {key: row for key, row in expected.items() if key.split()[0] in configs}
+
+
+def differences(expected: Mapping[str, Mapping[str, int]], graphs: Iterable[Graph]) -> list[str]:
     """Every count that differs from the expected one by more than 2 %, and graphs that came or
     went; each a line that names the graph, before, after and what to do."""
     found = {graph.key: graph.counts for graph in graphs}
