@@ -44,11 +44,11 @@ def install(folder: Path) -> Path:
     others = [need for need in project["dependencies"] if not need.startswith("torch>")]
     python = folder / "bin" / "python"
     for command in (
-        [sys.executable, "-m", "venv", folder],
-        [python, "-m", "pip", "install", f"torch=={TORCH_VERSION}", *others],
+        [sys.executable, "-m", "venv", str(folder)],
+        [str(python), "-m", "pip", "install", f"torch=={TORCH_VERSION}", *others],
     ):
         if subprocess.run(command, check=False).returncode != 0:
-            raise UnavailableError(f"{folder}: failed: {' '.join(map(str, command))}")
+            raise UnavailableError(f"{folder}: failed: {' '.join(command)}")
     check(python)
     return python
 

@@ -120,8 +120,9 @@ def attend_with(backend: str) -> None:
         )[0]
 
     chosen = SDPBackend.FLASH_ATTENTION if backend == "flash" else SDPBackend.CUDNN_ATTENTION
-    torch._fused_sdp_choice = _always(chosen.value)
-    torch.nn.functional.scaled_dot_product_attention = attention
+    setattr(torch, "_fused_sdp_choice", _always(chosen.value))  # noqa: B010
+    functional: Any = torch.nn.functional
+    functional.scaled_dot_product_attention = attention
 
 
 # ---------------------------------------------------------------------------- compiler
@@ -178,8 +179,8 @@ def pretend_compiler() -> Assembler:
 
 
 def _pretend_driver() -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found]
+    from triton.runtime.driver import driver  # type: ignore[import-not-found]
 
     class Driver:
         """Answers what Triton asks of a driver while it compiles."""
@@ -215,7 +216,9 @@ def _pretend_driver() -> None:
 
 def _fold_constants_on_cpu() -> None:
     """Inductor evaluates constants of a graph; there is no device to do it on."""
-    from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder as Folder
+    from torch._inductor.fx_passes import joint_graph
+
+    folder: Any = joint_graph.UniformValueConstantFolder
 
     class OnCpu(TorchDispatchMode):
         def __torch_dispatch__(
@@ -226,19 +229,20 @@ def _fold_constants_on_cpu() -> None:
                 kwargs["device"] = torch.device("cpu")
             return func(*args, **kwargs)
 
-    deduce = Folder._deduce_value
+    deduce = folder._deduce_value
 
     def deduce_on_cpu(self: Any, node: Any) -> Any:
         with OnCpu():
             return deduce(self, node)
 
-    Folder._deduce_value = deduce_on_cpu
+    folder._deduce_value = deduce_on_cpu
 
 
 def _assemble_only() -> Assembler:
     """Have Inductor's kernels compiled to cubins, and nothing loaded or launched."""
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.runtime import triton_heuristics
 
+    autotuner: Any = triton_heuristics.CachingAutotuner
     assembler = Assembler()
 
     def precompile(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -246,5 +250,5 @@ def _assemble_only() -> Assembler:
         assembler.kernels += 1
         assembler.cubins += bool(compiled.kernel.asm.get("cubin"))
 
-    CachingAutotuner.precompile = precompile
+    autotuner.precompile = precompile
     return assembler

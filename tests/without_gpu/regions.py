@@ -56,8 +56,8 @@ class Compiler:
     def __init__(
         self,
         assembler: pretend.Assembler,
-        labels: dict[str, str],
-        block_labels: dict[str, str],
+        labels: dict[str, Any],
+        block_labels: dict[str, Any],
     ) -> None:
         self._assembler = assembler
         self._labels, self._block_labels = labels, block_labels
@@ -113,7 +113,8 @@ class Compiler:
     @contextmanager
     def _recording(self) -> Iterator[None]:
         """Have Inductor's graphs counted as soon as their kernels are assembled."""
-        compile_to_module = GraphLowering.compile_to_module
+        lowering: Any = GraphLowering
+        compile_to_module = lowering.compile_to_module
 
         def recorded(graph: GraphLowering) -> Any:
             kernels, cubins = self._assembler.kernels, self._assembler.cubins
@@ -134,11 +135,11 @@ class Compiler:
             print(*names, _direction(graph), f"{seconds:.1f} s", file=sys.stderr, flush=True)
             return result
 
-        GraphLowering.compile_to_module = recorded
+        lowering.compile_to_module = recorded
         try:
             yield
         finally:
-            GraphLowering.compile_to_module = compile_to_module
+            lowering.compile_to_module = compile_to_module
 
 
 def _direction(graph: GraphLowering) -> str:

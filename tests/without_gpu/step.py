@@ -24,8 +24,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from jepa_dist.bench.collectives import CollectiveCounter
 from jepa_dist.bench.comm import minimum
 from jepa_dist.bench.common import with_random_data
-from jepa_dist.config import Config, load
+from jepa_dist.config import Config, ProfileConfig, load
 from jepa_dist.model.execution import LAST_PHASE
+from jepa_dist.monitor.profiler import StepProfiler
 from jepa_dist.optim.muon import Muon
 from jepa_dist.parallel.world import World, build_mesh
 from jepa_dist.trainer import Trainer
@@ -40,23 +41,24 @@ class _WatchedError(Exception):
     """Ends the run when the step has been watched."""
 
 
-class _Watch:
+class _Watch(StepProfiler):
     """Stands where the profiler does, which is told of the beginning of every step."""
 
     def __init__(self) -> None:
+        super().__init__(ProfileConfig(), Path(), rank=0)
         self.waits = WaitDetector()
         self.collectives = CollectiveCounter()
-        self._steps = 0
+        self._begun = 0
 
     def step(self) -> None:
-        if self._steps == _FIRST_STEPS:
+        if self._begun == _FIRST_STEPS:
             self.waits.__enter__()
             self.collectives.__enter__()
-        elif self._steps == _FIRST_STEPS + 1:
+        elif self._begun == _FIRST_STEPS + 1:
             self.collectives.__exit__(None, None, None)
             self.waits.__exit__(None, None, None)
             raise _WatchedError
-        self._steps += 1
+        self._begun += 1
 
 
 class _World(World):

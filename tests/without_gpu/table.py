@@ -103,7 +103,9 @@ def write_expected(table: Table, path: Path = EXPECTED) -> None:
     """
     if table.failures:
         raise ValueError(f"not written, since these do not compile: {', '.join(table.failures)}")
-    before = read_expected(path) if path.exists() else {"torch": table.torch, "graphs": {}}
+    before: dict[str, Any] = {"torch": table.torch, "graphs": {}}
+    if path.exists():
+        before = read_expected(path)
     configs = {graph.config for graph in table.graphs}
     kept = {key: row for key, row in before["graphs"].items() if key.split()[0] not in configs}
     if kept and before["torch"] != table.torch:

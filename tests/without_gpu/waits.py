@@ -154,13 +154,14 @@ class Stream:
 
 def pretend_streams() -> None:
     """Replace PyTorch's streams, events and page-locked memory."""
-    cuda: Any = torch.cuda
+    any_torch: Any = torch
+    cuda = any_torch.cuda
     cuda.Stream, cuda.Event = Stream, Event
-    cuda.current_stream = torch.accelerator.current_stream = lambda *_: Stream()
+    cuda.current_stream = any_torch.accelerator.current_stream = lambda *_: Stream()
     cuda.stream = lambda _: contextlib.nullcontext()
-    torch.accelerator.is_available = lambda: True  # the loader asks, before it locks pages
+    any_torch.accelerator.is_available = lambda: True  # the loader asks, before it locks pages
     cuda.synchronize = lambda *_: _report("cuda.synchronize")
-    torch.Tensor.pin_memory = lambda tensor, *_: _page_locked(tensor)  # type: ignore[method-assign]
+    any_torch.Tensor.pin_memory = lambda tensor, *_: _page_locked(tensor)
     torch.utils._device._device_constructors()  # `with torch.device` knows functions by identity
     empty = torch.empty
 
@@ -168,7 +169,7 @@ def pretend_streams() -> None:
         tensor = empty(*args, **kwargs)
         return _page_locked(tensor) if pin_memory else tensor
 
-    torch.empty = empty_or_page_locked
+    any_torch.empty = empty_or_page_locked
 
 
 def _page_locked(tensor: Tensor) -> Tensor:
