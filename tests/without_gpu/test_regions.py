@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jepa_dist.config import ModelConfig, load
 from tests.without_gpu import environment, run
 from tests.without_gpu.table import ATTENTION, CHECKPOINTING, Table, differences, read_expected
 
@@ -35,8 +36,28 @@ def test_every_region_assembles(table: Table, path: Path) -> None:
     for graph in graphs:
         if graph.region.startswith("blocks.") and graph.direction == "forward":
             assert graph.calls[f"_scaled_dot_product_{graph.attention}_attention"] == 1
-    variants = {(g.attention, g.checkpointing) for g in graphs if g.region == "blocks.0"}
-    assert variants == {(a, c) for a in ATTENTION for c in CHECKPOINTING}
+
+
+@pytest.mark.parametrize("path", run.CONFIGS, ids=lambda path: path.stem)
+def test_blocks_of_a_kind_share_a_graph_in_every_variant(table: Table, path: Path) -> None:
+    first_of_kind = _first_of_kind(load(path, [], {}).config.model)
+    graphs = [g for g in table.of(path.stem) if g.region.startswith("blocks.")]
+    for attention in ATTENTION:
+        for checkpointing in CHECKPOINTING:
+            variant = [
+                g for g in graphs if (g.attention, g.checkpointing) == (attention, checkpointing)
+            ]
+            assert {graph.region for graph in variant} == first_of_kind, (attention, checkpointing)
+
+
+def _first_of_kind(model: ModelConfig) -> set[str]:
+    """Blocks differ in whether their branches are parallel and whether they remove own values."""
+    kinds: dict[tuple[bool, bool], str] = {}
+    for index in range(model.num_layers):
+        parallel = 0 <= model.parallel_residual_start <= index
+        kind = (parallel, index >= model.num_layers - model.xsa_last_n)
+        kinds.setdefault(kind, f"blocks.{index}")
+    return set(kinds.values())
 
 
 def test_kernels_and_bytes_are_as_in_the_table(table: Table) -> None:
