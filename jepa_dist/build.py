@@ -12,15 +12,18 @@ from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import TokenDataset, TrainLoader
 from jepa_dist.data.shards import find_shards
 from jepa_dist.data.tokenizer import Tokenizer
+from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.validation import Validation
 from jepa_dist.model.execution import looped_blocks
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
+from jepa_dist.model.layers import Attention, causal_attention
 from jepa_dist.optim.ema import EMA
 from jepa_dist.optim.groups import group_parameters
 from jepa_dist.optim.muon import MuonSettings
 from jepa_dist.optim.optimizer import Optimizer
-from jepa_dist.parallel.shard import Gathering, InitialValue, parallelise
+from jepa_dist.parallel.attention import bind_attention, choose_attention
+from jepa_dist.parallel.shard import Gathering, InitialValue, compute_dtype, parallelise
 from jepa_dist.parallel.world import World
 
 
@@ -95,11 +98,9 @@ def build_validation(
     config: Config, world: World, micro: int, tokenizer: Tokenizer | None
 ) -> Validation:
     """The fixed validation set."""
-    dataset = TokenDataset(
-        find_shards(config.data.val, "data.val"), config.model.seq_len, config.model.vocab_size
-    )
+    stream = TokenStream(find_shards(config.data.val, "data.val"), config.model.vocab_size)
     counter = None if tokenizer is None else tokenizer.byte_counter()
-    return Validation(dataset, config.eval.sequences, micro, counter, world)
+    return Validation(stream, config.model.seq_len, config.eval.sequences, micro, counter, world)
 
 
 def build_gpt(
@@ -120,14 +121,42 @@ def build_gpt(
     """
     with torch.device("meta"):
         model = GPT(config)
+    looped = [model.blocks[index] for index in looped_blocks(config)]
+    _bind_attention(model, config, parallel, world.device)
     gathering = parallelise(
         model,
         regions=model.regions(),
         blocks=model.blocks,
-        looped=[model.blocks[index] for index in looped_blocks(config)],
+        looped=looped,
+        reduced_in_parts=looped if config.untie_loop_mlps else [],
         config=parallel,
         world=world,
         initial_value=initial_value,
         micro_batches=micro_batches,
     )
     return model, gathering
+
+
+def chosen_attention(config: ModelConfig, parallel: ParallelConfig, device: torch.device) -> str:
+    """Return the name of the attention kernel that the model will run on ``device``.
+
+    Raises:
+        UserError: ``parallel.attention`` cannot run there.
+    """
+    width, length = config.head_dim, config.seq_len
+    query = torch.Size([1, config.num_heads, length, width])
+    key = torch.Size([1, config.num_kv_heads, length, width])
+    dtype = compute_dtype(parallel, device)
+    return choose_attention(parallel.attention, query, key, dtype, device)
+
+
+def _bind_attention(
+    model: GPT, config: ModelConfig, parallel: ParallelConfig, device: torch.device
+) -> None:
+    """Have every block compute attention with the chosen kernel, by one function for all blocks
+    (they share compiled graphs)."""
+    name = chosen_attention(config, parallel, device)
+    attend = bind_attention(causal_attention, name, others=parallel.attention == "auto")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = attend

@@ -1,8 +1,12 @@
-"""The one exception that every room raises for something the *user* can mend.
+"""The exceptions for problems that the user can fix.
 
-The front door prints it without a traceback, one line per problem, and exits with its code
-(contract C7). A message names the key or file, what was expected, and the way out.
+The entry points print them without a traceback, one line per problem, and exit with their code
+(contract C7). A message names the key, file or rank, what was expected, and the way out.
 """
+
+from __future__ import annotations
+
+_LONGEST_PROBLEM = 2000
 
 
 class UserError(Exception):
@@ -11,11 +15,23 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(map(one_line, problems))
+        super().__init__("\n".join(self.problems))
 
 
-class TrainingError(UserError):
-    """The run itself cannot go on; raised on every rank alike, so that rank 0 alone tells it."""
+class SharedError(UserError):
+    """A problem that every rank raises at the same point, so that rank 0 alone prints it."""
+
+
+class TrainingError(SharedError):
+    """The run itself cannot continue."""
 
     exit_code = 3
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` as one printable line: what files hold may contain anything."""
+    text = " ".join(text.splitlines()) if len(text.splitlines()) > 1 else text
+    if len(text) > _LONGEST_PROBLEM:
+        text = f"{text[:_LONGEST_PROBLEM]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

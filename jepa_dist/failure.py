@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from jepa_dist.errors import TrainingError, UserError
+from jepa_dist.errors import SharedError, UserError
 
 EXIT_FAILURE = 1
 
@@ -27,11 +27,41 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def told_once(rank: int) -> Iterator[None]:
-    """For what fails on every rank alike: rank 0 prints the problems, all exit with its code."""
+def told_by_host() -> Iterator[None]:
+    """For checks before the ranks meet: the first rank of each host prints the problems of its own
+    command, files and environment, all others of the host leave with the same code."""
+    try:
+        yield
+    except OSError as error:
+        # What a check did not foresee, e.g. a name that is too long.
+        _tell_host(UserError(f"{error.filename or 'the system'}: {error.strerror or error}"))
+    except UserError as error:
+        _tell_host(error)
+
+
+def _tell_host(error: UserError) -> NoReturn:
+    # The environment may be what is wrong: without a number this process speaks.
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if local_rank == "0" or not local_rank.isdecimal():
+        _print_problems(error, prefix="" if rank in ("0", "") else f"[rank {rank}] ")
+    else:
+        time.sleep(_LET_MAIN_SPEAK_SECONDS)
+    sys.exit(error.exit_code)
+
+
+@contextmanager
+def told_once(rank: int, on_failure: Callable[[], None] | None = None) -> Iterator[None]:
+    """For what fails on every rank alike: rank 0 prints the problems, all exit with its code.
+
+    Args:
+        rank: This one.
+        on_failure: Called first.
+    """
     try:
         yield
     except UserError as error:
+        if on_failure is not None:
+            on_failure()
         _tell_once(error, rank)
 
 
@@ -59,7 +89,7 @@ def told_by_this_rank(rank: int, on_failure: Callable[[str], None] | None = None
     try:
         with _noted(on_failure):
             yield
-    except TrainingError as error:
+    except SharedError as error:
         log.error("%s", error)
         _tell_once(error, rank)
     except UserError as error:

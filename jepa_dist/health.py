@@ -5,24 +5,34 @@ from __future__ import annotations
 import math
 
 from jepa_dist.parallel.reduce import StepReport
+from jepa_dist.progress import Progress
 
 
 class BadSteps:
-    """Counts the steps whose update was skipped, and how many came in a row."""
+    """Counts the steps whose update was skipped, and how many came in a row.
 
-    def __init__(self) -> None:
-        self.total = 0
-        self.in_row = 0
-        self.first_of_row = 0
-        """Step at which the row began."""
+    Args:
+        progress: Of the run, which may have been interrupted within a row.
+    """
 
-    def observe(self, report: StepReport) -> None:
-        """Take in a step, in order."""
+    def __init__(self, progress: Progress) -> None:
+        self.total = progress.bad_steps
+        self.in_row = progress.bad_in_row
+        self.row_sample = progress.bad_row_sample
+        """First sample of the row's batches, in samples that the run had consumed before."""
+
+    def observe(self, report: StepReport, first_sample: int) -> None:
+        """Take in a step, in order.
+
+        Args:
+            report: Its numbers.
+            first_sample: Samples that the run had consumed before it.
+        """
         if is_healthy(report):
             self.in_row = 0
             return
         if self.in_row == 0:
-            self.first_of_row = report.step
+            self.row_sample = first_sample
         self.in_row += 1
         self.total += 1
 

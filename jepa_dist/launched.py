@@ -1,35 +1,194 @@
-"""What the launcher (torchrun or none) says of this process, before any process group exists."""
+"""The launcher's environment: the one place that reads which rank this process is.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. ``adopt_launcher`` derives
+them from SLURM's variables under srun, and refuses an environment that names only some of them:
+such a process would wait forever, or train alone beside its siblings.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
+import subprocess
+from collections.abc import Iterable, Mapping, MutableMapping
+
+from jepa_dist.errors import UserError
+
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+# Launchers whose variables are not enough to meet: number of processes -> name.
+_OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+# Ports from 32768 on are the kernel's; 10000 to 29999 are multinode.sh's.
+_FIRST_PORT, _NUM_PORTS = 20000, 10000
+_SCONTROL_SECONDS = 60
+
+
+def adopt_launcher(environ: MutableMapping[str, str], *, will_meet: bool = True) -> None:
+    """Complete RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or leave all unset.
+
+    Under srun they follow from SLURM's variables; a given MASTER_ADDR or MASTER_PORT is kept.
+    Without a launcher this process is a world of its own.
+
+    Args:
+        environ: Is changed.
+        will_meet: Whether the ranks will join each other. If not, WORLD_SIZE alone may say how
+            many there will be.
+
+    Raises:
+        UserError: some of the variables are missing or are no numbers.
+    """
+    if "RANK" not in environ and not will_meet:
+        _check_numbers(environ, ("WORLD_SIZE",) if "WORLD_SIZE" in environ else ())
+        return
+    if "RANK" not in environ and _tasks_of_step(environ) > 1:
+        _adopt_slurm(environ)
+    if "RANK" not in environ:
+        _refuse_rankless(environ)
+        return
+    missing = [name for name in _NEEDED if not environ.get(name)]
+    if missing:
+        raise UserError(
+            f"environment: RANK={environ['RANK']!r}, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing or empty; start the ranks with "
+            "torchrun, or unset RANK and WORLD_SIZE to train in this process alone"
+        )
+    _check_numbers(environ, _NUMBERS)
+    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    if rank >= world_size:
+        raise UserError(
+            f"environment: RANK={rank}: must be below WORLD_SIZE={world_size}; start the ranks "
+            "with torchrun"
+        )
+
+
+def _refuse_rankless(environ: Mapping[str, str]) -> None:
+    """Refuse variables that say that there are more processes than this one."""
+    if "WORLD_SIZE" in environ:
+        raise UserError(
+            f"environment: WORLD_SIZE={environ['WORLD_SIZE']!r} is set, but RANK is not; start the "
+            "ranks with torchrun, or unset WORLD_SIZE to train in this process alone"
+        )
+    for name, launcher in _OTHER_LAUNCHERS.items():
+        if environ.get(name, "1") != "1":
+            raise UserError(
+                f"environment: {name}={environ[name]!r} is set, but RANK is not: {launcher} does "
+                "not say where the ranks meet; start them with torchrun or srun, or set "
+                f"{', '.join(_NEEDED)} for each"
+            )
+
+
+def _check_numbers(environ: Mapping[str, str], names: Iterable[str]) -> None:
+    wrong = [n for n in names if not re.fullmatch(r"[0-9]{1,9}", environ[n])]
+    if wrong:
+        raise UserError(
+            *(f"environment: {name}={environ[name]!r}: expected a number from 0" for name in wrong)
+        )
+
+
+def _tasks_of_step(environ: Mapping[str, str]) -> int:
+    """The number of tasks that srun started together with this one; 1 outside of srun."""
+    if "SLURM_PROCID" not in environ:
+        return 1
+    name = next((n for n in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if n in environ), None)
+    if name is None:
+        return 1
+    if not environ[name].isdecimal():
+        raise UserError(f"environment: {name}={environ[name]!r}: expected a number of tasks")
+    return int(environ[name])
+
+
+def _adopt_slurm(environ: MutableMapping[str, str]) -> None:
+    missing = [name for name in _SLURM if not environ.get(name, "").isdecimal()]
+    if missing:
+        raise UserError(
+            f"environment: SLURM_PROCID={environ['SLURM_PROCID']!r} of {_tasks_of_step(environ)} "
+            f"tasks, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing or no "
+            "number; start the ranks with srun or torchrun, or unset SLURM_PROCID to train in this "
+            "process alone"
+        )
+    if not environ.get("MASTER_ADDR"):
+        environ["MASTER_ADDR"] = _first_address(environ)
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    environ["WORLD_SIZE"] = str(_tasks_of_step(environ))
+    step = int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])
+    environ.setdefault("MASTER_PORT", str(_FIRST_PORT + step % _NUM_PORTS))
+
+
+def _first_address(environ: Mapping[str, str]) -> str:
+    """Address of the first node of the step; names of nodes need not resolve."""
+    if environ.get("SLURM_STEP_NUM_NODES") == "1":
+        return "127.0.0.1"
+    try:
+        first = _scontrol("hostnames", environ["SLURM_STEP_NODELIST"]).split()[0]
+        words = _scontrol("node", first).split()
+        return next(w for w in words if w.startswith("NodeAddr=")).partition("=")[2]
+    except (KeyError, IndexError, StopIteration, OSError, subprocess.SubprocessError):
+        raise UserError(
+            "environment: SLURM does not say at which address the ranks meet "
+            "(SLURM_STEP_NODELIST, scontrol); set MASTER_ADDR to the first node's"
+        ) from None
+
+
+def _scontrol(what: str, name: str) -> str:
+    command = ["scontrol", "show", what, name]
+    return subprocess.run(
+        command, capture_output=True, check=True, text=True, timeout=_SCONTROL_SECONDS
+    ).stdout
+
+
+def check_rendezvous(environ: Mapping[str, str]) -> None:
+    """See that the address where the ranks meet can be resolved: waiting for it takes minutes.
+
+    Raises:
+        UserError: it cannot.
+    """
+    address = environ.get("MASTER_ADDR")
+    if address is None:
+        return
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError:
+        raise UserError(
+            f"environment: MASTER_ADDR={address}: this name does not resolve on "
+            f"{socket.gethostname()}; add --local-addr=127.0.0.1 to torchrun (several hosts: the "
+            "first one's address, as launch/multinode.sh does)"
+        ) from None
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process as one of several ranks."""
+    """Return whether a launcher started this process as one of several ranks."""
     return "RANK" in os.environ
 
 
 def launched_rank() -> int:
-    """This process's rank (0 without a launcher)."""
+    """Return this process's rank (0 without a launcher)."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_local_rank() -> int:
-    """This process's rank on its host (0 without a launcher)."""
+    """Return this process's rank on its host (0 without a launcher)."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def launched_world_size() -> int:
-    """Number of ranks (1 without a launcher)."""
+    """Return the number of ranks (1 without a launcher)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_on_this_host() -> int:
+    """Return the number of ranks on this host (1 without a launcher)."""
+    given = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "1")
+    return int(given) if given.isdecimal() else 1
+
+
 def tell_place() -> None:
-    """On several hosts, say once for each of them which ranks it has got."""
+    """Print once for each of several hosts which ranks it has."""
     if launched_local_rank() != 0 or int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
         return
     first, count = launched_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -44,8 +203,12 @@ def die_with_launcher() -> None:
 
     Otherwise it would train on unnoticed, for minutes.
     """
-    if not is_launched():
-        return
+    if is_launched():
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when its parent dies, even by SIGKILL (Linux)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() == 1:  # it died before

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jepa_dist.checkpoint import find_resumable
+from jepa_dist.checkpoint.folder import LATEST, published
 from jepa_dist.checkpoint.loader import verify_together
-from jepa_dist.checkpoint.manifest import read_state
-from jepa_dist.config import Config, flatten, to_dict, to_yaml
-from jepa_dist.errors import UserError
-from jepa_dist.monitor.run_dir import read_status, write_run_dir
+from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
+from jepa_dist.config import Config, flatten, read_mapping, to_dict, to_yaml
+from jepa_dist.errors import UserError, one_line
+from jepa_dist.monitor.run_dir import check_run_files, read_status, write_run_dir
 from jepa_dist.parallel.world import World
+from jepa_dist.progress import Progress, RunState, run_state
+from jepa_dist.run_lock import LOCK_NAME
 
 # Keys that a checkpoint cannot go on without being the same, by the beginning of their names.
 _ESSENTIAL = ("seed", "model.", "optim.matrix", "data.tokenizer")
@@ -40,13 +41,21 @@ class Start:
     """Known to be whole and to fit; None begins anew."""
     step: int
     """Optimiser steps done by then."""
+    seconds: float
+    """Training time spent by then."""
     is_finished: bool
     """Whether there is nothing left to do."""
     messages: tuple[str, ...]
     """What the user should know."""
 
 
-def find_start(config: Config, run_dir: Path, data_fingerprint: str, world: World) -> Start:
+def find_start(
+    config: Config,
+    run_dir: Path,
+    data_fingerprint: str,
+    world: World,
+    validation_fingerprint: str | None = None,
+) -> Start:
     """Decide where to begin. Collective; the same on every rank.
 
     Args:
@@ -54,11 +63,12 @@ def find_start(config: Config, run_dir: Path, data_fingerprint: str, world: Worl
         run_dir: Its directory, which may hold an earlier part of it.
         data_fingerprint: Of the training data now (rank 0's counts).
         world: The ranks.
+        validation_fingerprint: Of what it is validated on now; None does not compare.
 
     Raises:
         UserError: on every rank: a directory or checkpoint that does not fit, or is damaged.
     """
-    mode = config.checkpoint.resume
+    mode, now = config.checkpoint.resume, (data_fingerprint, validation_fingerprint)
     occupied = world.decide(lambda: _is_occupied(run_dir))
     if mode != "auto":
         if occupied:
@@ -67,14 +77,19 @@ def find_start(config: Config, run_dir: Path, data_fingerprint: str, world: Worl
                 "(run.dir=...), or go on with it (checkpoint.resume=auto)"
             )
         if mode == "never":
-            return Start(None, 0, False, ())
-        verify_together(Path(mode), world)
-        return _start_at(Path(mode), (), config, data_fingerprint, world)
+            return Start(None, 0, 0.0, False, ())
+        named = Path(mode).expanduser()
+        folder = world.decide(lambda: _folder_of_checkpoints(named))
+        if folder is not None:
+            return _start_at_newest(folder, named, config, now, world)
+        verify_together(named, world)
+        return _start_at(named, (), config, now, world)
     if not occupied:
-        return Start(None, 0, False, ())
+        return Start(None, 0, 0.0, False, ())
+    world.decide(lambda: check_run_files(run_dir))
     found = find_resumable(run_dir / "checkpoints", world)
     if found.path is not None:
-        return _start_at(found.path, found.messages, config, data_fingerprint, world)
+        return _start_at(found.path, found.messages, config, now, world)
     if found.messages:
         raise UserError(
             *found.messages,
@@ -83,55 +98,106 @@ def find_start(config: Config, run_dir: Path, data_fingerprint: str, world: Worl
         )
     world.decide(lambda: _refuse_unless_same(run_dir, config))
     told = f"{run_dir}: stopped before its first checkpoint; beginning anew"
-    return Start(None, 0, False, (told,))
+    return Start(None, 0, 0.0, False, (told,))
+
+
+def _folder_of_checkpoints(named: Path) -> Path | None:
+    """The folder whose newest checkpoint is meant, if ``named`` is none itself.
+
+    Raises:
+        UserError: it is nothing that a run can continue from.
+    """
+    if named.name == LATEST and not named.is_dir():
+        return named.parent
+    if (named / "checkpoints").is_dir():
+        return named / "checkpoints"
+    if named.is_dir() and published(named):
+        return named
+    if named.is_dir():
+        return None
+    key = f"checkpoint.resume={named}"
+    if not named.exists():
+        raise UserError(
+            f"{key}: there is no such folder; python -m jepa_dist.checkpoint ls RUN lists the "
+            "checkpoints of a run (or auto, or never)"
+        )
+    raise UserError(
+        f"{key}: is a file; expected the folder of a checkpoint, e.g. "
+        "runs/a/checkpoints/step_00001000, or a run directory (exported weights hold no optimizer "
+        "state to continue from)"
+    )
+
+
+def _start_at_newest(
+    folder: Path, named: Path, config: Config, fingerprints: tuple[str, str | None], world: World
+) -> Start:
+    found = find_resumable(folder, world)
+    if found.path is None:
+        raise UserError(
+            *found.messages, f"checkpoint.resume={named}: holds no checkpoint that is whole"
+        )
+    return _start_at(found.path, found.messages, config, fingerprints, world)
 
 
 def _start_at(
     checkpoint: Path,
     messages: tuple[str, ...],
     config: Config,
-    data_fingerprint: str,
+    fingerprints: tuple[str, str | None],
     world: World,
 ) -> Start:
-    def compare() -> tuple[dict[str, Any], list[str]]:
-        state = read_state(checkpoint)
-        return state, differences(checkpoint, state, config, data_fingerprint)
+    def compare() -> tuple[Progress, list[str]]:
+        state = run_state(checkpoint / STATE, read_state(checkpoint))
+        if state.progress.step != read_manifest(checkpoint).step:
+            raise UserError(f"{checkpoint / STATE}: is not of the step that the manifest names")
+        return state.progress, differences(checkpoint, state, config, *fingerprints)
 
-    state, changes = world.decide(compare)
-    step = state["step"]
-    is_finished = world.decide(lambda: _is_finished(config, state))
+    progress, changes = world.decide(compare)
+    step = progress.step
+    is_finished = world.decide(lambda: _is_finished(config, progress))
     told = (
         f"{config.run.dir}: finished already, after step {step}; nothing to do"
         if is_finished
         else f"going on from {checkpoint}, after step {step}"
     )
-    return Start(checkpoint, step, is_finished, (*messages, *changes, told))
+    return Start(checkpoint, step, progress.seconds, is_finished, (*messages, *changes, told))
 
 
-def _is_finished(config: Config, state: Mapping[str, Any]) -> bool:
+def _is_finished(config: Config, progress: Progress) -> bool:
     """Whether all steps are done and what follows them (export, status) is, too."""
-    step, limit = state["step"], config.train.max_wallclock_seconds
-    is_complete = step >= config.train.steps or (limit is not None and state["seconds"] >= limit)
+    step, limit = progress.step, config.train.max_wallclock_seconds
+    is_complete = step >= config.train.steps or (limit is not None and progress.seconds >= limit)
     status = read_status(Path(config.run.dir).expanduser())
     return is_complete and (status.get("state"), status.get("step")) == ("finished", step)
 
 
 def differences(
-    checkpoint: Path, state: Mapping[str, Any], config: Config, data_fingerprint: str
+    checkpoint: Path,
+    state: RunState,
+    config: Config,
+    data_fingerprint: str,
+    validation_fingerprint: str | None = None,
 ) -> list[str]:
     """What is not as it was, one line per key that may change.
 
     Raises:
         UserError: what must not change did; all of it.
     """
-    before, now = dict(flatten(state["config"])), dict(flatten(to_dict(config)))
+    before, now = dict(flatten(state.config)), dict(flatten(to_dict(config)))
     changed = [
-        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        one_line(f"{key}: was {before.get(key)!r:.200}, is {now.get(key)!r}")
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
     refused = [line for line in changed if _starts(line, _ESSENTIAL)]
-    if state["data_fingerprint"] != data_fingerprint and not config.checkpoint.allow_other_data:
+    averages = [settings.get("optim.ema_decay", 0.0) > 0 for settings in (before, now)]
+    if averages[0] != averages[1]:
+        refused.append(
+            f"optim.ema_decay: was {before.get('optim.ema_decay')!r}, is "
+            f"{now['optim.ema_decay']!r}: the moving average covers a whole run and cannot be "
+            f"switched {'off' if averages[0] else 'on'} within it"
+        )
+    if state.data_fingerprint != data_fingerprint and not config.checkpoint.allow_other_data:
         refused.append(
             "data.train: not the shards that it was trained on (checkpoint.allow_other_data=true "
             "goes on with these)"
@@ -141,7 +207,15 @@ def differences(
             *(f"{checkpoint}: cannot go on from it: {line}" for line in refused),
             "give it the run's own settings, or begin anew in another run.dir",
         )
-    return [f"changed since the checkpoint: {x}" for x in changed if not _starts(x, _INCIDENTAL)]
+    told = [x for x in changed if not _starts(x, _INCIDENTAL)]
+    if None not in (state.validation_fingerprint, validation_fingerprint) and (
+        state.validation_fingerprint != validation_fingerprint
+    ):
+        told.append(
+            "what the run is validated on (data.val, eval.sequences): val/* are not comparable "
+            "with those before; reports leave the earlier ones out"
+        )
+    return [f"changed since the checkpoint: {x}" for x in told]
 
 
 def open_run_dir(run_dir: Path, config: Config, data: Mapping[str, Any]) -> None:
@@ -160,16 +234,18 @@ def _starts(line: str, beginnings: tuple[str, ...]) -> bool:
 
 
 def _is_occupied(run_dir: Path) -> bool:
-    return run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+    if not run_dir.is_dir():
+        return run_dir.exists()
+    return any(LOCK_NAME not in path.name for path in run_dir.iterdir())
 
 
 def _refuse_unless_same(run_dir: Path, config: Config) -> None:
     """A directory without checkpoints is gone on with only by the very run that made it."""
     try:
-        before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        before = read_mapping(run_dir / "config.yaml")
+    except UserError:
         before = None
-    if before != yaml.safe_load(to_yaml(config)):
+    if before != to_dict(config):
         raise UserError(
             f"run.dir={run_dir}: exists already, holds no checkpoint and was not made by this "
             "configuration; it is not overwritten: name another one (run.dir=...)"

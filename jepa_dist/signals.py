@@ -8,9 +8,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 EXIT_GRACE_OVER = 4
+
+# Where nohup (or a shell, for a job in the background) has these ignored, they stay so.
+_OF_TERMINALS = (signal.SIGHUP, signal.SIGQUIT)
 
 # One request may arrive twice: SLURM signals every process of a step, and torchrun passes on to its
 # ranks what it gets.
@@ -28,17 +32,21 @@ class StopRequest:
 
     Args:
         grace_seconds: From the first signal on; a process that still runs then exits (code 4).
+        on_stop: Called once, at the first signal, by the thread that receives it.
     """
 
-    def __init__(self, grace_seconds: float) -> None:
+    def __init__(self, grace_seconds: float, on_stop: Callable[[], None] | None = None) -> None:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._grace_seconds = grace_seconds
+        self._on_stop = on_stop
         self._inbox, outbox = socket.socketpair()
         outbox.setblocking(False)
         self._outbox = outbox  # keeps it open
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
+            is_ignored = signal.getsignal(number) is signal.SIG_IGN
+            if not (is_ignored and number in _OF_TERMINALS):
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
@@ -58,6 +66,8 @@ class StopRequest:
         timer = threading.Timer(self._grace_seconds, self._give_up, [number.name])
         timer.daemon = True
         timer.start()
+        if self._on_stop is not None:
+            self._on_stop()
 
     def _give_up(self, name: str) -> None:
         print(

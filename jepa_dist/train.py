@@ -3,45 +3,82 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jepa_dist.config import Config, check_world, load, to_dict
+from jepa_dist.command_line import Parser
+from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
+from jepa_dist.consistency import Statement, statement
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
-from jepa_dist.errors import UserError
-from jepa_dist.failure import told_by_this_rank, told_once
-from jepa_dist.launched import die_with_launcher, launched_rank, launched_world_size, tell_place
-from jepa_dist.monitor.run_dir import check_run_dir
+from jepa_dist.errors import TrainingError, UserError
+from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
+from jepa_dist.host import check_host
+from jepa_dist.launched import (
+    adopt_launcher,
+    die_with_launcher,
+    launched_rank,
+    launched_world_size,
+    ranks_on_this_host,
+    tell_place,
+)
+from jepa_dist.monitor.run_dir import check_run_dir, note_failure
 from jepa_dist.monitor.startup import Startup
+from jepa_dist.output import keep_output_alive
+from jepa_dist.process_env import set_defaults
+from jepa_dist.run_lock import RunLock
+
+_COMPILER_BYTES = 1 << 26
 
 
 def main() -> None:
     """Check everything that can be checked, then train."""
-    die_with_launcher()
-    rank = launched_rank()
-    with told_once(rank):
+    keep_output_alive()
+    with told_by_host():
         arguments = parse_arguments()
+        adopt_launcher(os.environ, will_meet=not (arguments.print_config or arguments.check))
+        die_with_launcher()
+        set_defaults(ranks_on_this_host())
         resolved = load(arguments.config, arguments.overrides)
         if arguments.print_config:
-            if rank == 0:
+            if launched_rank() == 0:
                 print(resolved.describe())
             return
-        check_world(resolved.config, launched_world_size())
-        check_data(resolved.config)
+        config = resolved.config
+        check_world(config, launched_world_size())
+        check_data(config)
+        if config.parallel.compile:
+            check_temporary_folder()
         if arguments.check:
-            check_run_dir(Path(resolved.config.run.dir).expanduser())
+            check_run_dir(Path(config.run.dir).expanduser())
             return
+        check_host(config)
+        mine = statement(config, data := fingerprint_data(config))
     tell_place()
-    train(resolved.config, rank)
+    train(config, data, mine)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells mistakes as everything else does: one line, once."""
+def check_temporary_folder() -> None:
+    """See that compilers have room for their temporary files, whose errors name no folder.
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; --help shows how to call it")
+    Raises:
+        UserError: they have not.
+    """
+    folder = os.environ.get("TMPDIR", "")
+    if not os.path.isdir(folder):  # Python passes over a full one, compilers do not
+        folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < _COMPILER_BYTES:
+        raise UserError(
+            f"TMPDIR={folder}: has {free >> 20} MiB free, but compiling needs "
+            f"{_COMPILER_BYTES >> 20}; free it, name another folder (export TMPDIR=...), or set "
+            "parallel.compile=false"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     Raises:
         UserError: not understood.
     """
-    parser = _Parser(prog="python -m jepa_dist.train", description=__doc__)
+    parser = Parser(prog="python -m jepa_dist.train", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/debug.yaml")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. jepa.lambda=0.02"
@@ -68,64 +105,135 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def train(config: Config, rank: int) -> None:
-    """Join the other ranks and run to the end, or until asked to stop."""
+def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
+    """Join the other ranks and run to the end, or until asked to stop.
+
+    Args:
+        config: The run.
+        data: Fingerprints of the shards by split.
+        mine: What must be the same on every rank.
+    """
     startup = Startup()
     startup.done("check")
     # Imported late: mistakes in the configuration are told before torch takes its seconds.
+    from jepa_dist.build import chosen_attention
+    from jepa_dist.capacity import check_memory
     from jepa_dist.checkpoint import Checkpointer, Keep
+    from jepa_dist.checkpoint.agreement import on_every_rank
     from jepa_dist.model.summary import model_summary
     from jepa_dist.monitor.memory import memory_watched
+    from jepa_dist.monitor.peers import Peers
     from jepa_dist.monitor.profiler import StepProfiler
     from jepa_dist.monitor.reporter import Reporter
-    from jepa_dist.monitor.run_dir import log_to_run_dir, note_failure
+    from jepa_dist.monitor.run_dir import log_to_run_dir
     from jepa_dist.monitor.watchdog import Watchdog
     from jepa_dist.parallel.world import record_collectives, start_world, stop_world
+    from jepa_dist.records import facts
     from jepa_dist.resume import find_start, open_run_dir
     from jepa_dist.trainer import Trainer
 
     startup.done("imports")
+    rank = launched_rank()
     run_dir = Path(config.run.dir).expanduser()
     record_collectives(run_dir / "logs")
     with told_by_this_rank(rank):
-        world = start_world(config.parallel)
+        world = start_world(config.parallel, mine)
     startup.done("process_group")
-    with told_once(rank):
-        data = world.decide(lambda: fingerprint_data(config))
-        start = find_start(config, run_dir, data["train"]["digest"], world)
+    lock = RunLock(run_dir)
+    validated_on = f"{data['val']['digest']}:{config.eval.sequences}"
+    with told_once(rank, on_failure=lock.release):
+        attention = chosen_attention(config.model, config.parallel, world.device)
+        on_every_rank(lambda: check_memory(config, world), world)
+        messages = world.decide(lock.acquire)
+        start = find_start(config, run_dir, data["train"]["digest"], world, validated_on)
         if rank == 0:
-            print(*start.messages, sep="\n", end="\n" * bool(start.messages))
+            for line in (*messages, *start.messages):
+                print(line)
         if not start.is_finished:
             world.decide(lambda: open_run_dir(run_dir, config, data))
             keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
             checkpointer = Checkpointer(run_dir / "checkpoints", world, keep)
+            peers = Peers(run_dir, rank, world.decide(lambda: uuid.uuid4().hex))
+            if rank == 0:
+                peers.remove_old_reports()
     startup.done("find_checkpoint")
     if not start.is_finished:
+
+        def note(reason: str) -> None:
+            peers.report_failure(reason)
+            try:
+                note_failure(run_dir, rank, reason)
+            finally:
+                lock.release()
+
         with (
-            told_by_this_rank(rank, on_failure=partial(note_failure, run_dir, rank)),
+            told_by_this_rank(rank, on_failure=note),
             memory_watched(run_dir, rank, snapshot=config.monitor.memory_snapshot),
         ):
             log_to_run_dir(run_dir, rank)
-            identity = {"config": to_dict(config), "data_fingerprint": data["train"]["digest"]}
+            identity = {
+                "config": to_dict(config),
+                "data_fingerprint": data["train"]["digest"],
+                "validation_fingerprint": validated_on,
+            }
             reporter = None
             if rank == 0:
-                reporter = Reporter(run_dir, config, start.step, world.world_size)
-            trainer = Trainer(config, world, checkpointer, start.checkpoint, identity, startup)
+                reporter = Reporter(
+                    run_dir,
+                    config,
+                    start.step,
+                    world.world_size,
+                    train_seconds=start.seconds,
+                    facts={**facts(config, world.device), "parallel.attention": attention},
+                )
+                reporter.say(describe_kernels(config.parallel, attention))
+            trainer = Trainer(
+                config,
+                world,
+                checkpointer,
+                start.checkpoint,
+                identity,
+                startup,
+                on_stop=peers.leave_if_local_rank_ended,
+            )
             if reporter is not None:
                 parameters = trainer.model.named_parameters()
                 reporter.text("model", model_summary(parameters, config.model))
             late = config.monitor.late_seconds
             with (
-                Watchdog(run_dir, rank, world.world_size, lambda: trainer.meter.place, late),
+                Watchdog(
+                    run_dir,
+                    rank,
+                    world.world_size,
+                    lambda: trainer.meter.place,
+                    late,
+                    look=peers.leave_if_reported,
+                ),
                 StepProfiler(config.monitor.profile, run_dir, rank) as profiler,
             ):
-                summary = trainer.run(reporter, profiler)
+                try:
+                    summary = trainer.run(reporter, profiler)
+                except TrainingError as error:
+                    if reporter is not None:
+                        reporter.diverged(error.problems[0])
+                    raise
                 checkpointer.close()
                 if summary["finished"]:
                     trainer.export(run_dir, summary)
             if reporter is not None:
                 reporter.finish(summary)
+    lock.release()
     stop_world()
+
+
+def describe_kernels(config: ParallelConfig, attention: str) -> str:
+    """Return a line that says which kernels this start runs."""
+    line = f"attention kernel: {attention} (parallel.attention={config.attention})"
+    if not config.deterministic:
+        return line
+    from jepa_dist.parallel.determinism import EXCLUDED
+
+    return f"{line}; deterministic algorithms only, without {EXCLUDED}"
 
 
 def fingerprint_data(config: Config) -> dict[str, Any]:

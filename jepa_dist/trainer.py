@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 import socket
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,16 @@ from jepa_dist.build import (
     build_validation,
 )
 from jepa_dist.checkpoint import Checkpointer, find_resumable, load, set_aside_after
+from jepa_dist.checkpoint.manifest import STATE
 from jepa_dist.config import Config
-from jepa_dist.data.baseline import MAX_VOCAB, ngram_bits_per_byte
+from jepa_dist.data.baseline import MAX_VOCAB, MOST_TARGETS, MOST_TOKENS, ngram_baseline
 from jepa_dist.data.check import known_bos, load_checked_tokenizer
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch, make_batch
 from jepa_dist.data.shards import find_shards
 from jepa_dist.errors import TrainingError
 from jepa_dist.evaluate.score import InterruptedEvaluationError
+from jepa_dist.garbage import ScheduledCollection
 from jepa_dist.generate import generate
 from jepa_dist.health import BadSteps, is_healthy
 from jepa_dist.interop.safetensors_io import Weights, export_model
@@ -45,15 +49,16 @@ from jepa_dist.monitor.profiler import StepProfiler
 from jepa_dist.monitor.reporter import Reporter
 from jepa_dist.monitor.startup import Startup
 from jepa_dist.monitor.stragglers import RankTimes
-from jepa_dist.optim.clip import clip_grad_norm
+from jepa_dist.optim.clip import GradientClip
 from jepa_dist.optim.histograms import Distribution, distributions
 from jepa_dist.optim.update_ratio import UpdateRatio
 from jepa_dist.parallel.communication import time_communication, without_communication
 from jepa_dist.parallel.reduce import MetricsReduction, StepReport
+from jepa_dist.parallel.replicas import check_replicas
 from jepa_dist.parallel.shard import compile_region
 from jepa_dist.parallel.world import World
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
-from jepa_dist.progress import Progress
+from jepa_dist.progress import Progress, progress_of
 from jepa_dist.records import compiled_graphs, kinds_of_work, losses, memory, mfu
 from jepa_dist.signals import STOP_SIGNALS, StopRequest
 
@@ -68,6 +73,7 @@ class Trainer:
         resume: The checkpoint to go on from, known to be whole and to fit the configuration.
         identity: What a checkpoint says of the run besides (configuration, data fingerprint).
         startup: Measures what this start costs.
+        on_stop: Called when this process is asked to stop, by the thread that receives signals.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class Trainer:
         resume: Path | None = None,
         identity: Mapping[str, Any] | None = None,
         startup: Startup | None = None,
+        on_stop: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.world = world
@@ -91,6 +98,7 @@ class Trainer:
         if config.parallel.compile:
             compile_region(self.jepa_loss)
         self.optimizer = build_optimizer(config, self.model)
+        self.clip_gradients = GradientClip(self.model.parameters(), config.optim.grad_clip_norm)
         self.ema = build_ema(config, self.model)
         self.tokenizer = load_checked_tokenizer(config, ("train", "val"))
         self.bos_id = known_bos(config, self.tokenizer)
@@ -100,19 +108,21 @@ class Trainer:
         self.validation = build_validation(config, world, self.layout.micro_size, self.tokenizer)
         self.clock = TrainingClock()
         self.meter = Meter(config.batch.sequences * config.model.seq_len, world.device)
-        time_communication(self.model, self.meter.communication)
+        time_communication(self.model, lambda: self.meter.communication())
         self.rank_times = self._compare_ranks()
         self.update_ratio = UpdateRatio(self.optimizer.parameters())
         self.clipped = ClippedShare(config.optim.grad_clip_norm)
         self.histograms: dict[str, Distribution] = {}
         self.compiles = CompileCounter()
-        self.bad_steps = BadSteps()
         self.stop_request = (
-            None if checkpointer is None else StopRequest(config.checkpoint.grace_seconds)
+            None if checkpointer is None else StopRequest(config.checkpoint.grace_seconds, on_stop)
         )
         self.startup = startup or Startup()
         self.startup.done("build")
         self._begin_at(Progress() if resume is None else self.restore(resume))
+        self.phases: Counter[int] = Counter()
+        if config.parallel.dp_replicate > 1:
+            check_replicas(self.tensors(), world)
         self.startup.done("restore")
 
     def _compare_ranks(self) -> RankTimes:
@@ -126,6 +136,7 @@ class Trainer:
     def _begin_at(self, progress: Progress) -> None:
         """Everything that follows from how far the run is."""
         self.progress = progress
+        self.bad_steps = BadSteps(progress)
         self.batches = build_loader(
             self.config, self.world, progress.samples_consumed, progress.skip
         )
@@ -159,8 +170,9 @@ class Trainer:
         Raises:
             TrainingError: on every rank: the loss does not stay finite.
         """
+        garbage = ScheduledCollection(self.config.train.gc_every)
         try:
-            baselines = self._baselines(reporter)
+            baselines = self._baselines(reporter) | self._tokenizer_note(reporter)
             if self._is_complete():
                 return self._conclude() | baselines
             if self.config.parallel.compile and self.config.parallel.compile_warmup:
@@ -183,8 +195,11 @@ class Trainer:
                     self.startup.done("first_step")
                 validation = self.evaluate(plan) if plan.evaluate else {}
                 self.compiles.observe(compiled_graphs(), kinds_of_work(plan))
+                garbage.after_step(plan.step, compiled_graphs())
                 if plan.settle and self.checkpointer is not None:
                     self.checkpointer.wait()
+                    if reporter is not None:
+                        reporter.saved()
                 record = self._record(plan) | validation if plan.log else None
                 if reporter is not None:
                     reporter.step(record)
@@ -197,8 +212,10 @@ class Trainer:
                     self.roll_back(reporter)
                 if plan.stop:
                     assert record is not None
-                    return record | self._ending(plan, validation) | baselines
+                    self._refuse_bad_end(plan, validation)
+                    return record | self._ending(plan, plan.step + 1, validation) | baselines
         finally:
+            garbage.close()
             self.batches.close()
 
     def step(self, plan: StepPlan) -> None:
@@ -207,7 +224,8 @@ class Trainer:
         A step whose loss or gradient is not finite updates nothing, on any rank; the host learns
         of it when the step's report arrives.
         """
-        self.meter.step(plan.step, saving=self._is_saving())
+        self.meter.step(plan.step, saving=self._is_saving(), times_communication=plan.log)
+        self.phases[plan.phase] += 1
         self.optimizer.set_schedule(plan.lr_multiplier, plan.muon_momentum)
         if plan.spans is not None:
             self.spans_digest.update(plan.spans.astype("<i8").tobytes())
@@ -227,7 +245,7 @@ class Trainer:
             sums = {name: sums.get(name, 0) + value.detach() for name, value in parts.items()}
         self.gathering.release()
         with self.meter.phase("optimizer"):
-            grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.grad_clip_norm)
+            grad_norm = self.clip_gradients()
             self.histograms = self._histograms(plan)
             if plan.log:
                 self.update_ratio.before()
@@ -294,14 +312,14 @@ class Trainer:
             except InterruptedEvaluationError:
                 self.plans.request_stop("asked to stop during evaluation")
                 return {}
-            return result | self._sample(plan.phase)
+            return result | self._validation_set() | self._sample(plan.phase)
 
     def _take_in(self, reports: list[StepReport]) -> None:
         """Account for the steps whose numbers have arrived."""
         for report in reports:
             self.latest = report
             self.tokens_digest.update(report.digest.to_bytes(8, "little"))
-            self.bad_steps.observe(report)
+            self.bad_steps.observe(report, self._first_sample(report.step))
             self.clipped.observe(report.values["grad_norm"])
             self.rank_times.observe(report.values)
             signals = [n.name for n in STOP_SIGNALS if report.values[_signal_key(n)] > 0]
@@ -348,6 +366,9 @@ class Trainer:
             seconds=self.clock.seconds(),
             tokens_digest=self.tokens_digest.hex(),
             spans_digest=self.spans_digest.hex(),
+            bad_steps=self.bad_steps.total,
+            bad_in_row=self.bad_steps.in_row,
+            bad_row_sample=self.bad_steps.row_sample,
         )
 
     def roll_back(self, reporter: Reporter | None) -> None:
@@ -360,7 +381,7 @@ class Trainer:
             TrainingError: on every rank: it has been done before, or there is nothing to go to.
         """
         self._take_in(self.reduction.drain())
-        window = self._bad_samples()
+        window = range(self.bad_steps.row_sample, self.batches.samples_consumed)
         told = f"loss or gradient was not finite for {self.bad_steps.in_row} steps in a row"
         if self.checkpointer is None or self.progress.skip_count:
             raise TrainingError(*_advice(told, window, "it was rolled back once already"))
@@ -372,8 +393,16 @@ class Trainer:
         restored = self.restore(found.path)
         self.world.decide(lambda: set_aside_after(folder, restored.step))
         self.batches.close()
-        self._begin_at(replace(restored, skip_start=window.start, skip_count=len(window)))
         self.bad_steps.end_row()
+        self._begin_at(
+            replace(
+                restored,
+                skip_start=window.start,
+                skip_count=len(window),
+                bad_steps=self.bad_steps.total,
+                bad_in_row=0,
+            )
+        )
         self.save(self.progress, wait=True)
         if reporter is not None:
             reporter.go_back(
@@ -384,11 +413,10 @@ class Trainer:
         self.clock.start(restored.seconds)
         self.plans.request(restored.step)
 
-    def _bad_samples(self) -> range:
-        """Places in the order of what the bad steps consumed."""
-        steps = self.bad_steps.first_of_row - self.progress.step
-        start = self.progress.samples_consumed + steps * self.config.batch.sequences
-        return range(start, self.batches.samples_consumed)
+    def _first_sample(self, step: int) -> int:
+        """Samples that the run has consumed before a step of this start."""
+        steps = step - self.progress.step
+        return self.progress.samples_consumed + steps * self.config.batch.sequences
 
     def _is_saving(self) -> bool:
         return self.checkpointer is not None and self.checkpointer.in_flight
@@ -404,7 +432,7 @@ class Trainer:
             UserError: on every rank, if its tensors are not this run's.
         """
         state = load(checkpoint, self.tensors(), self.world, verified=True)
-        return Progress(**{name: state[name] for name in asdict(Progress())})
+        return progress_of(checkpoint / STATE, state)
 
     # ---------------------------------------------------------------- beginning and end
 
@@ -420,22 +448,53 @@ class Trainer:
         """What follows the last step: validation and the closing record."""
         plan = replace(StepPlan.of_nothing(self.progress.phase, 0.0, None), last=True)
         validation = self.evaluate(plan)
+        self._refuse_bad_end(plan, validation)
         return {
             "step": self.progress.step,
             "phase": self.progress.phase,
             **validation,
             **self._digests(),
-            **self._ending(plan, validation),
+            **self._ending(plan, self.progress.step, validation),
         }
 
-    def _ending(self, plan: StepPlan, validation: Mapping[str, Any]) -> dict[str, Any]:
+    def _ending(self, plan: StepPlan, step: int, validation: Mapping[str, Any]) -> dict[str, Any]:
         """How training ended, and its totals; a last validation cut short is still to be done."""
         finished = plan.last and bool(validation)
         return self.meter.summary() | {
             "finished": finished,
             "saved": self.checkpointer is not None,
-            "reason": "all steps are done" if finished else self.plans.stop_reason,
+            "reason": self._why_finished(step) if finished else self.plans.stop_reason,
         }
+
+    def _refuse_bad_end(self, plan: StepPlan, validation: Mapping[str, Any]) -> None:
+        """Do not let a run count as finished that ended in numbers that are not finite.
+
+        Raises:
+            TrainingError: on every rank: its last steps were skipped, or its validation loss (live
+                or averaged) is not finite.
+        """
+        if not plan.last:
+            return
+        advice = (
+            "nothing was exported (python -m jepa_dist.checkpoint export RUN OUT --not-finite does "
+            "so all the same); go on from an earlier checkpoint in another run.dir "
+            "(checkpoint.resume=PATH) with lower learning rates (optim.*_lr)"
+        )
+        in_row = self.bad_steps.in_row
+        if in_row > 0:
+            raise TrainingError(
+                f"the last {in_row} step(s) of the run were skipped, because loss or gradient was "
+                "not finite: the run is not finished",
+                advice,
+            )
+        bad = [key for key in ("val/loss", "val/ema_loss") if not _is_finite(validation.get(key))]
+        if bad:
+            raise TrainingError(f"{', '.join(bad)}: not finite at the end of the run", advice)
+
+    def _why_finished(self, step: int) -> str:
+        if step < self.config.train.steps:
+            return "the time is used up (train.max_wallclock_seconds)"
+        return "all steps are done"
 
     def _ended_before_training(self) -> dict[str, Any]:
         return {
@@ -452,8 +511,11 @@ class Trainer:
         reports = self.checkpointer.poll()
         if not reports:
             return {}
+        first = [report.stall_seconds for report in reports if report.is_first]
+        later = [report.stall_seconds for report in reports if not report.is_first]
         return {
-            "checkpoint/stall_seconds": max(report.stall_seconds for report in reports),
+            **({"checkpoint/first_stall_seconds": first[0]} if first else {}),
+            **({"checkpoint/stall_seconds": max(later)} if later else {}),
             "checkpoint/background_seconds": max(report.background_seconds for report in reports),
             "checkpoint/bytes": float(reports[-1].bytes),
         }
@@ -464,6 +526,11 @@ class Trainer:
             return self.validation.run(self.model, phase, self._is_stop_asked)
         finally:
             self.gathering.release()
+
+    def _validation_set(self) -> dict[str, str]:
+        """What was validated on, so that readers do not take two sets for one curve."""
+        fingerprint = self.identity.get("validation_fingerprint")
+        return {} if fingerprint is None else {"val/set": fingerprint}
 
     def _sample(self, phase: int) -> dict[str, str]:
         """A text sample, if there is a tokenizer to write it with."""
@@ -530,29 +597,45 @@ class Trainer:
                 self.model(batch.tokens, batch.targets, batch.weight, phase=phase)
             self.gathering.release()
 
-    def _baselines(self, reporter: Reporter | None) -> dict[str, float]:
-        """Bits per byte that counting reaches, told at once; on rank 0 alone."""
-        vocab_size = self.config.model.vocab_size
+    def _baselines(self, reporter: Reporter | None) -> dict[str, Any]:
+        """Compute and print the n-gram baselines, on samples of large data; rank 0 only."""
+        vocab_size, seq_len = self.config.model.vocab_size, self.config.model.seq_len
         if reporter is None or vocab_size > MAX_VOCAB or self.tokenizer is None:
             return {}
         train = find_shards(self.config.data.train, "data.train")
-        counted = ngram_bits_per_byte(
-            train, self.validation.windows(), vocab_size, self.tokenizer.byte_counter()
-        )
-        assert counted is not None
+        windows = self.validation.windows(max(1, MOST_TARGETS // seq_len))
+        baseline = ngram_baseline(train, windows, vocab_size, self.tokenizer.byte_counter())
+        assert baseline is not None
+        bits, of = baseline.bits_per_byte, self.validation.num_sequences
+        samples = ""
+        if baseline.available > MOST_TOKENS or len(windows) < of:
+            samples = (
+                f" (counted on {baseline.counted:,} of {baseline.available:,} training tokens, "
+                f"scored on {len(windows):,} of {of:,} validation sequences)"
+            )
         reporter.say(
-            f"to beat, by counting: bigram {counted['bigram']:.4f}, "
-            f"trigram {counted['trigram']:.4f} bits per byte"
+            f"n-gram baselines: bigram {bits['bigram']:.4f}, trigram {bits['trigram']:.4f} bits "
+            f"per byte{samples}"
         )
-        return {f"baseline/{name}_bpb": value for name, value in counted.items()}
+        return {f"baseline/{name}_bpb": value for name, value in bits.items()}
+
+    def _tokenizer_note(self, reporter: Reporter | None) -> dict[str, str]:
+        """Say, in the log and in the summary, what of a text the tokenizer loses."""
+        note = None if self.tokenizer is None else self.tokenizer.note
+        if reporter is None or note is None:
+            return {}
+        reporter.say(note)
+        return {"tokenizer_note": note}
 
     def _record(self, plan: StepPlan) -> dict[str, Any]:
         """Everything that is known of a logged step; waits for the device."""
         self._take_in(self.reduction.drain())
         assert self.latest is not None
         values, speed = self.latest.values, self.meter.lap()
+        phases, self.phases = self.phases, Counter()
         return {
             "step": plan.step + 1,
+            "tokens": self._samples_after(plan) * self.config.model.seq_len,
             **losses(plan, values, self.config),
             **(self.probe.metrics(values) if plan.probe else {}),
             "grad_norm": values["grad_norm"],
@@ -562,7 +645,7 @@ class Trainer:
             "phase": plan.phase,
             **{f"lr/{name}": lr for name, lr in self.optimizer.learning_rates().items()},
             **speed,
-            **mfu(speed["tokens_per_second"], plan.phase, self.config, self.world),
+            **mfu(speed["tokens_per_second"], phases, self.config, self.world),
             **memory(self.world.device),
             **self.rank_times.record(),
             "compile/graphs": compiled_graphs(),
@@ -573,6 +656,11 @@ class Trainer:
             "train_seconds": self.clock.seconds(),
             **self._digests(),
         }
+
+    def _samples_after(self, plan: StepPlan) -> int:
+        """Sequences trained on once ``plan`` is done."""
+        steps = plan.step + 1 - self.progress.step
+        return self.progress.samples_consumed + steps * self.config.batch.sequences
 
     def _histograms(self, plan: StepPlan) -> dict[str, Distribution]:
         """Of parameters and (clipped) gradients, at the steps that they are asked for."""
@@ -591,6 +679,11 @@ class Trainer:
 def _nan_unless_finite(loss: Tensor) -> Tensor:
     """The loss; with gradients that are not finite either if it is not, so that all ranks see."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def _is_finite(value: float | None) -> bool:
+    """Whether a number, if there is one, is finite."""
+    return value is None or math.isfinite(value)
 
 
 def _signal_key(number: signal.Signals) -> str:

@@ -65,7 +65,8 @@ fi
 
 train=(
     env OMP_NUM_THREADS="$OMP_NUM_THREADS"
-    "$venv/bin/torchrun" --standalone --nproc-per-node="$ranks"
+    # The name of this machine need not resolve.
+    "$venv/bin/torchrun" --standalone --local-addr=127.0.0.1 --nproc-per-node="$ranks"
     -m jepa_dist.train "$config" "${overrides[@]}"
 )
 

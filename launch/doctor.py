@@ -20,8 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jepa_dist.config import ParallelConfig
-from jepa_dist.doctor.place import adopt_srun, node_name, obstacles
+from jepa_dist.doctor.place import node_name, obstacles
 from jepa_dist.errors import UserError
+from jepa_dist.launched import adopt_launcher
 
 _MEET_WITHIN_SECONDS = 120.0
 
@@ -29,7 +30,11 @@ _MEET_WITHIN_SECONDS = 120.0
 def main() -> int:
     """Examine, print on rank 0; the exit code, the same on every rank."""
     arguments = _arguments()
-    adopt_srun(os.environ)
+    try:
+        adopt_launcher(os.environ)
+    except UserError as error:
+        _tell([f"{node_name(os.environ)}: {error}"])
+        return 1
     if found := list(obstacles(os.environ, arguments.same_machine)):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _tell(f"{node_name(os.environ)}: {line}" for line in found)

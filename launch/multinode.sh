@@ -107,6 +107,36 @@ PYTHON
 }
 if [[ $dry_run ]]; then address=ADDRESS; else address="$(own_address)" || exit 2; fi
 
+# torchrun would wait a minute for whatever listens there. (On one machine that plays several hosts
+# it is the first of them.)
+port_is_free() {
+    "$venv/bin/python" - "$address" "$port" <<'PYTHON'
+import errno
+import socket
+import sys
+
+family, kind, _, _, address = socket.getaddrinfo(*sys.argv[1:], type=socket.SOCK_STREAM)[0]
+with socket.socket(family, kind) as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind(address)
+        probe.listen()
+    except OSError as error:
+        sys.exit(error.errno == errno.EADDRINUSE)
+PYTHON
+}
+is_head() {
+    [[ $node_rank ]] && ((node_rank == 0)) && return
+    [[ ! $node_rank ]] && "$venv/bin/python" -c '
+import socket, sys
+head = {found[4][0] for found in socket.getaddrinfo(sys.argv[1], None)}
+sys.exit(sys.argv[2] not in head)' "$head" "$address"
+}
+if [[ ! $dry_run && ! $same_machine ]] && is_head; then
+    port_is_free || fail "--port $port: is in use on this host, perhaps by another job; end that" \
+        "one, or give --port another number on all hosts"
+fi
+
 # A host that was not heard of for 5 s x 3 takes no part in the next meeting; those that remain wait
 # last_call_timeout for late ones. read_timeout is above the 30 s that torchrun gives a rank to end.
 rendezvous=(

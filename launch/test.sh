@@ -2,7 +2,8 @@
 # Set up and run the tests (docs/testing.md).
 #
 #   bash launch/test.sh [PYTEST ARGUMENTS]          the default tier: minutes
-#   bash launch/test.sh --all [PYTEST ARGUMENTS]    the slow and SLURM tiers too: all but GPU tests
+#   bash launch/test.sh --all [PYTEST ARGUMENTS]    the slow and SLURM tiers too: all but those that
+#                                                   need a GPU or a CUDA build of torch
 #
 #   VENV=DIR, PYTHON=EXE: see launch/setup.sh
 #
@@ -17,7 +18,7 @@ case "${1:-}" in
         ;;
     --all)
         shift
-        set -- -m "not gpu" "$@"
+        set -- -m "not gpu and not cuda_build" "$@"
         ;;
 esac
 

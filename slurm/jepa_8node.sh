@@ -273,7 +273,10 @@ if [[ $ended_by_slurm ]]; then
 fi
 state="$(status state)" step="$(status step)"
 [[ $code == 0 || $(status_version) != "$before" ]] || state=''
-told="after step ${step:-0}$([[ $(status saved) == true ]] || echo ', without a checkpoint of it')"
+told="after step ${step:-0}"
+[[ $(status saved) == true ]] || told+=", without a checkpoint of it"
+[[ $(status saved) == true || ! $(status checkpoint) =~ ^[0-9]+ ]] ||
+    told+=" (the newest is of step $(status checkpoint))"
 
 requeue() {
     say "$1: $2 $told; requeued, goes on by itself"

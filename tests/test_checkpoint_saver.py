@@ -87,6 +87,7 @@ def train_on_while_saving(rank: int, world_size: int, folder: str) -> Any:
     assert not checkpointer.in_flight
     assert not checkpointer.has_landed
     assert report.stall_seconds == stall > 0
+    assert report.is_first
     assert report.background_seconds > 0
     assert report.path == Path(folder) / "step_00000001"
     checkpointer.close()

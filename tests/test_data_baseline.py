@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jepa_dist.data.baseline import ngram_bits_per_byte
+from jepa_dist.data.baseline import ngram_baseline
 from jepa_dist.data.shards import write_shard
 from jepa_dist.data.tokenizer import ByteCounter
 from jepa_dist.errors import UserError
@@ -23,8 +23,10 @@ def test_equals_a_count_with_dictionaries(tmp_path: Path) -> None:
     windows = np.minimum(rng.geometric(0.15, (5, 20)) - 1, 256)
     windows[2, 7] = 256
     expected = by_dictionaries([s.tolist() for s in shards], windows.tolist())
-    found = ngram_bits_per_byte(paths, windows, 257)
-    assert found == pytest.approx(expected, rel=1e-12)
+    found = ngram_baseline(paths, windows, 257)
+    assert found is not None
+    assert found.bits_per_byte == pytest.approx(expected, rel=1e-12)
+    assert (found.counted, found.available) == (498 + 298, 803)
 
 
 def by_dictionaries(shards: list[list[int]], windows: list[list[int]]) -> dict[str, float]:
@@ -61,27 +63,27 @@ def test_probabilities_sum_to_one(tmp_path: Path) -> None:
         total = 0.0
         for last in range(8):
             windows = np.array([[1, 2, last]])
-            both = ngram_bits_per_byte([path], windows, 8, counter)
-            first = ngram_bits_per_byte([path], windows[:, :2], 8, counter)
+            both = ngram_baseline([path], windows, 8, counter)
+            first = ngram_baseline([path], windows[:, :2], 8, counter)
             assert both is not None
             assert first is not None
-            total += 2 ** -(2 * both[order] - first[order])
+            total += 2 ** -(2 * both.bits_per_byte[order] - first.bits_per_byte[order])
         assert total == pytest.approx(1.0, abs=1e-9)
 
 
 def test_a_big_vocabulary_has_no_baseline(tmp_path: Path) -> None:
-    assert ngram_bits_per_byte([tmp_path / "never read.bin"], np.zeros((1, 3), int), 513) is None
+    assert ngram_baseline([tmp_path / "never read.bin"], np.zeros((1, 3), int), 513) is None
 
 
 def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.bin", np.array([1, 2, 300, 4]))
     with pytest.raises(UserError, match=r"a\.bin: holds token id 300"):
-        ngram_bits_per_byte([tmp_path / "a.bin"], np.zeros((1, 3), int), 257)
+        ngram_baseline([tmp_path / "a.bin"], np.zeros((1, 3), int), 257)
 
 
 def test_thirty_megabytes_take_seconds(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     write_shard(tmp_path / "a.bin", np.minimum(rng.geometric(0.05, 30_000_000), 256))
     started = time.process_time()
-    ngram_bits_per_byte([tmp_path / "a.bin"], np.zeros((600, 513), int), 257)
+    ngram_baseline([tmp_path / "a.bin"], np.zeros((600, 513), int), 257)
     assert time.process_time() - started < 6

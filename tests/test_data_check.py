@@ -27,9 +27,9 @@ def config(folder: Path, seq_len: int = 16, vocab_size: int = 257, **data: Any) 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for split in ("train", "val"):
+    for first, split in enumerate(("train", "val")):
         for i in range(2):
-            write_shard(tmp_path / f"{split}_{i}.bin", np.arange(100))
+            write_shard(tmp_path / f"{split}_{i}.bin", np.arange(first, first + 100))
     meta = {"tokenizer": "bytes", "vocab_size": 257, "shards": {}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     return tmp_path
@@ -38,17 +38,19 @@ def folder(tmp_path: Path) -> Path:
 def test_good_data_pass(folder: Path) -> None:
     check_data(config(folder))
     (folder / "meta.json").unlink()  # shards from elsewhere have none
-    assert read_meta(f"{folder}/train_*.bin") is None
+    assert read_meta(folder) is None
     check_data(config(folder))
 
 
 def test_one_window_is_enough_and_less_is_not(folder: Path) -> None:
     check_data(config(folder, seq_len=99))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error:  # windows of validation run through all shards
         check_data(config(folder, seq_len=100))
-    assert len(error.value.problems) == 2
-    assert "data.val" in str(error.value)
-    assert "= 101 tokens (the largest has 100)" in str(error.value)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"data.train='{folder}/train_*.bin': no shard holds one window")
+    assert "= 101 tokens (the largest has 100)" in problem
+    with pytest.raises(UserError, match=r"data\.val=.*: its 200 tokens do not fill one window"):
+        check_data(config(folder, seq_len=200))
 
 
 def test_every_header_is_looked_at(folder: Path) -> None:

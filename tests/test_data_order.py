@@ -97,6 +97,27 @@ def test_batches_that_straddle_epochs_neither_repeat_nor_skip(
         assert sorted(taken[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
+@given(
+    batches=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    start=st.integers(0, 200),
+    length=st.integers(0, 50),
+)
+@settings(max_examples=60, deadline=None)
+def test_batches_of_any_size_pass_over_the_same_places(
+    batches: list[int], start: int, length: int
+) -> None:
+    """After a roll-back, also when batch.sequences is changed: the rest comes once, in order."""
+    n, skip = 97, range(start, start + length)
+    firsts = np.cumsum([0, *batches])
+    taken = [
+        sample_order(first, size, n, 5, skip)
+        for first, size in zip(firsts.tolist(), batches, strict=False)
+    ]
+    order = sample_order(0, sum(batches) + length, n, 5)
+    places = [p for p in range(len(order)) if p not in skip][: sum(batches)]
+    assert np.concatenate(taken).tolist() == order[places].tolist()
+
+
 def test_the_order_is_pinned() -> None:
     """A change here would silently break every resumed run: bump the data fingerprint with it."""
     assert sample_order(0, 8, 1000, seed=0).tolist() == PINNED

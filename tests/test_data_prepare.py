@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -87,10 +88,12 @@ def test_jsonl_lines_are_documents(tmp_path: Path, capsys: pytest.CaptureFixture
     assert_partition(out, [text.encode() for text in written])
     meta = read_meta(out)
     assert meta is not None
-    assert meta["documents"]["train"] + meta["documents"]["val"] == 300
-    assert 10 < meta["documents"]["val"] < 60
-    assert meta["tokens"] == {s: len(tokens_of(out, s)) for s in ("train", "val")}
-    assert (meta["tokenizer"], meta["vocab_size"], meta["bos_id"]) == ("bytes", 257, 256)
+    assert meta.documents["train"] + meta.documents["val"] == 300
+    assert 10 < meta.documents["val"] < 60
+    assert meta.tokens == {s: len(tokens_of(out, s)) for s in ("train", "val")}
+    assert (meta.tokenizer, meta.vocab_size, meta.bos_id) == ("bytes", 257, 256)
+    text_bytes = sum(len(text.encode()) for text in written)
+    assert sum(meta.text_bytes.values()) == sum(meta.counted_bytes.values()) == text_bytes
     assert str(tmp_path) in capsys.readouterr().out
 
 
@@ -103,11 +106,12 @@ def test_a_folder_is_read_whole_in_name_order(tmp_path: Path) -> None:
         expected.append(f"text of {name}".encode())
     (folder / "empty.txt").write_text("")
     (folder / "notes.md").write_text("not mine")
+    (tmp_path / "val.txt").write_text("for validation")
     out = tmp_path / "out"
     options = ["--out", str(out), "--workers", "1"]
-    assert main([str(folder), "--val", str(folder / "a.txt"), *options]) == 0
+    assert main([str(folder), "--val", str(tmp_path / "val.txt"), *options]) == 0
     assert documents_of(out, "train") == expected
-    assert documents_of(out, "val") == expected[:1]
+    assert documents_of(out, "val") == [b"for validation"]
 
 
 def test_a_separator_cuts_a_text_into_documents(tmp_path: Path) -> None:
@@ -135,8 +139,8 @@ def test_sentencepiece_text_becomes_the_golden_shards(case: Case, tmp_path: Path
 
 
 @given(
-    text=st.text(alphabet="ab\n\u00e9\u6c34\U0001f30a|", max_size=400),
-    separator=st.sampled_from([None, b"|", b"||", b"\n\n", b"ab"]),
+    text=st.text(alphabet="ab\n\r\u00e9\u6c34\U0001f30a|", max_size=400),
+    separator=st.sampled_from([None, b"|", b"||", b"\n\n", b"\r\n", b"a\n|\n", b"ab"]),
     task_bytes=st.integers(8, 40),
 )
 @settings(max_examples=200, deadline=None)
@@ -156,7 +160,8 @@ def test_any_cutting_gives_the_same_documents(
         pieces = [piece for task in cut for piece in task]
         encoder = Encoder(load_tokenizer("bytes"), "text", 0.0)
         tokens = [t for task in cut for array in encoder(task).tokens["train"] for t in array]
-    expected = data.split(separator) if separator else [data]
+    line_ends = re.escape(separator or b"").replace(b"\\\r", b"").replace(b"\\\n", b"\r?\n")
+    expected = re.split(line_ends, data) if separator else [data]
     assert tokens == [t for document in expected if document for t in (BOS, *document)]
     for piece in pieces:
         assert piece.stop - piece.start <= task_bytes

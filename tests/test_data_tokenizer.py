@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import builtins
+import io
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jepa_dist.data.meta import read_meta
+from jepa_dist.data.prepare import main
 from jepa_dist.data.shards import find_shards, read_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
@@ -110,3 +114,108 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install 'jepa_dist\[sentencepiece\]'"):
         load_tokenizer(str(MODEL))
+
+
+# ---------------------------------------------------------------------------- kinds of models
+
+LOSSLESS = {
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "identity": LOSSLESS,
+    "whitespace pieces": {**LOSSLESS, "allow_whitespace_only_pieces": True},
+    "pieces across words": {**LOSSLESS, "split_by_whitespace": False},
+    "no dummy space": {
+        **LOSSLESS,
+        "add_dummy_prefix": False,
+        "allow_whitespace_only_pieces": True,
+    },
+    "space as suffix": {
+        **LOSSLESS,
+        "treat_whitespace_as_suffix": True,
+        "allow_whitespace_only_pieces": True,
+    },
+    "suffix, no dummy space": {
+        **LOSSLESS,
+        "treat_whitespace_as_suffix": True,
+        "add_dummy_prefix": False,
+    },
+    "no piece for a space": LOSSLESS,
+    "default": {},
+    "default with bytes": {"byte_fallback": True},
+}
+WORDS = ["low", "tide", "runs", "deep", "x y", "and  it", "   indented", "h\u00e9ron", "\u6c34"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small model of each kind."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder, rng = tmp_path_factory.mktemp("models"), random.Random(0)
+    text = [" ".join(rng.choices(WORDS, k=12)) for _ in range(400)]
+    found = {}
+    for kind, options in KINDS.items():
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_writer=out,
+            vocab_size=400,
+            model_type="bpe",
+            hard_vocab_limit=False,
+            minloglevel=2,
+            num_threads=1,
+            **options,
+        )
+        model = out.getvalue()
+        if kind == "no piece for a space":  # call it something else, of as many bytes
+            model = model.replace(b"\n\x03\xe2\x96\x81", b"\n\x03\xe3\x90\x80")
+        found[kind] = folder / f"{kind}.model"
+        found[kind].write_bytes(model)
+    return found
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "default" not in kind])
+def test_every_byte_of_a_text_is_counted_once(models: dict[str, Path], kind: str) -> None:
+    tokenizer, rng = load_tokenizer(str(models[kind])), random.Random(1)
+    assert tokenizer.note is None
+    edges = ["", " ", "  ", "\n", "\t\u2014\U0001f30a"]
+    documents = [
+        (rng.choice(edges) + " ".join(rng.choices(WORDS, k=5)) + rng.choice(edges)).encode()
+        for _ in range(200)
+    ]
+    ids = np.array([i for text in documents for i in (tokenizer.bos_id, *tokenizer.encode(text))])
+    counter = tokenizer.byte_counter()
+    counted = counter.count(ids, np.append(ids[1:], tokenizer.bos_id))
+    assert counted.sum() == sum(map(len, documents))
+    rows = np.lib.stride_tricks.sliding_window_view(ids, 33)[::32]  # as windows of evaluation
+    by_rows = counter.count(rows[:, :-1], rows[:, 1:]).sum()
+    assert by_rows == counted[: rows[:, 1:].size].sum()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "default" in kind])
+def test_what_a_tokenizer_loses_is_said(models: dict[str, Path], kind: str) -> None:
+    note = load_tokenizer(str(models[kind])).note
+    assert note is not None
+    assert "runs of spaces 18 of 24" in note
+    assert ("emoji 0 of 16" in note) == (kind == "default")  # without bytes it is <unk>
+    assert "per byte of the normalized text" in note
+    assert "\n" not in note
+
+
+def test_what_is_lost_of_a_corpus_is_counted(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("a.txt", "low  tide"), ("val.txt", "low tide")):
+        (tmp_path / name).write_text(text)
+    options = ["--tokenizer", str(models["default with bytes"]), "--out", str(tmp_path / "out")]
+    arguments = [str(tmp_path / "a.txt"), "--val", str(tmp_path / "val.txt"), "--workers", "1"]
+    assert main([*arguments, *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("does not keep a text as it is") == 1
+    assert "(8 of 9 bytes of the text are in them)" in captured.out
+    meta = read_meta(tmp_path / "out")
+    assert meta is not None
+    assert (meta.text_bytes, meta.counted_bytes) == ({"train": 9, "val": 8}, {"train": 8, "val": 8})
+    assert meta.tokenizer_note is not None

@@ -19,7 +19,7 @@ import pytest
 from jepa_dist.config import ParallelConfig
 from jepa_dist.doctor.judge import Report, findings, table
 from jepa_dist.doctor.measure import allreduce_gbps, check_files, clock_offset, ring_gbps
-from jepa_dist.doctor.place import adopt_srun, interface_to, num_nodes, obstacles
+from jepa_dist.doctor.place import interface_to, obstacles
 from jepa_dist.parallel.world import World, start_world
 from tests.commands import TORCHRUN, Finished, run_command
 from tests.ranks import run_ranks
@@ -160,30 +160,6 @@ def test_the_interface_to_the_rendezvous() -> None:
         for each in addresses:
             if each.family == socket.AF_INET:
                 assert interface_to(each.address, 29500) == (name, each.address)
-
-
-def test_srun_s_variables() -> None:
-    environ = {
-        "SLURM_STEP_ID": "2",
-        "SLURM_JOB_ID": "123",
-        "SLURM_PROCID": "5",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_NUM_TASKS": "8",
-        "SLURM_STEP_NUM_NODES": "4",
-        "MASTER_ADDR": "10.0.0.1",
-    }
-    adopt_srun(environ)
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    assert [environ[name] for name in names] == ["5", "1", "8", "10.0.0.1", "20125"]
-    assert num_nodes(environ) == 4
-
-
-@pytest.mark.parametrize("environ", [{}, {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2"}])
-def test_alone(environ: dict[str, str]) -> None:
-    """Also in the shell of an allocation, where nothing was started on the nodes."""
-    adopt_srun(environ)
-    assert "RANK" not in environ
-    assert num_nodes(environ) == 1
 
 
 # ---------------------------------------------------------------------------- measurements

@@ -16,7 +16,6 @@ import torch
 
 from jepa_dist.config import Config, ParallelConfig
 from jepa_dist.data.check import load_checked_tokenizer
-from jepa_dist.data.loader import TokenDataset
 from jepa_dist.data.shards import write_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
@@ -284,17 +283,17 @@ def test_a_foreign_tokenizer_or_too_little_text_is_refused(tmp_path: Path) -> No
 
 def test_validation_limits_its_set_and_knows_its_windows(tmp_path: Path) -> None:
     paths = write_shards(tmp_path, 40, 30)
-    dataset = TokenDataset(paths, seq_len=8, vocab_size=257)
-    counts, windows = run_ranks(validate, 1, dataset)[0]
+    counts, windows = run_ranks(validate, 1, paths)[0]
     assert counts == {"all": 8, "some": 3}
     assert windows.tolist() == [list(range(8 * i, 8 * i + 9)) for i in range(8)]
 
 
-def validate(rank: int, world_size: int, dataset: TokenDataset) -> tuple[Any, np.ndarray]:
+def validate(rank: int, world_size: int, paths: list[Path]) -> tuple[Any, np.ndarray]:
     world, counter = start_world(EAGER), load_tokenizer("bytes").byte_counter()
-    everything = Validation(dataset, 0, 3, counter, world)
-    some = Validation(dataset, 3, 3, counter, world)
-    return {"all": everything.num_sequences, "some": some.num_sequences}, everything.windows()
+    stream = TokenStream(paths, vocab_size=257)
+    everything = Validation(stream, 8, 0, 3, counter, world)
+    some = Validation(stream, 8, 3, 3, counter, world)
+    return {"all": everything.num_sequences, "some": some.num_sequences}, everything.windows(99)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from jepa_dist.checkpoint.manifest import read_manifest, read_state
 from jepa_dist.config import Config, to_dict
 from jepa_dist.errors import TrainingError
 from jepa_dist.parallel.world import start_world
+from jepa_dist.progress import progress_of
 from jepa_dist.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.test_resume import ALL, Recorder
@@ -156,6 +157,51 @@ def test_then_it_stops_with_a_report(tmp_path: Path) -> None:
     assert read_state(paths[8])["skip_count"] > 0
     healthy = {step: read_manifest(path).healthy for step, path in paths.items()}
     assert all(healthy[step] == (step <= 8) for step in healthy)
+
+
+def test_a_run_that_ends_in_skipped_steps_is_not_finished(tmp_path: Path) -> None:
+    settings = config(tmp_path, train__steps=8)
+    results = run_ranks(train, 2, settings, range(6 * 6, 8 * 6), 1, float("nan"))
+    for result in results:
+        assert result["error"][0].startswith("the last 2 step(s) of the run were skipped")
+        assert "nothing was exported" in result["error"][1]
+    path = published(Path(settings.run.dir) / "checkpoints")[8]
+    state = read_state(path)
+    assert (state["bad_steps"], state["bad_in_row"], state["bad_row_sample"]) == (2, 2, 36)
+    assert not read_manifest(path).healthy
+
+
+def resumed(rank: int, world_size: int, config: Config, at: str, samples: range) -> dict[str, Any]:
+    """The run from a checkpoint on, where all losses are finite again or not."""
+    world = start_world(config.parallel)
+    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=9))
+    identity = {"config": to_dict(config), "data_fingerprint": "data"}
+    trainer = Poisoned(config, world, checkpointer, Path(at), identity)
+    trainer.poison(samples, 0, float("nan"))
+    reporter = Reporter()
+    trainer.run(reporter if rank == 0 else None)  # type: ignore[arg-type]
+    checkpointer.close()
+    return {"told": reporter.told, "skip": trainer.progress.skip, "records": reporter.records}
+
+
+def test_a_row_of_bad_steps_outlasts_interruptions(tmp_path: Path) -> None:
+    """Two bad steps before the interruption and two after it are four in a row."""
+    settings = config(tmp_path, train__max_bad_steps=4, train__stop_at=8)
+    bad = range(6 * 6, 14 * 6)
+    run_ranks(train, 2, settings, bad, 0, float("nan"))
+    path = published(Path(settings.run.dir) / "checkpoints")[8]
+    assert read_state(path)["bad_in_row"] == 2
+    # A checkpoint of an earlier version does not say.
+    state = {k: v for k, v in read_state(path).items() if not k.startswith("bad_")}
+    assert progress_of(path, state).bad_in_row == 0
+    rest = config(tmp_path, train__max_bad_steps=4)
+    result = run_ranks(resumed, 2, rest, str(path), bad)[0]
+    # The row of four is known when the steps that were on their way by then have been taken, too.
+    (told,) = result["told"]
+    assert any(f"not finite for {count} steps in a row: going" in told for count in range(4, 8))
+    assert "going back to step 4: samples 36 to" in told
+    assert result["skip"].start == 36, "the first bad step of the row, before the interruption"
+    assert result["records"][-1]["bad_steps"] >= 4
 
 
 def test_without_a_healthy_checkpoint_it_stops_at_once(tmp_path: Path) -> None:

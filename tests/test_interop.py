@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from jepa_dist.config import Config, ParallelConfig
 from jepa_dist.errors import UserError
 from jepa_dist.evaluate.weights import find_weights, load_model
 from jepa_dist.interop import parameter_golf
-from jepa_dist.interop.safetensors_io import Description, export_model, gather, write_export
+from jepa_dist.interop.safetensors_io import (
+    Description,
+    export_model,
+    gather,
+    publish,
+    write_export,
+)
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
 from jepa_dist.parallel.world import start_world
@@ -84,6 +91,16 @@ def reexport(rank: int, world_size: int, folder: Path, out: Path) -> dict[str, A
         assert isinstance(parameter, DTensor)
         held += parameter.to_local().numel()
     return {"held": held, "kept": len(gather(model, keep=rank == 0))}
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        for name in ("a.safetensors", "a.json"):
+            publish(tmp_path / name, lambda partial: save_file({"x": torch.ones(1)}, partial))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_exports_do_not_depend_on_the_ranks(exported: Path, tmp_path: Path) -> None:
@@ -231,6 +248,13 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "final_model.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"final_model\.pt: not a file of tensors alone"):
         parameter_golf.read_final_model(tmp_path / "final_model.pt")
+
+
+def test_what_wrappers_put_before_names_is_taken_off(tmp_path: Path) -> None:
+    names = ["module._orig_mod.blocks.0.attn.w", "_orig_mod.tok.w", "blocks.1._orig_mod.mlp.w"]
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "final_model.pt")
+    state = parameter_golf.read_final_model(tmp_path / "final_model.pt")
+    assert list(state) == ["blocks.0.attn.w", "tok.w", "blocks.1.mlp.w"]
 
 
 def test_bad_states_and_settings_are_all_listed() -> None:

@@ -111,6 +111,17 @@ def test_mistakes(arguments: list[str], told: str) -> None:
     assert told in line
 
 
+def test_a_port_in_use_is_told_at_once() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        finished = multinode("--nodes", 1, "--head", "127.0.0.1", "--port", port, "x.yaml")
+    assert finished.code == 2
+    (line,) = finished.output.splitlines()
+    assert line.startswith(f"error: --port {port}: is in use on this host")
+
+
 def ranks_of(host: Command) -> list[psutil.Process]:
     return [process for process in host.processes() if "RANK" in process.environ()]
 

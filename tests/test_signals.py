@@ -26,9 +26,18 @@ def test_echoes_are_not_second_requests() -> None:
         process.wait_for(lambda: "ready" in process.output(), 60)
         # As SLURM to every process of the step, and torchrun to its ranks. (Of equal ones that are
         # pending at the same time only one arrives.)
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT, signal.SIGTERM):
             process.signal(number)
         process.wait_for(lambda: "received SIG" in process.output(), 30)
         time.sleep(2.5)
         process.signal(signal.SIGTERM)
         assert process.wait(30).code == 128 + signal.SIGTERM
+
+
+def test_what_nohup_ignores_is_not_a_request() -> None:
+    with Command(["nohup", sys.executable, "-c", PROGRAM]) as process:
+        process.wait_for(lambda: "ready" in process.output(), 60)
+        process.signal(signal.SIGHUP)
+        process.signal(signal.SIGTERM)
+        process.wait_for(lambda: "received" in process.output(), 30)
+        assert "received SIGTERM" in process.output()

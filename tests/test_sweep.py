@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
-from jepa_dist.config import Config, to_yaml
+from jepa_dist.config import Config, to_dict, to_yaml
 from jepa_dist.errors import UserError
+from jepa_dist.monitor.history import StartRecord
+from jepa_dist.monitor.metrics_file import encode
 from jepa_dist.plan import Planner, TrainingClock
 from jepa_dist.sweep.members import Member, read_sweep
 from jepa_dist.sweep.results import Difference, describe, paired_difference, read_results
@@ -143,6 +146,19 @@ def arms(**changes: Any) -> dict[str, Any]:
             {"arms": arms(control={"jepa.lambda": 0.0, "optim.eps": 1e-9})},
             "arm full: optim.eps: is 1e-08 and the control's 1e-09, without being declared",
         ),
+        *(
+            ({"arms": arms(x={"jepa.lambda": 0.0, key: value})}, "arms control and x: train the s")
+            for key, value in (
+                *(("eval.every", 7), ("monitor.jepa_every", 3), ("checkpoint.every", 9)),
+                *(("data.workers", 1), ("train.log_every", 3), ("data.val", "other/*.bin")),
+                *(("parallel.dp_replicate", 2), ("batch.micro", 4), ("optim.muon_nesterov", False)),
+                *(("optim.head_lr", 0.5), ("train.enable_looping_at", 0.9)),
+            )
+        ),
+        (
+            {"arms": arms(x={"jepa.lambda": 0.1, "jepa.start_frac": 0.9999})},
+            "arm x: jepa.start_frac=0.9999, jepa.ramp_frac=0.0: with train.steps=1000 the weight",
+        ),
         ({"config": "nowhere.yaml"}, "arm control, full, delayed: nowhere.yaml: cannot read"),
         (
             {"common": {"train.max_wallclock_seconds": 60.0}},
@@ -214,8 +230,18 @@ def write_run(member: Member, final: Mapping[str, Any] | None, **changes: Any) -
     if final is not None:
         usual = {"step": 10, "val/loss": 1.0, "tokens_digest": str(member.seed), "final": True}
         records.append({**usual, "tokens_per_second": 100.0, **final})
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (member.run_dir / "metrics.jsonl").write_text(lines)
+    lines = b"".join(encode(record) for record in records)
+    (member.run_dir / "metrics.jsonl").write_bytes(lines)
+
+
+def write_starts(member: Member, *starts: tuple[int, Mapping[str, Any], Mapping[str, str]]) -> None:
+    """Starts at these steps, with these settings besides the member's, and these facts."""
+    lines = []
+    for step, changes, facts in starts:
+        config = Config.model_validate(member.resolve().model_dump(by_alias=True) | changes)
+        start = StartRecord(1.0, step, 1, False, config=to_dict(config), facts=dict(facts))
+        lines.append(json.dumps(asdict(start)) + "\n")
+    (member.run_dir / "starts.jsonl").write_text("".join(lines))
 
 
 def members_in(folder: Path, seeds: list[int]) -> list[Member]:
@@ -281,6 +307,90 @@ def test_what_is_left_out(tmp_path: Path) -> None:
     assert f"full: {alone}" in table
     assert f"delayed: {alone}" in table
     assert table[-4:] == [f"  {line}" for line in results.left_out]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_member_counts_against_its_arm(tmp_path: Path, value: float) -> None:
+    members = members_in(tmp_path, [1, 2, 3])
+    for member in members:
+        gain = -0.1 if member.arm == "full" else -0.01 * member.seed
+        finite = {"val/bpb": 2.0 + (gain if member.arm != "control" else 0)}
+        match member.arm, member.seed:
+            case "full", 2:
+                write_run(member, {"val/bpb": value, "val/loss": value})
+            case "delayed", 3:
+                write_run(member, None)
+                with (member.run_dir / "metrics.jsonl").open("ab") as file:
+                    file.write(encode({"step": 10, "diverged": True, "reason": "not finite"}))
+            case _:
+                write_run(member, finite)
+    results = read_results(members)
+    assert results.left_out == []
+    assert list(results.diverged) == [("full", 2), ("delayed", 3)]
+    told = "\n".join(describe(results))
+    assert "nan" not in told.replace("loss is nan", "")
+    assert (
+        "full: diverged at seed 2, where the control did not: worse than the control; the other "
+        "seeds: -0.1000 +- 0.0000 over 2 pairs\n" in told
+    )
+    assert "2 + 1 diverged" in told
+    assert f"  {tmp_path}/runs/delayed-seed3: diverged: at step 10: not finite" in told
+    alone = "delayed: diverged at seed 3, where the control did not: worse than the control"
+    assert alone in told
+
+
+def test_one_pair_has_no_error(tmp_path: Path) -> None:
+    members = members_in(tmp_path, [1])
+    for member in members:
+        write_run(member, {"val/bpb": 2.0})
+    assert "nan" not in "\n".join(describe(read_results(members)))
+
+
+FACTS = {"parallel.precision": "float32", "device": "CPU x86_64", "torch": "2.13"}
+
+
+def test_runs_that_computed_otherwise_or_changed_on_the_way_are_no_pairs(tmp_path: Path) -> None:
+    members = members_in(tmp_path, [1, 2])
+    for member in members:
+        write_run(member, {"val/bpb": 2.0})
+        starts = [(0, {}, FACTS), (5, {}, FACTS)]
+        match member.arm, member.seed:
+            case "full", 1:
+                starts[1] = (5, {}, FACTS | {"parallel.precision": "bfloat16"})
+            case "full", 2:
+                starts = [(0, {}, FACTS | {"torch": "2.11"})]
+            case "delayed", 1:
+                starts[0] = (0, {"batch": {"sequences": 64, "micro": 8}}, FACTS)
+            case "delayed", 2:  # of its first start no step is left
+                starts = [(0, {"batch": {"sequences": 64}}, {}), (0, {}, FACTS)]
+        write_starts(member, *starts)
+    results = read_results(members)
+    assert results.left_out == [
+        f"{tmp_path}/runs/delayed-seed1: made with other settings from step 0 on: batch.sequences "
+        "was 64 and is 32 in the list",
+        "full, seed 1: parallel.precision bfloat16 or float32, of its control float32",
+        "full, seed 2: torch 2.11, of its control 2.13",
+    ]
+    assert list(results.records) == [("control", 1), ("control", 2), ("delayed", 2)]
+
+
+def test_what_an_arm_declares_may_differ(tmp_path: Path) -> None:
+    some = {"control": {}, "bf16": {"parallel.precision": "bfloat16"}}
+    file = write_sweep(tmp_path, seeds=[1], arms=some)
+    members = read_sweep(file, [f"run.dir={tmp_path / 'runs'}"])
+    for member in members:
+        write_run(member, {"val/bpb": 2.0})
+        precision = "bfloat16" if member.arm == "bf16" else "float32"
+        write_starts(member, (0, {}, FACTS | {"parallel.precision": precision}))
+    assert read_results(members).left_out == []
+
+
+def test_the_best_is_of_what_was_validated_on_at_the_end(tmp_path: Path) -> None:
+    members = members_in(tmp_path, [1])
+    for member in members:
+        write_run(member, {"val/bpb": 2.5, "val/set": "b:0"})
+    best = [record["best/val/bpb"] for record in read_results(members).records.values()]
+    assert best == [2.5] * 3, "2.01 and 9.9 were measured on other data"
 
 
 def test_without_bits_per_byte(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.contention import slowdown
 from tests.tiny import tiny_overrides, write_corpus
 
 UNDER_TORCHRUN = (*TORCHRUN, "-m", "jepa_dist.train")
+OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 # Far less than parallel.timeout_seconds, after which a hanging collective would end the job.
 SOON = 30.0 * slowdown()
 
@@ -99,6 +100,22 @@ def test_run_directory(alone: Finished, corpus: Path, run_dir: Path) -> None:
     assert load(run_dir / "config.yaml", environ={}).config == given
     fingerprint = json.loads((run_dir / "data.json").read_text())
     assert fingerprint["train"]["tokens"] == 6777
+
+
+def test_what_a_start_chose_is_told_and_recorded(alone: Finished, run_dir: Path) -> None:
+    assert "attention kernel: flash (parallel.attention=auto)" in alone.output
+    (start,) = map(json.loads, (run_dir / "starts.jsonl").read_text().splitlines())
+    assert start["environment"]["attention kernel"] == "flash"
+    assert "TORCHINDUCTOR_COMPILE_THREADS" in start["environment"]
+    assert any(name in start["environment"] for name in ("PYTORCH_ALLOC_CONF", OLD_ALLOCATOR))
+
+
+def test_a_kernel_that_the_device_lacks_is_refused(corpus: Path) -> None:
+    settings_of_cudnn = settings(corpus, run__dir=corpus / "x", parallel__attention="cudnn")
+    finished = run_command(*TRAIN, *settings_of_cudnn)
+    assert finished.code == 2
+    (line,) = finished.output.splitlines()
+    assert line.startswith("error: parallel.attention=cudnn: cannot run on the CPU")
 
 
 def test_metrics(alone: Finished, run_dir: Path) -> None:
@@ -290,6 +307,38 @@ def test_a_finished_run_is_not_touched(alone: Finished, corpus: Path, run_dir: P
     assert contents(run_dir) == before
 
 
+def test_a_run_directory_stands_for_its_newest_checkpoint(
+    alone: Finished, corpus: Path, run_dir: Path
+) -> None:
+    changes = SHORT | {"train__steps": 10, "checkpoint__resume": run_dir}
+    finished = run_command(*TRAIN, *settings(corpus, run__dir=corpus / "branch", **changes))
+    assert finished.code == 0, finished.output
+    assert f"going on from {run_dir}/checkpoints/step_00000009, after step 9" in finished.output
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("model.safetensors", {}, "is a file; expected the folder of a checkpoint"),
+        ("missing", {}, "there is no such folder"),
+        ("", {"optim__ema_decay": 0.9}, "optim.ema_decay: was 0.0, is 0.9: the moving average"),
+    ],
+)
+def test_what_cannot_be_continued_from(
+    alone: Finished, corpus: Path, run_dir: Path, name: str, changes: dict[str, Any], told: str
+) -> None:
+    other = settings(
+        corpus, run__dir=corpus / "other", checkpoint__resume=run_dir / name, **SHORT, **changes
+    )
+    finished = run_command(*TRAIN, *other)
+    assert finished.code == 2
+    (line, *advice) = finished.output.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+    assert len(advice) <= 1
+    assert not (corpus / "other").exists()
+
+
 def test_an_existing_run_is_not_overwritten(alone: Finished, corpus: Path, run_dir: Path) -> None:
     before = contents(run_dir)
     again = settings(corpus, run__dir=run_dir, checkpoint__resume="never", **SHORT)
@@ -376,7 +425,10 @@ def test_exception_on_one_rank(corpus: Path, tmp_path: Path) -> None:
     assert "[rank 1] failed:" in finished.output
     assert "RuntimeError: a deliberate failure" in finished.output
     assert "a deliberate failure" in (tmp_path / "run/logs/rank_1.log").read_text()
-    assert records(tmp_path / "run")[-1]["step"] <= 3
+    last = records(tmp_path / "run")[-1]["step"]
+    assert last <= 3
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"], status["saved"]) == ("failed", last, False)
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
@@ -426,6 +478,7 @@ def test_asked_to_stop_while_it_waits_for_data(corpus: Path, tmp_path: Path) -> 
     [
         pytest.param(TRAIN, signal.SIGINT, id="alone"),
         pytest.param(TRAIN, signal.SIGUSR1, id="alone-usr1"),
+        pytest.param(TRAIN, signal.SIGHUP, id="alone-hup"),
         pytest.param(UNDER_TORCHRUN, signal.SIGTERM, id="torchrun"),
     ],
 )
@@ -446,3 +499,23 @@ def test_asked_to_stop(corpus: Path, tmp_path: Path, command: tuple[str, ...], n
     rest = run_command(*TRAIN, *arguments, f"train.stop_at={saved + 3}")
     assert rest.code == 0, rest.output
     assert [record["step"] for record in records(run_dir)] == list(range(1, saved + 4))
+
+
+def test_a_run_that_ends_in_numbers_that_are_not_finite(corpus: Path, tmp_path: Path) -> None:
+    """Not finished, exit code 3, nothing exported; the record says why; the same again after it."""
+    rates = {f"optim__{name}_lr": 1e30 for name in ("matrix", "scalar", "tied_embed")}
+    options = settings(
+        corpus, run__dir=tmp_path / "run", train__steps=4, optim__grad_clip_norm=0, **rates
+    )
+    for _ in range(2):
+        finished = run_command(*TRAIN, *options)
+        assert finished.code == 3, finished.output
+        assert "error: the last 3 step(s) of the run were skipped" in finished.output
+        assert "Traceback" not in finished.output
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    *_, last = records(tmp_path / "run")
+    assert (last["step"], last["diverged"]) == (4, True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in lines
+    assert '"grad_norm": null' in lines
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"

@@ -93,6 +93,18 @@ def test_world_sizes_agree(world_size: int, corpus: Path, single) -> None:
             id="accumulation-sharded-hsdp-2x2",
         ),
         pytest.param(2, {"parallel__keep_looped_gathered": False}, id="looped-gathered-again"),
+        pytest.param(2, {"parallel__blocks_per_unit": 4, "batch__micro": 1}, id="one-unit"),
+        pytest.param(
+            4,
+            {
+                "parallel__blocks_per_unit": 2,
+                "parallel__dp_replicate": 2,
+                "parallel__activation_checkpointing": "full",
+                "batch__micro": 1,
+                "parallel__accumulate": "sharded",
+            },
+            id="units-of-two-hsdp-2x2",
+        ),
         pytest.param(2, {"parallel__activation_checkpointing": "full"}, id="checkpointing-full"),
         pytest.param(
             2, {"parallel__activation_checkpointing": "selective"}, id="checkpointing-selective"
@@ -121,6 +133,9 @@ def test_muon_and_untied_parts_agree(corpus: Path) -> None:
     assert reference[0]["loss/jepa"] is None
     assert reference[-1]["loss/jepa"] is not None
     assert_same_run(run_ranks(train, 3, config)[0], reference)
+    replicas = {"parallel__dp_replicate": 2, "parallel__accumulate": "sharded", "batch__micro": 1}
+    config = tiny_config(corpus, **changes, **replicas)
+    assert_same_run(run_ranks(train, 4, config)[0], reference)
 
 
 # ------------------------------------------------------------------ gradients

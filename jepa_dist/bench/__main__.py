@@ -10,16 +10,32 @@ import sys
 from pathlib import Path
 
 from jepa_dist.bench.common import machine, versions
-from jepa_dist.failure import told_once
-from jepa_dist.launched import launched_rank
+from jepa_dist.failure import EXIT_FAILURE, told_once
+from jepa_dist.launched import launched_rank, ranks_on_this_host
+from jepa_dist.process_env import set_defaults
 
 # A benchmark is a module of this package with ``add_arguments(parser)``, ``run(arguments)``, which
-# returns what belongs into the JSON, and ``table(result)``, which returns it as Markdown.
-_BENCHES = ("comm", "compile", "data", "head", "jepa", "monitor", "muon", "scale", "spans", "step")
+# returns what belongs into the JSON, and ``table(result)``, which returns it as Markdown. What the
+# result has under ``off`` is wrong with the machine.
+_BENCHES = (
+    "comm",
+    "compile",
+    "data",
+    "gpu",
+    "head",
+    "host",
+    "jepa",
+    "monitor",
+    "muon",
+    "scale",
+    "spans",
+    "step",
+)
 
 
 def main() -> None:
     """Run the named benchmark, print its table, write its JSON (rank 0, if there are several)."""
+    set_defaults(ranks_on_this_host())
     parser = argparse.ArgumentParser(prog="python -m jepa_dist.bench", description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     benches = {name: importlib.import_module(f"jepa_dist.bench.{name}") for name in _BENCHES}
@@ -46,6 +62,10 @@ def main() -> None:
     print(f"{result['command']}\n{where}\n{what}\n\n{bench.table(result)}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for line in result.get("off", []):
+        print(f"off: {line}", file=sys.stderr)
+    if result.get("off"):
+        sys.exit(EXIT_FAILURE)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 Each setting is a change of one configuration; ``Trainer.step`` runs eagerly on as many ranks as the
 setting needs, and every collective is counted where it is launched. "Minimum" is computed from the
-model's shapes alone, by the formula beside it, for what the setting lets a rank hold: a block that
-is freed after its forward must be gathered again. Symbols: N blocks, K of them looped and kept
-gathered, E executions of blocks in a pass, M micro-batches, P parameters (P_root, P_last: those of
+model's shapes alone, by the formula beside it, for what the setting lets a rank hold: a unit that
+is freed after its forward must be gathered again. Symbols: N units besides the root (blocks, unless
+``parallel.blocks_per_unit`` is more than 1), K of them looped and kept gathered, E executions of
+units in a pass, M micro-batches, P parameters (P_root, P_last: those of
 the root and of the last block), S elements of Muon's matrices, W ranks, w ranks per replica,
 b bytes per element that is computed with; gradients are reduced in float32.
 
@@ -41,7 +42,7 @@ from jepa_dist.model.execution import LAST_PHASE, execution_order, looped_blocks
 from jepa_dist.model.gpt import GPT
 from jepa_dist.optim.exchange import MAX_WAVES
 from jepa_dist.optim.groups import group_parameters
-from jepa_dist.parallel.shard import compute_dtype
+from jepa_dist.parallel.shard import compute_dtype, fsdp_units
 from jepa_dist.parallel.world import start_world
 from jepa_dist.trainer import Trainer
 
@@ -65,25 +66,30 @@ class Shapes:
     """Elements of the units that are gathered one at a time."""
 
     root: int
-    blocks: tuple[int, ...]
+    units: dict[int, int]
+    """Of the units besides the root's, by their last block."""
     muon: tuple[int, ...]
     """Of each matrix that Muon updates."""
 
     @property
     def all(self) -> int:
         """Elements of all parameters."""
-        return self.root + sum(self.blocks)
+        return self.root + sum(self.units.values())
 
 
 def shapes_of(config: Config) -> Shapes:
     """The sizes of the configuration's model."""
     with torch.device("meta"):
         model = GPT(config.model)
-    blocks = tuple(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    indices = fsdp_units(
+        range(len(blocks)), looped_blocks(config.model), config.parallel.blocks_per_unit
+    )
+    units = {unit[-1]: sum(blocks[index] for index in unit) for unit in indices}
     everything = sum(p.numel() for p in model.parameters())
     groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)
     muon = [p.numel() for g in groups if g.kind == "muon" for p in g.parameters.values()]
-    return Shapes(everything - sum(blocks), blocks, tuple(muon))
+    return Shapes(everything - sum(units.values()), units, tuple(muon))
 
 
 def minimum(config: Config, ranks: int, phase: int, device: torch.device) -> dict[str, Minimum]:
@@ -123,9 +129,9 @@ def _gathers(
     looped = looped_blocks(config.model) if config.parallel.keep_looped_gathered else range(0)
     times = micro_batches if config.parallel.accumulate == "sharded" else 1
     accumulates = micro_batches > 1 and times == 1
-    last = len(shapes.blocks) - 1
+    last = config.model.num_layers - 1
     launches, elements = times, times * shapes.root
-    for index, size in enumerate(shapes.blocks):
+    for index, size in shapes.units.items():
         if index in looped and not accumulates:
             needed = 1
         elif accumulates or not config.parallel.reshard_after_forward:
@@ -135,7 +141,7 @@ def _gathers(
         launches += needed
         elements += needed * size
     per_micro = "M" if times > 1 else ""
-    if accumulates or not config.parallel.reshard_after_forward:
+    if accumulates or not (config.parallel.reshard_after_forward and shapes.units):
         return Minimum(
             launches,
             f"{per_micro}(1 + N)" if per_micro else "1 + N",
@@ -164,7 +170,7 @@ def _reductions(config: Config, shapes: Shapes, micro_batches: int) -> Minimum:
     times = micro_batches if config.parallel.accumulate == "sharded" else 1
     per_micro = "M" if times > 1 else ""
     return Minimum(
-        times * (1 + len(shapes.blocks)),
+        times * (1 + len(shapes.units)),
         f"{per_micro}(1 + N)" if per_micro else "1 + N",
         times * _GRADIENT_BYTES * shapes.all,
         f"{per_micro}4P",
@@ -178,7 +184,7 @@ def _all_reductions(shapes: Shapes, shards: int, replicas: int) -> Minimum:
     if replicas == 1:
         return Minimum(launches, launches_formula, 0, "scalars only")
     return Minimum(
-        launches + 1 + len(shapes.blocks),
+        launches + 1 + len(shapes.units),
         f"1 + N + {launches_formula}",
         2 * _GRADIENT_BYTES * shapes.all / shards,
         "8P/w",
@@ -223,6 +229,7 @@ _PLAIN: _Changes = {
     "optim": {"matrix": "adamw"},
     "parallel": {
         "compile": False,
+        "blocks_per_unit": 1,
         "reshard_after_forward": True,
         "keep_looped_gathered": True,
         "accumulate": "gathered",
@@ -242,6 +249,8 @@ def settings(config: Config) -> dict[str, Setting]:
     found = {
         "plain": Setting(2, {}),
         "kept after forward": Setting(2, {"parallel": {"reshard_after_forward": False}}),
+        "units of two": Setting(2, {"parallel": {"blocks_per_unit": 2}}),
+        "one unit": Setting(2, {"parallel": {"blocks_per_unit": config.model.num_layers}}),
         "HSDP": Setting(4, {"parallel": {"dp_replicate": 2}}),
         "replication": Setting(2, {"parallel": {"dp_replicate": 2}}),
         "accumulation": Setting(2, {"batch": {"micro": -(-most // 4)}}),
@@ -255,6 +264,8 @@ def settings(config: Config) -> dict[str, Setting]:
         found["looped"] = Setting(2, {}, LAST_PHASE)
         again = {"parallel": {"keep_looped_gathered": False}}
         found["looped, gathered again"] = Setting(2, again, LAST_PHASE)
+        pairs = {"parallel": {"blocks_per_unit": 2}}
+        found["looped, units of two"] = Setting(2, pairs, LAST_PHASE)
     return found
 
 
@@ -314,7 +325,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     shapes = shapes_of(config)
     return {
         "config": str(arguments.config),
-        "blocks": len(shapes.blocks),
+        "blocks": config.model.num_layers,
         "parameters": shapes.all,
         "compute_bytes": compute_dtype(config.parallel, device).itemsize,
         "settings": rows,
@@ -387,7 +398,7 @@ def table(result: Mapping[str, Any]) -> str:
         cells.append("; ".join(must[kind]["bytes_formula"] for kind in _KINDS if kind in must))
         rows.append(cells)
     caption = (
-        f"{result['config']}: N = {result['blocks']}, P = {result['parameters']:,}, "
+        f"{result['config']}: N = {result['blocks']} in units of one block, P = {result['parameters']:,}, "
         f"b = {result['compute_bytes']}; one step"
     )
     return f"{caption}\n\n{markdown_table(columns, rows)}"

@@ -142,6 +142,28 @@ def time_in_turn(
     return seconds
 
 
+def milliseconds(call: Callable[[], object], device: torch.device, repeat: int = 10) -> float:
+    """Return the mean time of ``repeat`` calls in a row, after three to warm up.
+
+    On CUDA the device's own clock counts: the host does not wait between the calls.
+    """
+    for _ in range(3):
+        call()
+    synchronize(device)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        return 1e3 * (time.perf_counter() - start) / repeat
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeat):
+        call()
+    end.record()
+    synchronize(device)
+    return begin.elapsed_time(end) / repeat
+
+
 # ---------------------------------------------------------------------------- ranks
 
 

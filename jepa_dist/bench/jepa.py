@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -30,12 +29,12 @@ from jepa_dist.bench.common import (
     time_in_turn,
     with_random_data,
 )
-from jepa_dist.bench.training import steady
+from jepa_dist.bench.training import steady, stepper
 from jepa_dist.config import Config
 from jepa_dist.data.loader import Batch
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import start_world, stop_world
-from jepa_dist.plan import Planner, StepPlan, TrainingClock
+from jepa_dist.plan import StepPlan
 from jepa_dist.trainer import Trainer
 
 # Where the configuration has it off.
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         world = start_world(config.parallel)
         trainer = Trainer(with_random_data(config, Path(folder)), world)
         try:
-            measured = _measure(_variants(trainer), arguments.rounds, arguments.steps, world.device)
+            measured = measure(variants(trainer), arguments.rounds, arguments.steps, world.device)
         finally:
             trainer.batches.close()
             stop_world()
@@ -98,12 +97,13 @@ def table(result: Mapping[str, Any]) -> str:
     return f"{head}\n\n{markdown_table(columns, rows)}"
 
 
-def _measure(
-    variants: Mapping[str, Callable[[], None]], rounds: int, steps: int, device: torch.device
+def measure(
+    step_of: Mapping[str, Callable[[], None]], rounds: int, steps: int, device: torch.device
 ) -> dict[str, Any]:
-    new_graphs = {name: _graphs_of(step) for name, step in variants.items()}
+    """Time rounds of steps of each variant in turn; count the graphs that each compiles."""
+    new_graphs = {name: _graphs_of(step) for name, step in step_of.items()}
     seconds = time_in_turn(
-        {name: functools.partial(_repeat, step, steps) for name, step in variants.items()},
+        {name: functools.partial(_repeat, step, steps) for name, step in step_of.items()},
         rounds,
         device,
     )
@@ -139,19 +139,19 @@ def _compiled_graphs() -> int:
 # ---------------------------------------------------------------------------- variants
 
 
-def _variants(trainer: Trainer) -> dict[str, Callable[[], None]]:
-    """A step of each, on the same model, optimiser and data."""
+def variants(trainer: Trainer) -> dict[str, Callable[[], None]]:
+    """Return a step of each variant, on the same model, optimizer and data."""
     off, on = _with_objective(trainer.config, 0.0), _with_objective(trainer.config, _LAMBDA)
     middle = on.model.num_layers // 2
     absent = _on(trainer, off)
     absent.loss = functools.partial(_loss_without_jepa, trainer)  # type: ignore[method-assign]
-    variants = {
+    trainers = {
         "absent": absent,
         "off": _on(trainer, off),
         "on, final state": _on(trainer, _tapped(on, -1)),
         f"on, block {middle}": _on(trainer, _tapped(on, middle)),
     }
-    return {name: _stepper(variant) for name, variant in variants.items()}
+    return {name: stepper(variant) for name, variant in trainers.items()}
 
 
 def _on(trainer: Trainer, config: Config) -> Trainer:
@@ -169,18 +169,6 @@ def _with_objective(config: Config, weight: float) -> Config:
 
 def _tapped(config: Config, layer: int) -> Config:
     return config.model_copy(update={"jepa": config.jepa.model_copy(update={"layer": layer})})
-
-
-def _stepper(trainer: Trainer) -> Callable[[], None]:
-    """Plans and takes the next step."""
-    planner = Planner(trainer.config, TrainingClock())
-    steps = itertools.count()
-
-    def step() -> None:
-        trainer.step(planner.plan(next(steps)))
-        trainer.reduction.arrived()
-
-    return step
 
 
 def _loss_without_jepa(

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_launcher("muon")
     groups = arguments.ranks or [torch.cuda.device_count()] * torch.cuda.is_available() or [2, 4]
     _check(groups, arguments.replicas, arguments.rounds)
-    shapes = _matrices(chosen_config(arguments))
+    shapes = matrix_shapes(chosen_config(arguments))
     setup = Setup(shapes, arguments.replicas, arguments.rounds)
     return {
         "config": str(arguments.config),
@@ -134,8 +134,8 @@ def _check(groups: Sequence[int], replicas: int, rounds: int) -> None:
         raise UserError(*problems)
 
 
-def _matrices(config: Config) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the matrices that the configuration's model has."""
+def matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """Return the names and shapes of the matrices that the configuration's model has."""
     with torch.device("meta"):
         model = GPT(config.model)
     groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)
@@ -169,8 +169,10 @@ class EveryoneMuon(Muon):
         here = [key for key, parameter in enumerate(self._params) if local(parameter).numel()]
         return replace(super()._make_plan(present), whole=here, waves=[])
 
-    def _orthogonalise(self, matrices: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        results = super()._orthogonalise(self._gather(matrices))
+    def _orthogonalise(
+        self, matrices: Mapping[int, Tensor], result_dtype: torch.dtype
+    ) -> dict[int, Tensor]:
+        results = super()._orthogonalise(self._gather(matrices), result_dtype)
         return {key: self._own_rows(result) for key, result in results.items()}
 
     def _gather(self, directions: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -13,8 +13,10 @@ counted as in ``jepa_dist.bench.collectives``; the compute dtype is bfloat16, as
 The memory of a rank is estimated as: parameter, gradient and optimiser shards and the average
 (counted), plus gathered parameters (2P while they stay gathered, otherwise root, looped blocks and
 the two largest others), plus whole gradients between micro-batches (4P), or those of the root and
-one block (4 bytes each), plus activations under full checkpointing: the input of every execution of
-a block (2 x tokens x width bytes), and what autograd keeps of one block and of the head (counted).
+one block (4 bytes each), plus activations. Without checkpointing these are what autograd keeps of
+every execution of a block and of the head (counted eagerly: the compiler keeps less). With it, they
+are the input of every execution (2 x tokens x width bytes) and the outputs that the mode saves
+(counted), and what autograd keeps of one block or of the head.
 Newton-Schulz works when activations are gone and needs less. CUDA's context, NCCL's buffers
 and fragmentation come on top: some GB.
 """
@@ -38,6 +40,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from jepa_dist.bench.collectives import CollectiveCounter
 from jepa_dist.bench.comm import shapes_of
@@ -58,6 +62,7 @@ from jepa_dist.model.gpt import GPT
 from jepa_dist.model.layers import Block
 from jepa_dist.optim.clip import clip_grad_norm
 from jepa_dist.optim.muon import Muon
+from jepa_dist.parallel.shard import saved_operations
 from jepa_dist.parallel.world import World, build_mesh, start_world
 from jepa_dist.trainer import Trainer
 
@@ -139,7 +144,7 @@ def simulate(config: Config, ranks: int) -> dict[str, Any]:
 def simulated_config(config: Config, ranks: int) -> Config:
     """The configuration as it is simulated: eager, in bfloat16, a sequence per rank at least."""
     sequences = max(config.batch.sequences, ranks)
-    parallel = {"compile": False, "precision": "bfloat16"}
+    parallel = {"compile": False, "precision": "bfloat16", "attention": "auto"}
     return config.model_copy(
         update={
             "batch": config.batch.model_copy(update={"sequences": sequences}),
@@ -202,11 +207,13 @@ def _working_memory(config: Config, micro_batches: int, rows: int) -> dict[str, 
     shapes, parallel = shapes_of(config), config.parallel
     accumulates = micro_batches > 1 and parallel.accumulate == "gathered"
     looped = looped_blocks(config.model) if parallel.keep_looped_gathered else range(0)
-    others = sorted(size for index, size in enumerate(shapes.blocks) if index not in looped)
-    some = shapes.root + sum(shapes.blocks[index] for index in looped) + sum(others[-2:])
+    kept = [size for last, size in shapes.units.items() if last in looped]
+    others = sorted(size for last, size in shapes.units.items() if last not in looped)
+    some = shapes.root + sum(kept) + sum(others[-2:])
     is_whole = accumulates or not parallel.reshard_after_forward
     gathered = shapes.all if is_whole else some
-    gradients = shapes.all if accumulates else shapes.root + max(shapes.blocks)
+    largest = max(shapes.units.values(), default=0)
+    gradients = shapes.all if accumulates else shapes.root + largest
     return {
         "gathered parameters": _ELEMENT * gathered,
         "whole gradients": 4 * gradients,
@@ -215,10 +222,10 @@ def _working_memory(config: Config, micro_batches: int, rows: int) -> dict[str, 
 
 
 def _activations(config: Config, rows: int) -> int:
-    """Bytes of activations under full checkpointing."""
+    """Bytes of activations; see the module's docstring."""
     order = execution_order(config.model, LAST_PHASE)
     executions = len(order.encoder) + len(order.decoder)
-    inputs = executions * rows * config.model.seq_len * config.model.model_dim * _ELEMENT
+    mode = config.parallel.activation_checkpointing
     with FakeTensorMode():
         model = GPT(config.model).to(torch.bfloat16)
         shape = (rows, config.model.seq_len)
@@ -228,7 +235,26 @@ def _activations(config: Config, rows: int) -> int:
         proj = None if model.head_proj is None else model.head_proj.weight
         head_VE = (model.tok_emb if model.lm_head is None else model.lm_head).weight
         head = _saved_bytes(lambda: model.head(x_BTD, head_VE, proj, tokens_BT, torch.ones(rows)))
-    return inputs + max(one_block, head)
+        if mode == "none":
+            return executions * one_block + head
+        with _OutputBytes(saved_operations(mode)) as saved:
+            _run_one_block(model, x_BTD)
+    return executions * (x_BTD.nbytes + saved.bytes) + max(one_block, head)
+
+
+class _OutputBytes(TorchDispatchMode):
+    """Counts the bytes that some operations return."""
+
+    def __init__(self, operations: frozenset[Any]) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._operations = operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if func in self._operations:
+            self.bytes += sum(t.nbytes for t in tree_leaves(outputs) if isinstance(t, Tensor))
+        return outputs
 
 
 def _run_one_block(model: GPT, x_BTD: Tensor) -> None:

@@ -33,15 +33,14 @@ from jepa_dist.build import build_ema, build_optimizer
 from jepa_dist.config import Config
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.errors import UserError
-from jepa_dist.model.flops import training_flops_per_token
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
-from jepa_dist.monitor.hardware import peak_flops
 from jepa_dist.monitor.meter import TRAINING_PHASES
 from jepa_dist.optim.clip import clip_grad_norm
 from jepa_dist.parallel.shard import compute_dtype
 from jepa_dist.parallel.world import World, start_world, stop_world
 from jepa_dist.plan import Planner, TrainingClock
+from jepa_dist.records import mfu
 from jepa_dist.trainer import Trainer
 
 _MIB = 2**20
@@ -68,7 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         world = start_world(config.parallel)
         try:
-            measured = _measure(with_random_data(config, Path(folder)), world)
+            measured = measure(with_random_data(config, Path(folder)), world)
         finally:
             stop_world()
     return {"config": str(arguments.config), "changes": arguments.set, **measured}
@@ -78,13 +77,13 @@ def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     rows = []
     for name, loop in result["loops"].items():
-        mfu, memory = loop["mfu"], loop["peak_bytes"]
+        share, memory = loop["mfu"], loop["peak_bytes"]
         rows.append(
             (
                 name,
                 f"{1e3 * loop['seconds']:,.1f}",
                 f"{loop['tokens_per_second']:,.0f}",
-                "not known" if mfu is None else f"{mfu:.1%}",
+                "not known" if share is None else f"{share:.1%}",
                 f"{memory / _MIB:,.1f}",
             )
         )
@@ -104,8 +103,16 @@ def table(result: Mapping[str, Any]) -> str:
     )
 
 
-def _measure(config: Config, world: World) -> dict[str, Any]:
-    """Memory of both loops, then their times; an empty result on ranks other than 0."""
+def measure(config: Config, world: World) -> dict[str, Any]:
+    """Measure the memory of both loops, then their times. Collective.
+
+    Args:
+        config: A ``steady`` one; its first round only warms up.
+        world: The ranks.
+
+    Returns:
+        The result; an empty one on ranks other than 0.
+    """
     trainer = Trainer(config, world)
     plan = Planner(config, TrainingClock()).plan(0)
     floor = Floor(config, world, plan.phase)
@@ -133,7 +140,7 @@ def _result(
             "seconds": median,
             "seconds_of_each_round": of_each_round,
             "tokens_per_second": tokens / median,
-            "mfu": _mfu(tokens / median, phase, config, world),
+            "mfu": mfu(tokens / median, {phase: 1}, config, world).get("mfu"),
             "peak_bytes": peaks[name],
         }
     return {
@@ -150,17 +157,6 @@ def _result(
             for name in (*TRAINING_PHASES, "other")
         },
     }
-
-
-def _mfu(tokens_per_second: float, phase: int, config: Config, world: World) -> float | None:
-    """Share of the devices' peak; None where the peak is not known."""
-    if world.device.type != "cuda":
-        return None
-    peak = peak_flops(torch.cuda.get_device_name(world.device))
-    if peak is None:
-        return None
-    flops = tokens_per_second * training_flops_per_token(config.model, phase)
-    return flops / (peak * world.world_size)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -194,7 +190,10 @@ class Floor:
     def step(self) -> None:
         """One optimiser step."""
         if self._model is not self._master:
-            torch._foreach_copy_(list(self._model.parameters()), list(self._master.parameters()))
+            with torch.no_grad():
+                torch._foreach_copy_(
+                    list(self._model.parameters()), list(self._master.parameters())
+                )
         batch = self._config.batch.sequences * self._config.model.seq_len
         for _ in range(self._layout.num_micro):
             output = self._forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from jepa_dist.bench.common import synchronize
 from jepa_dist.config import Config
 from jepa_dist.monitor.reporter import Reporter
 from jepa_dist.monitor.writer import MetricsWriter
+from jepa_dist.plan import Planner, TrainingClock
 from jepa_dist.trainer import Trainer
 
 
@@ -35,6 +37,18 @@ def steady(config: Config, rounds: int, steps: int) -> Config:
             "monitor": config.monitor.model_copy(update={"jepa_every": 0}),
         }
     )
+
+
+def stepper(trainer: Trainer) -> Callable[[], None]:
+    """Return a function that plans and takes the trainer's next step, alike on every rank."""
+    planner = Planner(trainer.config, TrainingClock())
+    steps = itertools.count()
+
+    def step() -> None:
+        trainer.step(planner.plan(next(steps)))
+        trainer.reduction.arrived()
+
+    return step
 
 
 class Rounds:

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,21 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from jepa_dist.checkpoint import folder as folders
-from jepa_dist.checkpoint.manifest import Manifest, TensorEntry, read_manifest, read_state, verify
+from jepa_dist.checkpoint.manifest import (
+    STATE,
+    Manifest,
+    TensorEntry,
+    read_manifest,
+    read_state,
+    verify,
+)
 from jepa_dist.checkpoint.retention import Keep, expendable
 from jepa_dist.checkpoint.shards import ShardFiles, assemble
 from jepa_dist.config import Config, flatten
-from jepa_dist.errors import UserError
+from jepa_dist.errors import UserError, one_line
 from jepa_dist.failure import told_once
 from jepa_dist.interop.safetensors_io import Description, Weights, write_export
+from jepa_dist.model.execution import LAST_PHASE
 
 CHECKPOINTS = "checkpoints"
 
@@ -65,6 +73,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     exporting.add_argument("run", type=Path, help=one)
     exporting.add_argument("out", type=Path, help="folder to write into")
     exporting.add_argument("--ema", action="store_true", help="the averaged weights")
+    exporting.add_argument(
+        "--not-finite", action="store_true", help="even if weights are not finite"
+    )
     exporting.set_defaults(command=export)
 
     pruning = commands.add_parser(
@@ -92,7 +103,7 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
             print(_described(read_manifest(path)), "no: " + problems[0] if problems else "yes")
         except UserError:
             print(f"{folders.step_of(path):>10} {'?':>10} {'?':>8} {'?':>6} {'?':>9}", end="")
-            print(f"  no: {problems[0]}")
+            print(f"  no: {one_line(problems[0])}")
     for path in folders.all_set_aside(_folder_of(arguments.run)):
         print(f"{path.name}: set aside, not loaded any more; prune deletes it")
     return 0
@@ -105,7 +116,7 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
     for path in [arguments.run] if single else _all_of(arguments.run):
         problems = verify(path)
         for problem in problems:
-            print(problem)
+            print(one_line(problem))
         if not problems:
             print(f"{path}: whole")
         code |= bool(problems)
@@ -118,7 +129,7 @@ def compare(arguments: argparse.Namespace) -> int:
     print(f"- {first}\n+ {second}")
     differences = [*_differences_of_state(first, second), *_differences_of_tensors(first, second)]
     for difference in differences:
-        print(difference)
+        print(one_line(difference))
     if not differences:
         print("no difference")
     return int(bool(differences))
@@ -142,9 +153,13 @@ def export(arguments: argparse.Namespace) -> int:
             + ("; the run kept no average (optim.ema_decay=0)" if arguments.ema else "")
         )
     description = Description(
-        step=manifest.step, phase=_phase(path, state), weights=weights, config=_config(path, state)
+        step=manifest.step,
+        phase=_phase(path, state),
+        weights=weights,
+        config=_config(path, state),
     )
-    print(write_export(arguments.out, tensors, description))
+    allow = arguments.not_finite
+    print(write_export(arguments.out, tensors, description, allow_not_finite=allow))
     return 0
 
 
@@ -204,24 +219,27 @@ def _one(path: Path) -> Path:
     raise UserError(f"{path}: no checkpoint is whole; python -m jepa_dist.checkpoint verify {path}")
 
 
-def _config(path: Path, state: dict[str, Any]) -> Config:
+def _phase(path: Path, state: Mapping[str, Any]) -> int:
+    phase = state.get("phase")
+    if type(phase) is not int or not 0 <= phase <= LAST_PHASE:
+        raise UserError(
+            f"{path / STATE}: phase={phase!r:.60}: expected a recurrence phase of 0 to "
+            f"{LAST_PHASE}; it is not of a training run"
+        )
+    return phase
+
+
+def _config(path: Path, state: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate_json(json.dumps(state.get("config")))
     except ValidationError as error:
         raise UserError(
             *(
-                f"{path}: config: {'.'.join(map(str, item['loc']))}: {item['msg']}; "
+                f"{path}: config: {'.'.join(map(str, item['loc'])):.80}: {item['msg']:.200}; "
                 "export it with the version of jepa_dist that wrote it"
                 for item in error.errors()
             )
         ) from None
-
-
-def _phase(path: Path, state: dict[str, Any]) -> int:
-    phase = state.get("phase")
-    if not isinstance(phase, int):
-        raise UserError(f"{path}: its state names no recurrence phase; it is not of a training run")
-    return phase
 
 
 # ---------------------------------------------------------------------------- telling
@@ -256,11 +274,18 @@ def _differences_of_state(first: Path, second: Path) -> Iterator[str]:
     for name in ("step", "world_size", "healthy", "data_fingerprint"):
         if getattr(one, name) != getattr(other, name):
             yield f"{name}: {getattr(one, name)} -> {getattr(other, name)}"
-    before = dict(flatten(read_state(first).get("config") or {}))
-    after = dict(flatten(read_state(second).get("config") or {}))
+    before, after = (dict(flatten(_config_of(path))) for path in (first, second))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
-            yield f"config {key}: {before.get(key)} -> {after.get(key)}"
+            yield f"config {key}: {before.get(key)!s:.200} -> {after.get(key)!s:.200}"
+
+
+def _config_of(path: Path) -> Mapping[str, Any]:
+    """The configuration in a checkpoint's state; nothing where it has none."""
+    config = read_state(path).get("config")
+    if not isinstance(config, dict | None):
+        raise UserError(f"{path / STATE}: config: expected a mapping of sections")
+    return config or {}
 
 
 def _differences_of_tensors(first: Path, second: Path) -> Iterator[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from jepa_dist.errors import UserError
+from jepa_dist.files import make_new, write_atomically
 
 LATEST = "latest"
 
@@ -122,8 +123,7 @@ def publish(staging: Path, step: int) -> tuple[Path, list[str]]:
 
 def point_latest_to(path: Path) -> None:
     """Write ``latest``, for people and scripts; nothing here believes it."""
-    write_text(path.with_name(f".{LATEST}.partial"), path.name + "\n")
-    path.with_name(f".{LATEST}.partial").replace(path.with_name(LATEST))
+    write_atomically(path.with_name(LATEST), path.name + "\n", sync=True)
     sync_folder(path.parent)
 
 
@@ -144,9 +144,9 @@ def discard(staging: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    """Write a new file and wait until it is on the disk."""
+    with make_new(path) as file:
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -9,27 +9,43 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jepa_dist.checkpoint.folder import step_of
 from jepa_dist.errors import UserError
+from jepa_dist.files import MIB, check_regular, open_regular, read_json
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 
 # Large enough that hashing and writing release the GIL for most of the time.
-PIECE_BYTES = 8 * 2**20
+PIECE_BYTES = 8 * MIB
+_STATE_BYTES = 4 * MIB
+# Every chunk that the manifest lists has a header entry of about the same size in its shard file,
+# so a manifest that is much longer than the files of its folder lists what is not there.
+_LEAST_MANIFEST_BYTES, _MOST_MANIFEST_BYTES = MIB, 512 * MIB
+_MANIFEST_TO_FILES = 4
+
+# Of the dtypes that a run saves, by the name that safetensors gives them.
+DTYPE_BYTES = {
+    **{"F64": 8, "F32": 4, "BF16": 2, "F16": 2},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+}
 
 # A bare name: a manifest cannot point outside its own folder.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-Size = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=255)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+# As many dimensions as no parameter has.
+Dimensions = Annotated[tuple[Size, ...], Field(max_length=16)]
 
 
 class _Part(BaseModel):
@@ -40,7 +56,7 @@ class FileEntry(_Part):
     """One file as the rank that wrote it knows it."""
 
     bytes: Size
-    blake2b: str
+    blake2b: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """Hexadecimal, 32 bytes."""
 
 
@@ -48,16 +64,16 @@ class Chunk(_Part):
     """A block of a tensor: it lies at ``offset`` in the tensor and under its name in ``file``."""
 
     file: FileName
-    offset: tuple[Size, ...]
-    shape: tuple[Size, ...]
+    offset: Dimensions
+    shape: Dimensions
 
 
 class TensorEntry(_Part):
-    """A whole tensor; its chunks cover it without overlap."""
+    """A whole tensor; its chunks cover it without overlap, each in a file of its own."""
 
     dtype: str
     """As safetensors calls it (F32, BF16, ...)."""
-    shape: tuple[Size, ...]
+    shape: Dimensions
     chunks: tuple[Chunk, ...]
 
 
@@ -67,7 +83,7 @@ class Manifest(_Part):
     format: Literal[1] = 1
     """Version of this layout."""
     step: Size
-    saved_at: float
+    saved_at: Annotated[float, Field(ge=0, lt=2**40, allow_inf_nan=False)]
     """Unix time."""
     world_size: Size
     """Ranks it was saved on; it loads on any number."""
@@ -110,22 +126,22 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint ``path``.
 
     Raises:
-        UserError: missing, damaged, or of another format version.
+        UserError: missing, damaged, of another format version, or at odds with itself.
     """
     file = path / MANIFEST
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
+        body = read_json(file, _most_manifest_bytes(path))
         seal = body.pop("blake2b")
         version = body["format"]
     except FileNotFoundError:
         raise UserError(f"{path}: holds no {MANIFEST}: not a finished checkpoint") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file}: damaged: not a manifest") from None
     if version != FORMAT:
         raise UserError(
-            f"{file}: format {version!r}, expected {FORMAT}; "
+            f"{file}: format {version!r:.40}, expected {FORMAT}; "
             "load it with the version of jepa_dist that wrote it"
         )
     if fingerprint(body) != seal:
@@ -133,10 +149,83 @@ def read_manifest(path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(json.dumps(body))
     except ValidationError as error:
-        raise UserError(*(_explain(file, item) for item in error.errors())) from None
+        raise UserError(*_first(_explain(file, item) for item in error.errors())) from None
     if step_of(path) not in (None, manifest.step):
         raise UserError(f"{file}: is of step {manifest.step}, not of this folder's")
+    problems = _first(f"{file}: {problem}" for problem in _contradictions(manifest))
+    if problems:
+        raise UserError(*problems)
     return manifest
+
+
+def _most_manifest_bytes(path: Path) -> int:
+    """Size up to which the manifest of a folder with these files is believed."""
+    with os.scandir(path) as entries:
+        files = sum(e.stat().st_size for e in entries if e.name != MANIFEST and e.is_file())
+    return max(_LEAST_MANIFEST_BYTES, min(_MOST_MANIFEST_BYTES, _MANIFEST_TO_FILES * files))
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """What the manifest says of tensors and files that cannot be true together, so that whoever
+    believes the rest allocates no more than the files hold."""
+    if STATE not in manifest.files:
+        yield f"files: {STATE} is missing"
+    stored = dict.fromkeys(manifest.files, 0)
+    for name, entry in manifest.tensors.items():
+        problem = _tensor_problem(entry, manifest.files)
+        if problem is not None:
+            yield f"tensors.{name:.80}: {problem}"
+            continue
+        for chunk in entry.chunks:
+            stored[chunk.file] += math.prod(chunk.shape) * DTYPE_BYTES[entry.dtype]
+    for file, size in stored.items():
+        if size > manifest.files[file].bytes:
+            yield f"files.{file}: {manifest.files[file].bytes} bytes cannot hold tensors of {size}"
+
+
+def _tensor_problem(entry: TensorEntry, files: Iterable[str]) -> str | None:
+    """What is wrong with the chunks of a tensor."""
+    if entry.dtype not in DTYPE_BYTES:
+        return f"dtype {entry.dtype!r:.20}: expected one of {', '.join(DTYPE_BYTES)}"
+    for chunk in entry.chunks:
+        if chunk.file not in files:
+            return f"{chunk.file:.80}: not a file of this checkpoint"
+        if not len(chunk.offset) == len(chunk.shape) == len(entry.shape) or any(
+            start + size > whole
+            for start, size, whole in zip(chunk.offset, chunk.shape, entry.shape, strict=True)
+        ):
+            return f"a chunk at {chunk.offset} of shape {chunk.shape} is not in {entry.shape}"
+    if len({chunk.file for chunk in entry.chunks}) < len(entry.chunks):
+        return "a file is to hold two of its chunks"
+    chunks = [chunk for chunk in entry.chunks if 0 not in chunk.shape]
+    # Chunks inside the tensor that do not overlap cover it if they have its number of elements.
+    if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(entry.shape):
+        return f"its chunks do not make up the shape {entry.shape}"
+    if _any_overlap(chunks):
+        return "its chunks overlap"
+    return None
+
+
+def _any_overlap(chunks: list[Chunk]) -> bool:
+    """Whether two of the blocks, none of them empty, share an element."""
+    if len(chunks) < 2:
+        return False
+    starts_ND = np.array([chunk.offset for chunk in chunks], dtype=np.int64)
+    ends_ND = starts_ND + np.array([chunk.shape for chunk in chunks], dtype=np.int64)
+    order_N = starts_ND[:, 0].argsort()
+    starts_ND, ends_ND = starts_ND[order_N], ends_ND[order_N]
+    if (starts_ND[1:, 0] >= ends_ND[:-1, 0]).all():  # as FSDP2 shards: by rows
+        return False
+    return any(
+        ((starts_ND[i + 1 :] < ends_ND[i]) & (ends_ND[i + 1 :] > starts_ND[i])).all(1).any()
+        for i in range(len(chunks))
+    )
+
+
+def _first(problems: Iterable[str], most: int = 10) -> list[str]:
+    """The first few: a crafted manifest may have a million."""
+    found = list(problems)
+    return found if len(found) <= most else [*found[:most], f"(and {len(found) - most} more)"]
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -147,10 +236,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     file = path / STATE
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = read_json(file, _STATE_BYTES)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         state = None
     if not isinstance(state, dict):
         raise UserError(f"{file}: damaged: not the state of a run")
@@ -174,8 +263,14 @@ def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[st
 
 
 def check_size(file: Path, entry: FileEntry) -> str | None:
-    """What is wrong with a file at first sight."""
+    """What is wrong with a file at first sight.
+
+    A link out of the checkpoint's folder is: it could stand for any file of the host.
+    """
     try:
+        check_regular(file)
+        if file.resolve().parent != file.parent.resolve():
+            return f"{file}: a link that leads out of the checkpoint; put the file itself there"
         size = file.stat().st_size
     except OSError as error:
         return f"{file}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
@@ -195,7 +290,7 @@ def _check_file(file: Path, entry: FileEntry) -> str | None:
         return problem
     digest = digest_of()
     try:
-        with open(file, "rb", buffering=0) as opened:
+        with open_regular(file) as opened:
             while piece := opened.read(PIECE_BYTES):
                 digest.update(piece)
     except OSError as error:
@@ -207,4 +302,4 @@ def _check_file(file: Path, entry: FileEntry) -> str | None:
 
 def _explain(file: Path, item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"]) or "file"
-    return f"{file}: {place}: {item['msg']}"
+    return f"{file}: {place:.80}: {item['msg']:.200}"

@@ -40,6 +40,9 @@ class SaveReport:
     path: Path
     stall_seconds: float
     """That ``save`` held the caller on this rank, waiting for an earlier save included."""
+    is_first: bool
+    """Whether it is the first one of this start, which also allocates the host buffers (page-locked
+    for CUDA, which takes several times as long as the copy); later ones reuse them."""
     background_seconds: float
     """From then until the checkpoint was published, on this rank."""
     bytes: int
@@ -69,6 +72,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._copies = _HostCopies()
         self._flight: _Flight | None = None
+        self._saves = 0
         self._reports: list[SaveReport] = []
         self._manifests: dict[Path, Manifest] = {}
         world.decide(lambda: folders.make_folder(folder))
@@ -106,7 +110,8 @@ class Checkpointer:
         mine = _owned(tensors, self._world)
         copies = self._copies.take(mine)
         writer = ShardWriter(self.folder, step, state, after=self._tidy)
-        self._flight = _Flight(step, lambda: self._write(writer, mine, copies))
+        is_first, self._saves = self._saves == 0, self._saves + 1
+        self._flight = _Flight(step, is_first, lambda: self._write(writer, mine, copies))
         stall = self._flight.stall_seconds = time.perf_counter() - started
         if not wait:
             return stall
@@ -264,8 +269,9 @@ class _Flight:
 
     stall_seconds = 0.0
 
-    def __init__(self, step: int, write: Callable[[], Published]) -> None:
+    def __init__(self, step: int, is_first: bool, write: Callable[[], Published]) -> None:
         self._step = step
+        self._is_first = is_first
         self._write = write
         self._published: Published | None = None
         self._error: BaseException | None = None
@@ -289,6 +295,7 @@ class _Flight:
             step=self._step,
             path=self._published.path,
             stall_seconds=self.stall_seconds,
+            is_first=self._is_first,
             background_seconds=self._seconds,
             bytes=self._published.bytes,
             messages=tuple(self._published.messages),

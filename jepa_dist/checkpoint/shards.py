@@ -23,8 +23,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from jepa_dist.checkpoint.manifest import PIECE_BYTES, FileEntry, TensorEntry, digest_of
+from jepa_dist.checkpoint.manifest import (
+    DTYPE_BYTES,
+    PIECE_BYTES,
+    Chunk,
+    FileEntry,
+    TensorEntry,
+    digest_of,
+)
 from jepa_dist.errors import UserError
+from jepa_dist.files import check_regular
 
 DTYPES = {
     torch.float64: "F64",
@@ -39,6 +47,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+assert _TORCH_DTYPES.keys() == DTYPE_BYTES.keys()
 
 
 class Part(NamedTuple):
@@ -113,19 +122,38 @@ class ShardFiles:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def read(self, file: str, name: str, box: tuple[slice, ...]) -> Tensor:
-        """A block of what ``file`` holds of the tensor ``name``, on the CPU.
+    def read(self, name: str, dtype: str, chunk: Chunk, box: tuple[slice, ...]) -> Tensor:
+        """A block of a chunk, on the CPU.
+
+        Args:
+            name: The tensor.
+            dtype: Its dtype, as safetensors calls it.
+            chunk: Which of its chunks.
+            box: The block, within the chunk.
 
         Raises:
             UserError: the file is not what the manifest says.
         """
+        file = self._folder / chunk.file
         try:
-            if file not in self._opened:
-                handle = safe_open(self._folder / file, framework="pt", device="cpu")
-                self._opened[file] = self._stack.enter_context(handle)
-            return self._opened[file].get_slice(name)[box]
+            stored = self._open(file).get_slice(name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self._folder / file}: damaged: {name}: {error}") from None
+            raise UserError(f"{file}: damaged: {name:.80}: {error}") from None
+        # The library has compared the header with the size of the file.
+        found = stored.get_dtype(), tuple(stored.get_shape())
+        if found != (dtype, chunk.shape):
+            raise UserError(
+                f"{file}: damaged: {name:.80}: dtype and shape {found[0]} {found[1]}, the "
+                f"manifest says {dtype} {chunk.shape}"
+            )
+        return stored[box]
+
+    def _open(self, file: Path) -> Any:
+        if file.name not in self._opened:
+            check_regular(file)
+            handle = safe_open(file, framework="pt", device="cpu")
+            self._opened[file.name] = self._stack.enter_context(handle)
+        return self._opened[file.name]
 
 
 def assemble(files: ShardFiles, name: str, entry: TensorEntry) -> Tensor:
@@ -136,9 +164,11 @@ def assemble(files: ShardFiles, name: str, entry: TensorEntry) -> Tensor:
     """
     whole = torch.empty(entry.shape, dtype=_TORCH_DTYPES[entry.dtype])
     for chunk in entry.chunks:
+        if 0 in chunk.shape:
+            continue
         everything = tuple(slice(0, size) for size in chunk.shape)
         box = box_of(chunk.offset, chunk.shape)
-        whole[box] = files.read(chunk.file, name, everything)
+        whole[box] = files.read(name, entry.dtype, chunk, everything)
     return whole
 
 

@@ -237,8 +237,8 @@ class ShardReader(StorageReader):
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
         self._manifest = manifest
-        self._file_of = {
-            MetadataIndex(name, torch.Size(chunk.offset)): chunk.file
+        self._chunk_at = {
+            MetadataIndex(name, torch.Size(chunk.offset)): chunk
             for name, entry in manifest.tensors.items()
             for chunk in entry.chunks
             if 0 not in chunk.shape
@@ -268,9 +268,11 @@ class ShardReader(StorageReader):
         """Copy every planned block into the live tensor it belongs to."""
         with ShardFiles(self._path) as files:
             for item in plan.items:
+                name = item.storage_index.fqn
                 block = files.read(
-                    self._file_of[item.storage_index],
-                    item.storage_index.fqn,
+                    name,
+                    self._manifest.tensors[name].dtype,
+                    self._chunk_at[item.storage_index],
                     box_of(item.storage_offsets, item.lengths),
                 )
                 planner.resolve_tensor(item).copy_(block)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jepa_dist.data.loader import TokenDataset
-from jepa_dist.data.order import place_in_order, sample_order
+from jepa_dist.data.order import sample_order
 
 Starts = npt.NDArray[np.bool_]
 
@@ -21,7 +21,7 @@ class DocumentStarts:
         seed: Of the order of samples.
         step: Optimiser step at which ``samples_consumed`` holds.
         samples_consumed: Of the run, before that step.
-        skip: Places in the order that are passed over, as in ``TrainLoader``.
+        skip: Places in the order that the run passes over.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class DocumentStarts:
         Raises:
             UserError: a damaged shard.
         """
-        first = place_in_order(self._offset + step * self._sequences, self._skip)
-        ids = sample_order(first, self._sequences, len(self._dataset), self._seed)
+        first = self._offset + step * self._sequences
+        ids = sample_order(first, self._sequences, len(self._dataset), self._seed, self._skip)
         starts: Starts = self._dataset.read(ids)[:, :-1] == self._bos_id
         return starts

@@ -5,25 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from jepa_dist.config import Config
-from jepa_dist.data.meta import read_meta
-from jepa_dist.data.shards import find_shards, num_windows, read_count, read_shard
-from jepa_dist.data.tokenizer import Tokenizer, load_tokenizer
+from jepa_dist.data.meta import metas_beside, read_meta
+from jepa_dist.data.shards import Shard, find_shards, read_count, same_contents
+from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from jepa_dist.errors import UserError
+
+# Tokens at the beginning of a shard in which an id is looked for.
+_SEARCHED_TOKENS = 1 << 26
+_SEARCH_STEP = 1 << 20
 
 
 def check_data(config: Config) -> None:
     """Look at every shard's header, at meta.json and at the tokenizer.
 
     Raises:
-        UserError: missing or damaged shards, a split without one whole window, a tokenizer or
-            data of another vocabulary than the model's; all of it at once.
+        UserError: missing or damaged shards, a split without one whole window, validation shards
+            among the training shards, a tokenizer or data of another vocabulary than the model's;
+            all of it at once.
     """
     problems = [*_split_problems(config, "train"), *_split_problems(config, "val")]
-    try:
-        tokenizer = load_checked_tokenizer(config, ("train", "val"))
-    except UserError as error:
-        problems += error.problems
+    if not problems:
+        problems += _overlap_problems(config)
+        try:
+            tokenizer = load_checked_tokenizer(config, ("train", "val"))
+        except UserError as error:
+            problems += error.problems
+    elif config.data.tokenizer is not None:
+        problems += _tokenizer_problems(config)
+    if not problems:
+        problems += _byte_problems(config)
     if not problems and config.jepa.within_documents:
         problems += _boundary_problems(config, tokenizer)
     if problems:
@@ -40,9 +53,16 @@ def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
     """
     if config.data.bos_id is not None:
         return config.data.bos_id
-    meta = read_meta(config.data.train)
-    if meta is not None and "bos_id" in meta:
-        return int(meta["bos_id"])
+    metas = metas_beside(find_shards(config.data.train, "data.train")).items()
+    said = {meta.bos_id: path for path, meta in metas if meta.bos_id is not None}
+    if len(said) > 1:
+        raise UserError(
+            f"data.train={config.data.train!r}: its shards begin documents with different ids: "
+            f"{', '.join(f'{bos} in {path}' for bos, path in said.items())}; name the shards of "
+            "one tokenizer"
+        )
+    if said:
+        return next(iter(said))
     if tokenizer is not None:
         return tokenizer.bos_id
     if config.jepa.within_documents:
@@ -60,20 +80,13 @@ def load_checked_tokenizer(config: Config, splits: Iterable[str]) -> Tokenizer |
     Raises:
         UserError: it cannot be loaded, or the model's or the data's vocabulary is another.
     """
-    data, vocab_size = config.data, config.model.vocab_size
     tokenizer = None
-    problems = []
-    if data.tokenizer is not None:
+    problems: list[str] = []
+    if config.data.tokenizer is not None:
         try:
-            tokenizer = load_tokenizer(data.tokenizer)
+            tokenizer = _load_tokenizer(config)
         except UserError as error:
-            problems += [f"data.tokenizer: {problem}" for problem in error.problems]
-    if tokenizer is not None and tokenizer.vocab_size != vocab_size:
-        problems.append(
-            f"data.tokenizer={data.tokenizer!r}: has {tokenizer.vocab_size} ids, but "
-            f"model.vocab_size={vocab_size}; set model.vocab_size={tokenizer.vocab_size} or name "
-            "the tokenizer of the data"
-        )
+            problems += error.problems
     for split in splits:
         problems += _meta_problems(config, split, tokenizer)
     if problems:
@@ -81,19 +94,104 @@ def load_checked_tokenizer(config: Config, splits: Iterable[str]) -> Tokenizer |
     return tokenizer
 
 
+def _load_tokenizer(config: Config) -> Tokenizer:
+    """The configured tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded, or the model's vocabulary is another.
+    """
+    spec, vocab_size = config.data.tokenizer, config.model.vocab_size
+    assert spec is not None
+    try:
+        tokenizer = load_tokenizer(spec)
+    except UserError as error:
+        raise UserError(*(f"data.tokenizer: {problem}" for problem in error.problems)) from None
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"data.tokenizer={spec!r}: has {tokenizer.vocab_size} ids, but "
+            f"model.vocab_size={vocab_size}; set model.vocab_size={tokenizer.vocab_size} or name "
+            "the tokenizer of the data"
+        )
+    return tokenizer
+
+
+def _tokenizer_problems(config: Config) -> Iterator[str]:
+    try:
+        _load_tokenizer(config)
+    except UserError as error:
+        yield from error.problems
+
+
 def _split_problems(config: Config, split: str) -> Iterator[str]:
+    """Whether the shards of a split can be read and hold enough.
+
+    Windows of training stay inside a shard, those of validation run through all of them.
+    """
     pattern, key = getattr(config.data, split), f"data.{split}"
     try:
         counts = [read_count(path) for path in find_shards(pattern, key)]
     except UserError as error:
         yield from error.problems
         return
-    if not any(num_windows(count, config.model.seq_len) for count in counts):
+    needed = config.model.seq_len + 1
+    if split == "val" and sum(counts) < needed:
         yield (
-            f"{key}={pattern!r}: no shard holds one window of model.seq_len + 1 = "
-            f"{config.model.seq_len + 1} tokens (the largest has {max(counts)}); "
-            "use more text or a smaller model.seq_len"
+            f"{key}={pattern!r}: its {sum(counts)} tokens do not fill one window of model.seq_len "
+            f"+ 1 = {needed} tokens; use more text or a smaller model.seq_len"
         )
+    if split == "train" and max(counts) < needed:
+        yield (
+            f"{key}={pattern!r}: no shard holds one window of model.seq_len + 1 = {needed} tokens "
+            f"(the largest has {max(counts)}); use more text or a smaller model.seq_len"
+        )
+
+
+def _overlap_problems(config: Config) -> Iterator[str]:
+    """Validation shards that are trained on: the same file, or the same tokens in another."""
+    train = find_shards(config.data.train, "data.train")
+    val = find_shards(config.data.val, "data.val")
+    by_file = {path.resolve(): path for path in train}
+    by_start: dict[tuple[int, bytes], list[Path]] = {}
+    for path in train:
+        by_start.setdefault(_start_of(path), []).append(path)
+    for path in val:
+        same = by_file.get(path.resolve()) or next(
+            (other for other in by_start.get(_start_of(path), []) if same_contents(path, other)),
+            None,
+        )
+        if same is not None and read_count(path) > 0:
+            yield (
+                f"data.val: {path} is also trained on (data.train matches {same}, the same "
+                "tokens); keep validation shards out of data.train"
+            )
+            return
+
+
+def _start_of(path: Path) -> tuple[int, bytes]:
+    """Number of tokens, and the first of them."""
+    shard = Shard(path)
+    return shard.count, shard.read(0, min(shard.count, 1024)).tobytes()
+
+
+def _byte_problems(config: Config) -> Iterator[str]:
+    """Whether shards without a meta.json are of the byte tokenizer that they are taken for."""
+    if config.data.tokenizer != BYTES:
+        return
+    for key in ("train", "val"):
+        path = find_shards(getattr(config.data, key), f"data.{key}")[0]
+        if read_meta(path.parent) is not None:
+            continue
+        shard = Shard(path)
+        ids = set(np.unique(shard.read(0, min(shard.count, _SEARCH_STEP))).tolist())
+        # Text has spaces and line ends; the bytes that their ids would be in the other mapping
+        # (28 and 6) do not occur in any.
+        if {1, ord(" ") + 4, ord("\n") + 4} <= ids and not {256, ord(" "), ord("\n")} & ids:
+            yield (
+                f"data.tokenizer={BYTES!r}: {path} is of another byte tokenizer, of 260 ids (1 "
+                "begins a document, byte b is id b + 4); prepare the text again, or train on it "
+                "with data.tokenizer=null model.vocab_size=260 data.bos_id=1"
+            )
+            return
 
 
 def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -103,29 +201,32 @@ def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[
     except UserError as error:
         yield from error.problems
         return
-    shard = find_shards(config.data.train, "data.train")[0]
-    if not (read_shard(shard) == bos_id).any():
+    shard = Shard(find_shards(config.data.train, "data.train")[0])
+    searched = min(shard.count, _SEARCHED_TOKENS)
+    starts = range(0, searched, _SEARCH_STEP)
+    if not any((shard.read(n, min(n + _SEARCH_STEP, searched)) == bos_id).any() for n in starts):
+        place = "" if searched == shard.count else f"the first {searched} tokens of "
         yield (
-            f"jepa.within_documents=true: no document begins in {shard}: id {bos_id} does not "
-            "occur; set data.bos_id to the one that begins documents, or leave the option off"
+            f"jepa.within_documents=true: no document begins in {place}{shard.path}: id {bos_id} "
+            "does not occur; set data.bos_id to the one that begins documents, or leave the "
+            "option off"
         )
 
 
 def _meta_problems(config: Config, split: str, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """What the note beside prepared shards says, against model and tokenizer."""
+    """What the notes beside prepared shards say, against model and tokenizer."""
     pattern, expected = getattr(config.data, split), config.model.vocab_size
-    meta = read_meta(pattern)
-    if not meta:
+    try:
+        metas = metas_beside(find_shards(pattern, f"data.{split}"))
+    except UserError as error:
+        yield from error.problems
         return
-    told = f"data.{split}={pattern!r}: {_meta_name(pattern)} says"
-    if meta["vocab_size"] != expected:
-        yield f"{told} vocab_size={meta['vocab_size']}, but model.vocab_size={expected}"
-    if tokenizer is not None and meta["tokenizer"] != tokenizer.name:
-        yield (
-            f"{told} the tokenizer was {meta['tokenizer']!r}, but "
-            f"data.tokenizer={config.data.tokenizer!r} is {tokenizer.name!r}"
-        )
-
-
-def _meta_name(pattern: str) -> str:
-    return str(Path(pattern).parent / "meta.json")
+    for path, meta in metas.items():
+        told = f"data.{split}={pattern!r}: {path} says"
+        if meta.vocab_size != expected:
+            yield f"{told} vocab_size={meta.vocab_size}, but model.vocab_size={expected}"
+        if tokenizer is not None and meta.tokenizer != tokenizer.name:
+            yield (
+                f"{told} the tokenizer was {meta.tokenizer!r}, but "
+                f"data.tokenizer={config.data.tokenizer!r} is {tokenizer.name!r}"
+            )

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from jepa_dist.errors import UserError
+from jepa_dist.files import open_regular
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 _SUFFIXES = (".txt", ".jsonl")
+_BLOCK = 1 << 20
+
+# Encodings that hold every other byte 0, or name themselves in their first bytes.
+_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,22 @@ class InputFile:
     @property
     def is_jsonl(self) -> bool:
         """Whether each line is a document of its own."""
-        return self.path.suffix == ".jsonl"
+        return self.path.suffix.lower() == ".jsonl"
+
+
+@dataclass
+class Skipped:
+    """Files and folders that were met in a folder but not read, by kind."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        """One line, or nothing."""
+        if not self.kinds:
+            return ""
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self.kinds.most_common(12))
+        more = f" and {len(self.kinds) - 12} more kinds" if len(self.kinds) > 12 else ""
+        return f"not read: {kinds}{more} (only .txt and .jsonl files are)"
 
 
 def default_corpus() -> tuple[str, list[InputFile]]:
@@ -59,27 +86,108 @@ def default_corpus() -> tuple[str, list[InputFile]]:
     return name, sorted(files, key=lambda file: file.name)
 
 
-def user_files(inputs: Iterable[str], split: Split | None) -> list[InputFile]:
+def user_files(inputs: Iterable[str], split: Split | None, skipped: Skipped) -> list[InputFile]:
     """The .txt and .jsonl files that the user's inputs stand for, each folder in sorted order.
 
+    Hidden files and linked folders are passed over like files of other kinds.
+
+    Args:
+        inputs: Files and folders.
+        split: Where they belong, if that is known.
+        skipped: Takes note of what is not read.
+
     Raises:
-        UserError: a missing input, one of another kind, or a folder without such files.
+        UserError: a missing input, one of another kind, a folder without such files or that
+            cannot be listed, a link to a missing file, or text that is not in UTF-8 but in
+            UTF-16 or UTF-32.
     """
-    return [file for item in inputs for file in _expand(Path(item), split)]
+    files = [file for item in inputs for file in _expand(item, split, skipped)]
+    for file in files:
+        _check_encoding(file)
+    return files
 
 
-def _expand(path: Path, split: Split | None) -> list[InputFile]:
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file()]
-        if not found:
-            raise UserError(f"{path}: found no .txt or .jsonl file in this folder")
-        named = sorted((p.relative_to(path).as_posix(), p) for p in found)
-        return [InputFile(p, name, p.stat().st_size, split) for name, p in named]
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder")
-    if path.suffix not in _SUFFIXES:
+def _expand(item: str, split: Split | None, skipped: Skipped) -> list[InputFile]:
+    path = Path(item)
+    if "://" in item:
+        raise UserError(f"{item}: is a URL; download it first: input is read from files")
+    try:
+        if path.is_dir():
+            found = list(_walk(path, skipped))
+            if not found:
+                more = f" ({skipped})" if str(skipped) else ""
+                raise UserError(f"{path}: found no .txt or .jsonl file in this folder{more}")
+            named = sorted((p.relative_to(path).as_posix(), p) for p in found)
+            return [InputFile(p, name, p.stat().st_size, split) for name, p in named]
+        if not path.is_file():
+            raise UserError(f"{path}: {'not a regular file' if path.exists() else _MISSING}")
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL
+        raise UserError(f"{item!r}: not a file name: {error}") from None
+    if path.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{path}: expected a .txt or .jsonl file, or a folder of them")
     return [InputFile(path, path.name, path.stat().st_size, split)]
+
+
+_MISSING = "no such file or folder"
+
+
+def _walk(root: Path, skipped: Skipped) -> Iterator[Path]:
+    """The files below a folder that are read.
+
+    Raises:
+        OSError: a folder cannot be listed.
+        UserError: a link to a missing file.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=fail):
+        for name in list(folders):
+            if name.startswith("."):
+                skipped.kinds["hidden"] += 1
+                folders.remove(name)
+            elif (Path(folder) / name).is_symlink():
+                skipped.kinds["linked folders (name them as an INPUT of their own)"] += 1
+        for name in names:
+            path = Path(folder) / name
+            suffix = path.suffix.lower()
+            if name.startswith("."):
+                skipped.kinds["hidden"] += 1
+            elif suffix not in _SUFFIXES:
+                skipped.kinds[suffix or "without suffix"] += 1
+            elif not path.exists():
+                raise UserError(f"{path}: a link to a missing file; restore or remove it")
+            elif not path.is_file():
+                skipped.kinds["not regular files"] += 1
+            else:
+                yield path
+
+
+def _check_encoding(file: InputFile) -> None:
+    """Refuse text whose bytes are not those of UTF-8 (or another extension of ASCII)."""
+    with _opened(file.path) as stream:
+        start = stream.read(4096)
+    mark = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+    if mark is None and len(start) >= 8 and start.count(0) > len(start) // 4:
+        mark = "UTF-16 or binary"
+    if mark:
+        raise UserError(
+            f"{file.path}: is {mark}, not UTF-8; convert it first: "
+            f"iconv -f {mark.split()[0]} -t UTF-8"
+        )
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------- identity
 
 
 def listing(files: Sequence[InputFile]) -> dict[str, Any]:
@@ -87,3 +195,58 @@ def listing(files: Sequence[InputFile]) -> dict[str, Any]:
     text = "\n".join(f"{file.split} {file.name} {file.size}" for file in files)
     digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
     return {"files": len(files), "bytes": sum(file.size for file in files), "digest": digest}
+
+
+def content_digest(files: Iterable[InputFile]) -> str:
+    """What identifies the contents of files, in order; reads all of them.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    return hashlib.blake2b(b"".join(map(_digest, files)), digest_size=16).hexdigest()
+
+
+def check_distinct(files: Sequence[InputFile], split_of: Callable[[InputFile], str | None]) -> None:
+    """Refuse a file that is named twice, and text that would be trained on and validated on.
+
+    Args:
+        files: What is to be prepared.
+        split_of: The split of all documents of a file; None where each document has its own,
+            which depends on the file's name.
+
+    Raises:
+        UserError: there is a file twice, or two files of the same contents that are not known to
+            be in the same split.
+    """
+    by_path: dict[Path, InputFile] = {}
+    by_size: dict[int, list[InputFile]] = {}
+    for file in files:
+        other = by_path.setdefault(file.path.resolve(), file)
+        if other is not file:
+            raise _twice(file, other, "the same file")
+        if file.size:
+            by_size.setdefault(file.size, []).append(file)
+    for group in by_size.values():
+        splits = [split_of(file) for file in group]
+        if len(group) == 1 or (len(set(splits)) == 1 and splits[0] is not None):
+            continue
+        by_digest: dict[bytes, tuple[InputFile, str | None]] = {}
+        for file, split in zip(group, splits, strict=True):
+            other, others = by_digest.setdefault(_digest(file), (file, split))
+            if other is not file and (split is None or split != others):
+                raise _twice(file, other, "the same text")
+
+
+def _digest(file: InputFile) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    with _opened(file.path) as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.digest()
+
+
+def _twice(file: InputFile, other: InputFile, how: str) -> UserError:
+    return UserError(
+        f"{file.path}: {how} as {other.path}, so that text may be both trained and validated on; "
+        "name every text once, and validation text (--val) that is not among the INPUT"
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
@@ -23,6 +24,12 @@ from jepa_dist.errors import UserError
 
 TASK_BYTES = 1 << 20
 _CUT_WINDOW = 1 << 16
+# A line is held as text and as tokens, some ten times this in all.
+LINE_BYTES = 1 << 26
+
+_COUNTED_TOKENS = 1 << 16
+_MOST_TOLD = 8
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,13 @@ class Piece:
 
 @dataclass
 class Encoded:
-    """What a task became: tokens and number of documents per split, bytes read."""
+    """What a task became, per split; bytes read."""
 
     tokens: dict[Split, list[Tokens]] = field(default_factory=lambda: {s: [] for s in SPLITS})
     documents: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    text_bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    counted_bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    """Bytes of text that the tokens stand for."""
     bytes_read: int = 0
 
     def joined(self) -> Encoded:
@@ -74,7 +84,11 @@ def tasks(files: Iterable[InputFile], separator: bytes | None) -> Iterator[list[
 
     Args:
         files: What to read.
-        separator: Bytes between the documents of a text file; None makes it one document.
+        separator: Bytes between the documents of a text file; None makes it one document. A line
+            end in it matches one of CR and LF, too.
+
+    Raises:
+        UserError: a line of a .jsonl file is longer than ``LINE_BYTES``.
     """
     task: list[Piece] = []
     size = 0
@@ -102,8 +116,13 @@ def _line_ranges(file: InputFile, stream: BinaryIO) -> Iterator[Piece]:
     start = 0
     while start < file.size:
         stream.seek(min(start + TASK_BYTES, file.size) - 1)
-        stream.readline()
+        rest = stream.readline(LINE_BYTES)
         stop = min(stream.tell(), file.size)
+        if stop < file.size and not rest.endswith(b"\n"):
+            raise UserError(
+                f"{_place(file, stop)}: a line of more than {LINE_BYTES >> 20} MiB; each line is "
+                "one document: split it, or give it as a .txt file"
+            )
         yield Piece(file, start, stop, start)
         start = stop
 
@@ -113,18 +132,21 @@ def _documents(file: InputFile, separator: bytes | None) -> Iterator[tuple[int, 
     if separator is None:
         yield 0, file.size
         return
+    lines = [re.escape(line) for line in separator.replace(b"\r\n", b"\n").split(b"\n")]
+    pattern = re.compile(rb"\r?\n".join(lines))
+    longest = len(separator) + separator.count(b"\n")
     start = offset = 0
     text = b""
     with open(file.path, "rb") as stream:
         while block := stream.read(TASK_BYTES):
             text += block
             done = 0
-            while (found := text.find(separator, done)) >= 0:
-                yield start, offset + found
-                done = found + len(separator)
+            for found in pattern.finditer(text):
+                yield start, offset + found.start()
+                done = found.end()
                 start = offset + done
             # A separator may straddle two blocks: keep what can be its beginning.
-            done = max(done, len(text) - len(separator) + 1)
+            done = max(done, len(text) - longest + 1)
             offset, text = offset + done, text[done:]
     yield start, offset + len(text)
 
@@ -153,9 +175,9 @@ def _excess(text: bytes) -> int:
 # ---------------------------------------------------------------------------- encoding
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoder:
-    """Turns pieces into tokens; every document begins with BOS.
+    """Turns pieces into tokens; every document begins with BOS, and loses a byte order mark.
 
     A document longer than a piece is encoded piece by piece: exact with bytes, and with
     SentencePiece but for what the model does at the beginning of a text (a dummy space).
@@ -164,6 +186,9 @@ class Encoder:
     tokenizer: Tokenizer
     text_field: str
     val_fraction: float
+
+    def __post_init__(self) -> None:
+        self._counter = self.tokenizer.byte_counter()
 
     def __call__(self, task: Iterable[Piece]) -> Encoded:
         """Read and encode the pieces of a task.
@@ -176,6 +201,8 @@ class Encoder:
             with open(piece.file.path, "rb") as stream:
                 stream.seek(piece.start)
                 data = stream.read(piece.stop - piece.start)
+            if len(data) != piece.stop - piece.start:
+                raise UserError(f"{piece.file.path}: became shorter while it was read; try again")
             result.bytes_read += len(data)
             if piece.file.is_jsonl:
                 self._add_lines(result, piece, data)
@@ -196,28 +223,51 @@ class Encoder:
     ) -> None:
         split = split_of(file, document, self.val_fraction)
         if begins:
+            text = text.removeprefix(_BYTE_ORDER_MARK)
             result.tokens[split].append(np.array([self.tokenizer.bos_id], dtype=np.uint16))
             result.documents[split] += 1
-        result.tokens[split].append(self.tokenizer.encode(text))
+        ids = self.tokenizer.encode(text)
+        result.tokens[split].append(ids)
+        result.text_bytes[split] += len(text)
+        result.counted_bytes[split] += self._counted_bytes(ids, begins)
+
+    def _counted_bytes(self, ids: Tokens, begins: bool) -> int:
+        """Bytes of text that the tokens of a piece stand for, in little memory."""
+        # Any id but BOS will do for the token before a piece that continues a document.
+        before = [self.tokenizer.bos_id] if begins else ids[:1].tolist()
+        total = 0
+        for start in range(0, len(ids), _COUNTED_TOKENS):
+            target = ids[start : start + _COUNTED_TOKENS]
+            prev = np.concatenate([before, target[:-1]])
+            total += int(self._counter.count(prev, target).sum())
+            before = target[-1:].tolist()
+        return total
 
     def _text(self, file: InputFile, offset: int, line: bytes) -> bytes:
         try:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{_place(file, offset)}: not valid JSON: {error}") from None
+        except RecursionError:
+            raise UserError(f"{_place(file, offset)}: JSON nested too deeply") from None
         text = record.get(self.text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(
                 f"{_place(file, offset)}: expected an object with the text in field "
-                f"{self.text_field!r}, found {_describe(record)}; name another with --field"
+                f"{self.text_field!r}, found {_describe(record, self.text_field)}; name another "
+                "with --field, or remove the line"
             )
         return text.encode("utf-8", "replace")
 
 
-def _describe(record: Any) -> str:
-    if isinstance(record, dict):
-        return f"the fields {', '.join(map(repr, record))}"
-    return f"a {type(record).__name__}"
+def _describe(record: Any, text_field: str) -> str:
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__}"
+    if text_field in record:
+        value = record[text_field]
+        return "null there" if value is None else f"a {type(value).__name__} there"
+    more = ", ..." if len(record) > _MOST_TOLD else ""
+    return f"the fields {', '.join(repr(name)[:80] for name in list(record)[:_MOST_TOLD])}{more}"
 
 
 def _place(file: InputFile, offset: int) -> str:

@@ -1,6 +1,6 @@
 """Micro-batches of tokens, in an order that does not depend on who reads them (contract C1).
 
-The samples are windows over memory-mapped shards. Which sample is the i-th of the run is a pure
+The samples are windows over shards. Which sample is the i-th of the run is a pure
 function of the seed (order.py), which rows are a rank's is arithmetic (layout.py), so the
 loader's only state is the number of samples consumed: a run goes on at any world size with any
 number of loader processes.
@@ -13,7 +13,9 @@ import functools
 import hashlib
 import itertools
 import multiprocessing
+import shutil
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +31,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from jepa_dist.data.layout import BatchLayout
-from jepa_dist.data.order import place_in_order, sample_order
-from jepa_dist.data.shards import check_ids, num_windows, read_count, read_shard
+from jepa_dist.data.order import sample_order
+from jepa_dist.data.shards import Shard, check_ids, num_windows, read_count
 from jepa_dist.data.workers import become_helper, signals_left_to_parent
 from jepa_dist.errors import UserError
 
@@ -40,7 +42,7 @@ _GRACE_SECONDS = 30.0
 # A rank that has failed must not stay, and have the others wait, for a file that never comes.
 _CLOSE_SECONDS = 5.0
 
-# Each mapping holds a file descriptor, of which a process has only some 1,000.
+# A process has only some 1,000 file descriptors.
 _OPEN_SHARDS = 256
 
 # Forking a process that has CUDA or gloo threads is not safe. A fork server that has imported
@@ -53,7 +55,7 @@ class TokenDataset:
     """Windows of seq_len+1 tokens, at stride seq_len inside each shard, never across shards.
 
     Cheap to make (headers only), to pickle, and to hold over thousands of shards: they are
-    mapped when first read, a bounded number at a time.
+    opened when first read, a bounded number at a time.
 
     Raises:
         UserError: a damaged shard, or not one window in all of them.
@@ -73,17 +75,17 @@ class TokenDataset:
                 f"tokens hold no window of seq_len + 1 = {seq_len + 1} tokens; use more text or a "
                 "smaller model.seq_len"
             )
-        self._map = functools.lru_cache(_OPEN_SHARDS)(read_shard)
+        self._open = functools.lru_cache(_OPEN_SHARDS)(Shard)
 
     def __len__(self) -> int:
         return int(self._first_window[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_map"}
+        return {key: value for key, value in vars(self).items() if key != "_open"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._map = functools.lru_cache(_OPEN_SHARDS)(read_shard)
+        self._open = functools.lru_cache(_OPEN_SHARDS)(Shard)
 
     def read(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The windows with these ids (0..len-1), int64 [len(ids), seq_len+1].
@@ -95,7 +97,7 @@ class TokenDataset:
         starts = (np.asarray(ids) - self._first_window[shards]) * self.seq_len
         rows = np.empty((len(shards), self.seq_len + 1), dtype=np.int64)
         for row, shard, start in zip(rows, shards.tolist(), starts.tolist(), strict=True):
-            row[:] = self._map(self.paths[shard])[start : start + len(row)]
+            row[:] = self._open(self.paths[shard]).read(start, start + len(row))
         if rows.size and rows.max() >= self.vocab_size:
             for row, shard in zip(rows, shards.tolist(), strict=True):
                 check_ids(self.paths[shard], row, self.vocab_size)
@@ -118,6 +120,7 @@ class Batch:
     weight: torch.Tensor
     positions: torch.Tensor
     digest: int
+    _sent: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
@@ -136,18 +139,43 @@ class Batch:
             self.digest,
         )
 
-    def __reduce__(self) -> Any:
-        # Between processes a batch is one small tensor, which torch puts into shared memory. Sent
-        # through the pipe itself, messages are so long that a process killed in the middle of one
-        # leaves the queue locked and its reader waiting for ever.
+    def share(self) -> Batch:
+        """Put into shared memory what another process gets of the batch.
+
+        Left to the queue between the processes, a full /dev/shm would lose the batch, and the
+        reader would wait for it.
+
+        Raises:
+            UserError: there is no room.
+        """
+        try:
+            self._sent = self._rows().share_memory_()
+        except (OSError, RuntimeError) as error:
+            raise _no_room(error) from None
+        return self
+
+    def _rows(self) -> torch.Tensor:
+        """Tokens and last targets of the real rows, int16 [rows, T+1] (uint16 cannot be sent)."""
         real = int(self.weight.sum())
         rows = torch.cat([self.tokens[:real], self.targets[:real, -1:]], dim=1)
-        return _rebuild, (
-            rows.to(torch.int16),
-            int(self.positions[0]),
-            len(self.positions),
-            self.digest,
-        )
+        return rows.to(torch.int16)
+
+    def __reduce__(self) -> Any:
+        # Between processes a batch is one small tensor in shared memory. Sent through the pipe
+        # itself, messages are so long that a process killed in the middle of one leaves the queue
+        # locked and its reader waiting for ever.
+        rows = self._rows() if self._sent is None else self._sent
+        return _rebuild, (rows, int(self.positions[0]), len(self.positions), self.digest)
+
+
+def _no_room(error: Exception) -> UserError:
+    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+    return UserError(
+        f"data loader: {reason}: processes exchange batches in /dev/shm ({free >> 10} KiB free) "
+        f"and have sockets in {tempfile.gettempdir()}; give them more room (docker --shm-size, "
+        "TMPDIR), or set data.workers=0"
+    )
 
 
 def make_batch(rows: npt.NDArray[np.int64], places: range, size: int) -> Batch:
@@ -156,7 +184,7 @@ def make_batch(rows: npt.NDArray[np.int64], places: range, size: int) -> Batch:
 
 
 def _rebuild(rows: torch.Tensor, first_place: int, size: int, digest: int) -> Batch:
-    tokens = rows.numpy().view(np.uint16)  # int16 on the way: torch cannot pickle its uint16
+    tokens = rows.numpy().view(np.uint16)
     return _assemble(tokens, range(first_place, first_place + len(rows)), size, digest)
 
 
@@ -193,8 +221,7 @@ class TrainLoader:
         seed: Of the order.
         samples_consumed: Where to begin, in samples of the whole run (a loader's only state;
             reading on, the property of this name counts whole global batches taken).
-        skip: Places in the order of the run that are passed over: a global batch that would begin
-            at or after ``skip.start`` begins ``len(skip)`` further on.
+        skip: Places in the order that the run passes over.
         workers: Loader processes; 0 reads in a thread of this one.
         prefetch: Micro-batches that each process keeps ready.
         pin_memory: Hand out page-locked batches (CUDA only).
@@ -216,10 +243,13 @@ class TrainLoader:
         pin_memory: bool = False,
     ) -> None:
         self._layout = layout
+        self._paths = dataset.paths
         self._workers = workers
         self._start = samples_consumed
         self._yielded = 0
-        with _quiet_start(), signals_left_to_parent():
+        with _quiet_start(), signals_left_to_parent(), _naming_full_storage():
+            if workers:  # fail here if there is no room: half a loader prints tracebacks
+                _context.Lock()
             loader: Any = StatefulDataLoader(
                 _Stream(dataset, layout, seed, samples_consumed, skip),
                 batch_size=None,
@@ -260,6 +290,8 @@ class TrainLoader:
             self.close()
             if not self._workers:
                 raise
+            for path in self._paths:
+                read_count(path)  # a shard cut short while it is mapped is a bus error
             raise UserError(
                 f"a data loader process died ({error}): perhaps killed for want of memory, or of "
                 "shared memory (/dev/shm); give the job more, or lower data.workers"
@@ -307,7 +339,8 @@ class _Stream(IterableDataset[Any]):
         first, stride = (info.id, info.num_workers) if info else (0, 1)
         try:
             for index in itertools.count(first, stride):
-                yield self._micro_batch(index)
+                batch = self._micro_batch(index)
+                yield batch.share() if info else batch
         except UserError as error:
             # As a value: the loader would bury a raised one in a traceback of its own.
             yield error
@@ -316,9 +349,21 @@ class _Stream(IterableDataset[Any]):
         step, micro = divmod(index, self.layout.num_micro)
         places = self.layout.micro_rows(micro)
         consumed = self.samples_consumed + step * self.layout.sequences
-        first = place_in_order(consumed, self.skip) + places.start
-        ids = sample_order(first, len(places), len(self.dataset), self.seed)
+        ids = sample_order(
+            consumed + places.start, len(places), len(self.dataset), self.seed, self.skip
+        )
         return make_batch(self.dataset.read(ids), places, self.layout.micro_size)
+
+
+@contextlib.contextmanager
+def _naming_full_storage() -> Iterator[None]:
+    """Report an error of the system while processes are started, which names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise _no_room(error) from None
 
 
 @contextlib.contextmanager

@@ -2,35 +2,107 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jepa_dist.errors import UserError
+from jepa_dist.files import read_bytes
 
 META_NAME = "meta.json"
+_MOST_BYTES = 1 << 26
 
 
-def read_meta(place: str | Path) -> dict[str, Any] | None:
+def _bare(name: str) -> str:
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise ValueError("expected the bare name of a file in this folder")
+    return name
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Meta(BaseModel):
+    """The contents; what ``prepare`` was asked for, and what became of it.
+
+    Shards may come with a note of only the first three; everything else is optional.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    tokenizer: str
+    """Identity of the tokenizer (``Tokenizer.name``)."""
+    vocab_size: int = Field(ge=1, le=2**16)
+    shards: dict[Annotated[str, AfterValidator(_bare)], Count]
+    """Tokens of each shard, by the name of its file in this folder."""
+    bos_id: int | None = Field(default=None, ge=0)
+    """Id that begins every document."""
+    source: str | list[str] | None = None
+    """What was read: paths, or the name of the default corpus."""
+    listing: dict[str, Any] | None = None
+    """Number, bytes and digest of names and sizes of the files that were read."""
+    content: str | None = None
+    """Digest of the text that was read; folders of earlier versions have none."""
+    field: str | None = None
+    separator: str | None = None
+    val_fraction: float | None = None
+    shard_tokens: int | None = None
+    documents: dict[str, Count] = Field(default_factory=dict)
+    """Documents of each split."""
+    tokens: dict[str, Count] = Field(default_factory=dict)
+    """Tokens of each split."""
+    text_bytes: dict[str, Count] = Field(default_factory=dict)
+    """Bytes of text of each split."""
+    counted_bytes: dict[str, Count] = Field(default_factory=dict)
+    """Bytes of text that the tokens stand for; less than the text where the tokenizer loses any."""
+    tokenizer_note: str | None = None
+    """What the tokenizer loses, in words (``Tokenizer.note``)."""
+
+    @model_validator(mode="after")
+    def _bos_is_a_token(self) -> Self:
+        if self.bos_id is not None and self.bos_id >= self.vocab_size:
+            raise ValueError(f"bos_id {self.bos_id} is not below vocab_size {self.vocab_size}")
+        return self
+
+
+def read_meta(folder: Path) -> Meta | None:
     """The meta.json of a prepared folder, or None where there is none (shards from elsewhere).
 
-    Args:
-        place: The folder, or a glob of shards in it.
+    Raises:
+        UserError: the file is there but damaged, or names a shard outside the folder.
+    """
+    path = folder / META_NAME
+    try:
+        meta = Meta.model_validate_json(read_bytes(path, _MOST_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))[:80]
+        raise _damaged(path, f"{place!r}: {first['msg']}" if place else first["msg"]) from None
+    inside = folder.resolve()
+    for name in meta.shards:
+        if (folder / name).resolve().parent != inside:
+            raise _damaged(path, f"shards: {name!r} is a link that leads outside this folder")
+    return meta
+
+
+def metas_beside(shards: Iterable[Path]) -> dict[Path, Meta]:
+    """The meta.json beside each of these shards that has one, by its path.
 
     Raises:
-        UserError: the file is there but damaged.
+        UserError: as ``read_meta``.
     """
-    path = Path(place).expanduser()
-    path = (path if path.is_dir() else path.parent) / META_NAME
-    if not path.is_file():
-        return None
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        meta = None
-    if not isinstance(meta, dict) or not {"tokenizer", "vocab_size", "shards"} <= meta.keys():
-        raise UserError(
-            f"{path}: damaged; remove {path.parent} and prepare it again "
-            "(python -m jepa_dist.data.prepare)"
-        )
-    return meta
+    found = {folder / META_NAME: read_meta(folder) for folder in {path.parent for path in shards}}
+    return {path: meta for path, meta in sorted(found.items()) if meta is not None}
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"{path}: damaged: {problem}; remove {path.parent} and prepare it again "
+        "(python -m jepa_dist.data.prepare)"
+    )

@@ -43,28 +43,30 @@ def permute(positions: Ids, n: int, key: Key) -> Ids:
     return values.astype(np.int64)
 
 
-def sample_order(first: int, count: int, num_samples: int, seed: int) -> Ids:
-    """Ids of the global samples first..first+count-1, int64 [count].
+def sample_order(
+    first: int, count: int, num_samples: int, seed: int, skip: range = range(0)
+) -> Ids:
+    """Ids of the samples first..first+count-1 of the run, int64 [count].
 
-    Sample i is the one at position i % num_samples of epoch i // num_samples; a range may
-    straddle epochs.
+    The sample at place p of the order is the one at position p % num_samples of epoch
+    p // num_samples; a range may straddle epochs. A sample's place depends on its number alone,
+    so a batch size that changes after a roll-back neither repeats nor drops a sample.
+
+    Args:
+        first: Samples that the run has consumed before them.
+        count: Number of samples.
+        num_samples: Samples of an epoch.
+        seed: Of the order.
+        skip: Places in the order that the run passes over.
     """
-    epochs, positions = np.divmod(np.arange(first, first + count, dtype=np.int64), num_samples)
+    places = np.arange(first, first + count, dtype=np.int64)
+    places[places >= skip.start] += len(skip)
+    epochs, positions = np.divmod(places, num_samples)
     ids = np.empty_like(positions)
     for epoch in np.unique(epochs).tolist():
         inside = epochs == epoch
         ids[inside] = permute(positions[inside], num_samples, epoch_key(seed, epoch))
     return ids
-
-
-def place_in_order(sample: int, skip: range) -> int:
-    """Where the global batch that begins with the run's ``sample``-th sample begins in the order.
-
-    Args:
-        sample: Samples that the run has consumed before it.
-        skip: Places in the order that the run passes over.
-    """
-    return sample + len(skip) if sample >= skip.start else sample
 
 
 def _feistel(values: npt.NDArray[np.uint64], half_bits: int, key: Key) -> npt.NDArray[np.uint64]:

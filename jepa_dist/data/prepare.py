@@ -9,42 +9,48 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from jepa_dist.command_line import Parser
 from jepa_dist.data import corpus
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
-from jepa_dist.data.documents import Encoder, split_of, tasks
-from jepa_dist.data.meta import META_NAME, read_meta
-from jepa_dist.data.shards import ShardWriter, Tokens, read_count
-from jepa_dist.data.staging import staged
+from jepa_dist.data.documents import Encoded, Encoder, split_of, tasks
+from jepa_dist.data.meta import META_NAME, Meta, read_meta
+from jepa_dist.data.shards import MOST_TOKENS, ShardWriter, Tokens, read_count
+from jepa_dist.data.staging import resolve_target, staged
 from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from jepa_dist.data.workers import ordered_map
 from jepa_dist.errors import UserError
 
 DEFAULT_OUT = "data/stdlib"
 _MOST_WORKERS = 16
+_MOST_PER_CORE = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code (2 for a user's mistake, 130 if interrupted)."""
-    options = _parser().parse_args(argv)
-    # A scheduler's SIGTERM should clean up just as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        options = _parser().parse_args(argv)
+        # A scheduler's SIGTERM should clean up just as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(prepare(options))
     except UserError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return 2
     except OSError as error:
-        print(error, file=sys.stderr)
+        place = f" (temporary files are in {tempfile.gettempdir()})" if not error.filename else ""
+        print(f"{error}{place}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jepa_dist.data.prepare",
         description="Turn text into token shards; without INPUT, the text of Python's standard "
         "library.",
@@ -68,22 +74,40 @@ def _parser() -> argparse.ArgumentParser:
     add_validation = validation.add_argument
     add_validation("--val", action="append", default=[], metavar="INPUT", help="validation text")
     add_validation("--val-fraction", type=_fraction, default=0.01, help="of the documents (0.01)")
-    add("--shard-tokens", type=_positive, default=100_000_000, help="most tokens of a shard")
-    workers = min(os.cpu_count() or 1, _MOST_WORKERS)
-    add("--workers", type=_positive, default=workers, help=f"processes ({workers})")
+    add(
+        "--shard-tokens",
+        type=functools.partial(_count, most=MOST_TOKENS),
+        default=100_000_000,
+        help="most tokens of a shard",
+    )
+    cores = os.cpu_count() or 1
+    workers = min(cores, _MOST_WORKERS)
+    most = _MOST_PER_CORE * cores
+    add(
+        "--workers",
+        type=functools.partial(_count, most=most),
+        default=workers,
+        help=f"processes (here {workers}, at most {most})",
+    )
     add("--overwrite", action="store_true", help="replace an output made with other settings")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+def _count(text: str, most: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= most:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}")
     return value
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError("must be between 0 and 1")
     return value
@@ -98,12 +122,13 @@ def prepare(options: argparse.Namespace) -> str:
     Raises:
         UserError: bad input, an output made with other settings, or an empty split.
     """
-    out = _out(options)
+    out = resolve_target(_out(options))
     tokenizer = load_tokenizer(options.tokenizer)
     separator = _separator(options.separator)
-    source, files = _files(options)
+    source, files = _files(options, separator)
     settings = {
         "listing": corpus.listing(files),
+        "content": corpus.content_digest(files),
         "tokenizer": tokenizer.name,
         "field": options.field,
         "separator": options.separator,
@@ -114,15 +139,26 @@ def prepare(options: argparse.Namespace) -> str:
         return f"{out}: already prepared with these settings"
     if separator is None:
         _check_whole_files(files, options.val_fraction)
+    if tokenizer.note:
+        print(tokenizer.note, file=sys.stderr)
     encoder = Encoder(tokenizer, options.field, options.val_fraction)
     with staged(out) as folder:
         totals = _write(folder, files, separator, encoder, options)
-        meta = {"source": source, **settings, **_describe(tokenizer), **totals}
-        (folder / META_NAME).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    documents, tokens = totals["documents"], totals["tokens"]
+        meta = Meta(source=source, **settings, **_describe(tokenizer), **totals)
+        text = json.dumps(meta.model_dump(exclude_none=True), indent=1)
+        (folder / META_NAME).write_text(text + "\n", encoding="utf-8")
     return f"{out}: " + ", ".join(
-        f"{split} {documents[split]:,} documents, {tokens[split]:,} tokens" for split in documents
+        f"{split} {meta.documents[split]:,} documents, {meta.tokens[split]:,} tokens"
+        f"{_lost(meta.text_bytes[split], meta.counted_bytes[split])}"
+        for split in SPLITS
     )
+
+
+def _lost(text_bytes: int, counted_bytes: int) -> str:
+    """How the bytes of the tokens differ from those of the text, where they do."""
+    if text_bytes == counted_bytes:
+        return ""
+    return f" ({counted_bytes:,} of {text_bytes:,} bytes of the text are in them)"
 
 
 def _out(options: argparse.Namespace) -> Path:
@@ -130,6 +166,8 @@ def _out(options: argparse.Namespace) -> Path:
         raise UserError("--out: name the output folder for your INPUT, e.g. --out data/mine")
     if options.val and not options.inputs:
         raise UserError("--val: goes with INPUT; the default corpus is split by itself")
+    if "://" in (options.out or ""):
+        raise UserError(f"--out {options.out}: is a URL; name a folder")
     return Path(options.out or DEFAULT_OUT)
 
 
@@ -145,11 +183,22 @@ def _separator(text: str | None) -> bytes | None:
     return separator
 
 
-def _files(options: argparse.Namespace) -> tuple[Any, list[InputFile]]:
+def _files(options: argparse.Namespace, separator: bytes | None) -> tuple[Any, list[InputFile]]:
     if not options.inputs:
         return corpus.default_corpus()
-    files = corpus.user_files(options.inputs, split="train" if options.val else None)
-    return options.inputs, files + corpus.user_files(options.val, split="val")
+    skipped = corpus.Skipped()
+    files = corpus.user_files(options.inputs, "train" if options.val else None, skipped)
+    files += corpus.user_files(options.val, "val", skipped)
+    if str(skipped):
+        print(skipped, file=sys.stderr)
+
+    def split_of_all(file: InputFile) -> Split | None:
+        if file.split is None and (file.is_jsonl or separator is not None):
+            return None
+        return split_of(file, 0, options.val_fraction)
+
+    corpus.check_distinct(files, split_of_all)
+    return options.inputs, files
 
 
 def _is_done(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
@@ -159,10 +208,11 @@ def _is_done(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     meta = read_meta(out) if out.is_dir() else None
     if meta is None:  # never delete what this program did not make
         raise UserError(f"{out}: exists and was not prepared by this program; choose another --out")
+    before = meta.model_dump()
     differing = [
-        f"{key} {meta.get(key)!r}, now {value!r}"
+        f"other text in the files ({key})" if key == "content" else f"{key} {was!r}, now {value!r}"
         for key, value in settings.items()
-        if meta.get(key) != value
+        if (was := before[key]) != value and not (key == "content" and was is None)
     ]
     if overwrite:
         return False
@@ -171,7 +221,7 @@ def _is_done(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
             f"{out}: was prepared with {'; '.join(differing)}; choose another --out, or replace "
             "it with --overwrite"
         )
-    for name in meta["shards"]:
+    for name in meta.shards:
         read_count(out / name)
     return True
 
@@ -194,7 +244,11 @@ def _check_splits(documents: dict[Split, int]) -> None:
 
 
 def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "tokenizer_note": tokenizer.note,
+    }
 
 
 class _ShardSet:
@@ -242,7 +296,7 @@ def _write(
             split: stack.enter_context(_ShardSet(folder, split, options.shard_tokens))
             for split in SPLITS
         }
-        documents: dict[Split, int] = dict.fromkeys(sets, 0)
+        totals = Encoded()
         progress = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None)
         )
@@ -250,14 +304,18 @@ def _write(
         for encoded in stack.enter_context(contextlib.closing(results)):
             progress.update(encoded.bytes_read)
             for split, shards in sets.items():
-                documents[split] += encoded.documents[split]
+                totals.documents[split] += encoded.documents[split]
+                totals.text_bytes[split] += encoded.text_bytes[split]
+                totals.counted_bytes[split] += encoded.counted_bytes[split]
                 for tokens in encoded.tokens[split]:
                     shards.write(tokens)
-        _check_splits(documents)
+        _check_splits(totals.documents)
     return {
-        "documents": documents,
+        "documents": totals.documents,
         "tokens": {split: sum(shards.counts.values()) for split, shards in sets.items()},
         "shards": {name: n for shards in sets.values() for name, n in shards.counts.items()},
+        "text_bytes": totals.text_bytes,
+        "counted_bytes": totals.counted_bytes,
     }
 
 

@@ -9,7 +9,40 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from jepa_dist.errors import UserError
+
+
+def resolve_target(path: Path) -> Path:
+    """Return the folder that ``staged`` is to replace for a path, with its links followed.
+
+    Raises:
+        UserError: ``staged`` could not replace it in the end: it is a mount point, or the current
+            folder, or no folder, or one that may not be written.
+    """
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_dir():
+            raise UserError(f"--out {path}: exists and is not a folder; choose another --out")
+    except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL; links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {path}: cannot be a folder: {reason}") from None
+    current = Path.cwd()
+    if target in (current, *current.parents):
+        raise UserError(
+            f"--out {path}: is or holds the current folder, which cannot be replaced; name a "
+            "folder in it, e.g. --out data/mine"
+        )
+    if target.is_mount() or str(target) in {m.mountpoint for m in psutil.disk_partitions(all=True)}:
+        raise UserError(
+            f"--out {path}: is a mount point, which cannot be replaced; name a folder in it, e.g. "
+            f"--out {path / 'mine'}"
+        )
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {path}: {parent} is no folder that you may write to")
+    return target
 
 
 @contextlib.contextmanager

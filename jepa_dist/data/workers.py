@@ -21,7 +21,10 @@ Result = TypeVar("Result")
 
 # Ctrl-C and the schedulers' signals reach every process of a terminal's or a job's group, but what
 # to do about them (save, clean up) is the parent's decision, and it still needs its helpers then.
-_PARENTS_SIGNALS = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_PARENTS_SIGNALS = {
+    *(signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+}
 # Of SIGTERM a fork server must know nothing either, but a helper must: it is how multiprocessing
 # ends one that hangs.
 _FORK_SERVERS_SIGNALS = {*_PARENTS_SIGNALS, signal.SIGTERM}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-import jepa_dist
+from jepa_dist.consistency import code_digest
 from jepa_dist.doctor.judge import Report, findings, table
 from jepa_dist.doctor.measure import (
     allreduce_gbps,
@@ -76,7 +75,7 @@ def _versions(world: World) -> dict[str, str]:
         "cuda": (torch.version.cuda or "-") if on_gpu else "-",
         "driver": _driver() if on_gpu else "-",
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else "-",
-        "code": _code_digest(),
+        "code": code_digest(),
         "device": torch.cuda.get_device_name(world.device) if on_gpu else "CPU",
     }
 
@@ -88,14 +87,6 @@ def _driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return "?"
     return answer.stdout.split()[0]
-
-
-def _code_digest() -> str:
-    """Of this package's source: checkouts that are not the same are found."""
-    digest = hashlib.blake2b(digest_size=4)
-    for path in sorted(Path(jepa_dist.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _has_hidden_gpu() -> bool:

@@ -1,44 +1,14 @@
-"""Where this process is among the nodes, before it meets the others; what would make it hang.
-
-torchrun says so in RANK, MASTER_ADDR and the like; under srun it follows from SLURM's variables.
-"""
+"""Where this process is among the nodes, before it meets the others; what would make it hang."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-import subprocess
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 
 import psutil
 
-_FIRST_PORT, _NUM_PORTS = 20000, 10000
 _INTERFACE_SWITCHES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-
-
-def adopt_srun(environ: MutableMapping[str, str]) -> None:
-    """Under srun, set what torchrun would have set; a given MASTER_ADDR or MASTER_PORT is kept."""
-    if "RANK" in environ or "SLURM_STEP_ID" not in environ:
-        return
-    environ["RANK"] = environ["SLURM_PROCID"]
-    environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
-    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
-    if "MASTER_ADDR" not in environ:
-        environ["MASTER_ADDR"] = _first_address(environ["SLURM_STEP_NODELIST"])
-    steps = int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])
-    environ.setdefault("MASTER_PORT", str(_FIRST_PORT + steps % _NUM_PORTS))
-
-
-def _first_address(nodes: str) -> str:
-    """Address of the first of these nodes; names of nodes need not resolve."""
-    first = _scontrol("hostnames", nodes).split()[0]
-    words = _scontrol("node", first).split()
-    return next(word for word in words if word.startswith("NodeAddr=")).partition("=")[2]
-
-
-def _scontrol(what: str, name: str) -> str:
-    command = ["scontrol", "show", what, name]
-    return subprocess.run(command, capture_output=True, check=True, text=True, timeout=60).stdout
 
 
 def num_nodes(environ: Mapping[str, str]) -> int:

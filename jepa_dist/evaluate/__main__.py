@@ -6,12 +6,11 @@ python -m jepa_dist.evaluate RUN [--sliding --stride 64] [--ema] [KEY=VALUE ...]
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jepa_dist.config import Config, check_world, flatten, load, to_dict
+from jepa_dist.config import Config, as_override, check_world, flatten, load, to_dict
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.shards import find_shards
 from jepa_dist.errors import UserError
@@ -20,8 +19,9 @@ from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.weights import Source, find_weights, load_model
 from jepa_dist.evaluate.windows import Windows
 from jepa_dist.failure import told_by_this_rank, told_once
-from jepa_dist.launched import launched_rank, launched_world_size
+from jepa_dist.launched import launched_rank, launched_world_size, ranks_on_this_host
 from jepa_dist.parallel.world import start_world, stop_world
+from jepa_dist.process_env import set_defaults
 
 # What of a run's configuration an evaluation goes by. The rest belongs to training; ranks are laid
 # out anew, since the evaluation may have others than the run had.
@@ -34,6 +34,7 @@ _DEFAULT_STRIDE = 64
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything that can be checked, then evaluate."""
+    set_defaults(ranks_on_this_host())
     rank = launched_rank()
     arguments = _parse_arguments(argv)
     with told_once(rank):
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if world.is_main:
             print(report(source, windows, result, time.perf_counter() - started))
+            if tokenizer is not None and tokenizer.note:
+                print(f"note     {tokenizer.note}")
     stop_world()
 
 
@@ -104,7 +107,7 @@ def resolve(trained: Config, overrides: Sequence[str]) -> Config:
     if idle:
         raise UserError(*idle)
     taken = [
-        f"{key}={json.dumps(value)}"
+        as_override(key, value)
         for key, value in flatten(to_dict(trained))
         if key.startswith(_TAKEN)
     ]

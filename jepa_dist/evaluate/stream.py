@@ -1,4 +1,4 @@
-"""Token shards read as one sequence, over memory maps."""
+"""Token shards read as one sequence."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from jepa_dist.data.shards import check_ids, read_count, read_shard
+from jepa_dist.data.shards import Shard, check_ids, read_count
 
-# Each mapping holds a file descriptor, of which a process has only some 1,000.
+# A process has only some 1,000 file descriptors.
 _OPEN_SHARDS = 256
 
 
 class TokenStream:
     """All tokens of several shards, one shard after the other in the order given.
 
-    Cheap to make (headers only); shards are mapped when first read, a bounded number at a time.
+    Cheap to make (headers only); shards are opened when first read, a bounded number at a time.
 
     Args:
         paths: The shards.
@@ -32,7 +32,7 @@ class TokenStream:
         self._paths = list(paths)
         self._vocab_size = vocab_size
         self._offsets = np.cumsum([0, *map(read_count, self._paths)])
-        self._map = functools.lru_cache(_OPEN_SHARDS)(read_shard)
+        self._open = functools.lru_cache(_OPEN_SHARDS)(Shard)
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -52,7 +52,8 @@ class TokenStream:
             offset = int(self._offsets[index])
             if offset >= stop:
                 return
-            piece = self._map(self._paths[index])[max(0, start - offset) : stop - offset]
+            shard = self._open(self._paths[index])
+            piece = shard.read(max(0, start - offset), min(stop - offset, shard.count))
             if len(piece):
                 check_ids(self._paths[index], piece, self._vocab_size)
             yield piece.astype(np.int64)

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from jepa_dist.data.loader import TokenDataset
 from jepa_dist.data.tokenizer import ByteCounter
 from jepa_dist.evaluate.score import score
 from jepa_dist.evaluate.stream import TokenStream
@@ -23,7 +22,8 @@ class Validation:
     (those of training stay inside their shard).
 
     Args:
-        dataset: Names the shards, the window's length and the vocabulary.
+        stream: The tokens.
+        seq_len: Length of a window.
         sequences: How many windows; 0 takes all.
         micro: Rows of every forward pass.
         bytes_of: Counts the bytes that target tokens stand for; None if nobody knows.
@@ -32,14 +32,14 @@ class Validation:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        stream: TokenStream,
+        seq_len: int,
         sequences: int,
         micro: int,
         bytes_of: ByteCounter | None,
         world: World,
     ) -> None:
-        stream = TokenStream(dataset.paths, dataset.vocab_size)
-        self._windows = Windows(stream, dataset.seq_len, dataset.seq_len, sequences)
+        self._windows = Windows(stream, seq_len, seq_len, sequences)
         self._micro = micro
         self._bytes_of = bytes_of
         self._world = world
@@ -49,9 +49,10 @@ class Validation:
         """Number of windows."""
         return len(self._windows)
 
-    def windows(self) -> npt.NDArray[np.int64]:
-        """All windows of the validation set, int64 [N, T+1]."""
-        return self._windows.read(range(self.num_sequences), self.num_sequences).tokens
+    def windows(self, most: int) -> npt.NDArray[np.int64]:
+        """The first windows of the validation set, at most ``most``, int64 [N, T+1]."""
+        count = min(most, self.num_sequences)
+        return self._windows.read(range(count), count).tokens
 
     def run(
         self, model: nn.Module, phase: int, is_interrupted: Callable[[], bool] | None = None

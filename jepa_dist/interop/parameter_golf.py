@@ -25,6 +25,7 @@ from torch import Tensor
 from jepa_dist.config import Config, ModelConfig, check
 from jepa_dist.errors import UserError
 from jepa_dist.failure import told_once
+from jepa_dist.files import MIB, read_json, write_atomically
 from jepa_dist.interop.safetensors_io import (
     Description,
     check_tensors,
@@ -32,6 +33,7 @@ from jepa_dist.interop.safetensors_io import (
     publish,
     read_description,
     read_state,
+    refuse_not_finite,
     write_export,
 )
 from jepa_dist.interop.verify import Signature, mismatches
@@ -41,6 +43,9 @@ from jepa_dist.model.gpt import GPT
 _RENAMED = {"seq_len": "train_seq_len", "skip_gates": "skip_gates_enabled"}
 # What the script always does; here it can be left out.
 _ALWAYS_ON = {"x0_mix": True, "branch_scales": True, "unet_skips": True}
+# Of ours, beside the script's: the recurrence phase of the weights, without which a model that
+# was trained less than to its last phase would come back as another one.
+_PHASE = "recurrence_phase"
 # Not needed to run a trained model.
 _OPTIONAL = ("tied_embed_init_std",)
 
@@ -211,10 +216,19 @@ def read_final_model(path: Path) -> dict[str, Tensor]:
             f"{path}: holds something else than named tensors; "
             "expected what torch.save(model.state_dict()) writes"
         )
-    return dict(state)
+    return {_plain_name(name): tensor for name, tensor in state.items()}
 
 
-def import_final_model(path: Path, settings_path: Path, out: Path) -> Path:
+def _plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and DistributedDataParallel put before it."""
+    while (plain := name.removeprefix("module.").removeprefix("_orig_mod.")) != name:
+        name = plain
+    return name.replace("._orig_mod.", ".")
+
+
+def import_final_model(
+    path: Path, settings_path: Path, out: Path, *, allow_not_finite: bool = False
+) -> Path:
     """``final_model.pt`` to ``model.safetensors`` and ``model.json`` in the folder ``out``.
 
     The model is to be run in the last recurrence phase, as the script's final evaluation does.
@@ -225,26 +239,28 @@ def import_final_model(path: Path, settings_path: Path, out: Path) -> Path:
     Raises:
         UserError: bad settings or weights (all problems at once), or ``out`` cannot be written.
     """
-    config = Config(model=model_config(_read_settings(settings_path)))
+    settings = _read_settings(settings_path)
+    config = Config(model=model_config(settings))
     with torch.device("meta"):
         model = GPT(config.model)
     state = translate(read_final_model(path), model, str(path))
     description = Description(
         step=None,
-        phase=LAST_PHASE if config.model.num_loops else 0,
+        phase=_phase(settings, config.model),
         weights="live",
         config=config,
         metadata={"origin": f"parameter-golf {path.name}"},
     )
-    return write_export(out, state, description)
+    return write_export(out, state, description, allow_not_finite=allow_not_finite)
 
 
-def export_final_model(source: Path, out: Path) -> Path:
+def export_final_model(source: Path, out: Path, *, allow_not_finite: bool = False) -> Path:
     """An exported model to ``out`` (a ``final_model.pt``) and its settings as JSON beside it.
 
     Args:
         source: Run directory, folder of an export, or .safetensors file.
         out: File to write.
+        allow_not_finite: Write weights that are not finite.
 
     Returns:
         Path of the settings.
@@ -253,24 +269,37 @@ def export_final_model(source: Path, out: Path) -> Path:
         UserError: no such export, one that the script's model cannot hold, or a full disk.
     """
     path = find_export(source, "live")
-    model_settings = read_description(path).config.model
-    settings = json.dumps(settings_of(model_settings), indent=1) + "\n"
+    description = read_description(path)
+    model_settings = description.config.model
+    named = settings_of(model_settings) | {_PHASE: description.phase}
+    settings = json.dumps(named, indent=1) + "\n"
     with torch.device("meta"):
         check_tensors(path, GPT(model_settings))
     state = {to_reference_name(name): tensor for name, tensor in read_state(path).items()}
+    refuse_not_finite(path, state, allow_not_finite)
     beside = out.with_suffix(".json")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(out, lambda partial: torch.save(state, partial))
-        publish(beside, lambda partial: partial.write_text(settings, "utf-8"))
+        write_atomically(beside, settings, sync=True)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         raise UserError(f"{out}: cannot be written: {error}; name another --out") from None
     return beside
 
 
+def _phase(settings: Mapping[str, Any], model: ModelConfig) -> int:
+    """The recurrence phase that the weights are to be run in: as ``export_final_model`` has noted
+    it, or the last one, in which the script ends."""
+    last = LAST_PHASE if model.num_loops else 0
+    phase = settings.get(_PHASE, last)
+    if type(phase) is not int or not 0 <= phase <= last:
+        raise UserError(f"parameter-golf settings: {_PHASE}={phase!r:.40}: expected 0 to {last}")
+    return phase
+
+
 def _read_settings(path: Path) -> Mapping[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path, MIB)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(settings, dict):
@@ -286,9 +315,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     with told_once(rank=0):
         if arguments.direction == "import":
-            print(import_final_model(arguments.file, arguments.settings, arguments.out))
+            written = import_final_model(
+                arguments.file,
+                arguments.settings,
+                arguments.out,
+                allow_not_finite=arguments.not_finite,
+            )
         else:
-            print(export_final_model(arguments.source, arguments.out))
+            written = export_final_model(
+                arguments.source, arguments.out, allow_not_finite=arguments.not_finite
+            )
+        print(written)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -306,6 +343,10 @@ def _parser() -> argparse.ArgumentParser:
     outgoing = directions.add_parser("export", help="model.safetensors to final_model.pt")
     outgoing.add_argument("source", type=Path, help="run directory, or an exported model")
     outgoing.add_argument("--out", type=Path, required=True, help="file to write")
+    for direction in (incoming, outgoing):
+        direction.add_argument(
+            "--not-finite", action="store_true", help="even if weights are not finite"
+        )
     return parser
 
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 import jepa_dist
 from jepa_dist.config import Config, check
 from jepa_dist.errors import UserError
+from jepa_dist.files import MIB, check_regular, read_bytes, write_atomically
 from jepa_dist.interop.verify import Signature, mismatches
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.parallel.shard import fsdp_modules, local_slices
@@ -113,16 +114,23 @@ def gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     return state
 
 
-def write_export(folder: Path, state: Mapping[str, Tensor], description: Description) -> Path:
+def write_export(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    description: Description,
+    *,
+    allow_not_finite: bool = False,
+) -> Path:
     """Write full tensors and what they are; each file appears whole, the JSON last.
 
     Returns:
         Path of the tensor file.
 
     Raises:
-        UserError: the files cannot be written.
+        UserError: the files cannot be written, or a tensor is not finite and this is not allowed.
     """
     path = folder / f"{_STEMS[description.weights]}.safetensors"
+    refuse_not_finite(path, state, allow_not_finite)
     described = description.model_copy(
         update={"metadata": {**_versions(state), **description.metadata}}
     )
@@ -131,12 +139,26 @@ def write_export(folder: Path, state: Mapping[str, Tensor], description: Descrip
         folder.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)
         publish(path, lambda partial: save_file(dict(state), partial))
-        publish(path.with_suffix(".json"), lambda partial: partial.write_text(text, "utf-8"))
+        write_atomically(path.with_suffix(".json"), text, sync=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be written: {error}; free the disk or name another folder"
         ) from None
     return path
+
+
+def refuse_not_finite(path: Path, state: Mapping[str, Tensor], allow: bool) -> None:
+    """Do not write weights that nobody can use, unless the user asks for them.
+
+    Raises:
+        UserError: a tensor holds NaN or infinities.
+    """
+    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if bad and not allow:
+        raise UserError(
+            f"{path}: not written: {len(bad)} of {len(state)} tensors are not finite, the first is "
+            f"{bad[0]}; export an earlier checkpoint, or add --not-finite"
+        )
 
 
 def _versions(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -148,10 +170,18 @@ def _versions(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file that appears under ``path`` when it is whole and on the disk."""
+    """Let ``write`` make a file that appears under ``path`` when it is whole and on the disk.
+
+    Its mode is that of any new file (the umask's), whatever ``write`` gives it: safetensors keeps
+    its files to their owner.
+    """
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # whatever has this name is not written through
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -197,8 +227,8 @@ def read_description(path: Path) -> Description:
     """
     beside = path.with_suffix(".json")
     try:
-        description = Description.model_validate_json(beside.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        description = Description.model_validate_json(read_bytes(beside, MIB))
+    except OSError as error:
         raise UserError(
             f"{beside}: cannot be read ({error}); the export beside it is incomplete, "
             "export the model again"
@@ -267,6 +297,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def _opened(path: Path) -> Any:
     """The file as a context manager."""
     try:
+        check_regular(path)
         return safe_open(path, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -67,8 +67,7 @@ def _ranks(centred_BTD: Tensor, energy: Tensor) -> dict[str, Tensor]:
     """
     states_ND = centred_BTD.flatten(0, 1)
     covariance_DD = states_ND.T @ states_ND / len(states_ND)
-    # LAPACK raises on what is not finite; here it is to come out as not a number.
-    eigenvalues_D = torch.linalg.eigvalsh(covariance_DD.nan_to_num(0, 0, 0)) + 0 * energy
+    eigenvalues_D = _eigenvalues(covariance_DD, _ROUNDING**2 * energy) + 0 * energy
     is_real_D = eigenvalues_D > _ROUNDING**2 * energy
     eigenvalues_D = eigenvalues_D * is_real_D
     eigenvalues_D[-1] += _TINY  # of a point: one direction, not 0/0
@@ -77,6 +76,19 @@ def _ranks(centred_BTD: Tensor, energy: Tensor) -> dict[str, Tensor]:
         "effective_rank": torch.special.entr(p_D).sum().exp(),
         "participation_ratio": 1 / p_D.square().sum(),
     }
+
+
+def _eigenvalues(covariance_DD: Tensor, rounding: Tensor) -> Tensor:
+    """In rising order; zeros for a matrix that holds rounding errors alone, NaN where LAPACK's
+    iteration does not converge: what only looks at a run must not end it."""
+    scale = covariance_DD.diagonal().sum()
+    # LAPACK raises on what is not finite; that comes out as NaN by the energy.
+    matrix_DD = (covariance_DD / scale.clamp_min(_TINY)).nan_to_num(0, 0, 0)
+    matrix_DD = torch.where(scale > rounding, matrix_DD, torch.zeros_like(matrix_DD))
+    try:
+        return torch.linalg.eigvalsh(matrix_DD) * scale
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return torch.full_like(matrix_DD[0], torch.nan)
 
 
 def _clock_share(centred_BTD: Tensor) -> Tensor:

@@ -54,8 +54,9 @@ class TapProbe:
         bos_id: int | None,
         device: torch.device,
     ) -> None:
-        self._grid_LP2 = torch.from_numpy(grid_spans(seq_len, max_span_frac)).to(device)
-        self._lengths: list[int] = (self._grid_LP2[:, 0, 1] - self._grid_LP2[:, 0, 0] + 1).tolist()
+        grid_LP2 = grid_spans(seq_len, max_span_frac)
+        self._grid_LP2 = torch.from_numpy(grid_LP2).to(device)
+        self._lengths: list[int] = (grid_LP2[:, 0, 1] - grid_LP2[:, 0, 0] + 1).tolist()
         self._bos_id = bos_id
         self._watched: tuple[Tensor, Tensor] | None = None
         self._gradients: dict[str, Tensor] = {}

@@ -7,6 +7,8 @@ context and is never drawn.
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -113,8 +115,12 @@ def grid_spans(
 
 
 def max_length(seq_len: int, max_span_frac: float) -> int:
-    """Longest legal span: the cap, and never the whole row of T-1 positions."""
-    return min(max(1, int(max_span_frac * seq_len)), seq_len - 2)
+    """Longest legal span: the cap, and never the whole row of T-1 positions.
+
+    The cap is the floor of the exact product with the decimal number that was written down: as
+    floating-point numbers 0.29 * 100 is a little less than 29.
+    """
+    return min(max(1, math.floor(Fraction(repr(max_span_frac)) * seq_len)), seq_len - 2)
 
 
 _Draw = tuple[NDArray[np.int64], NDArray[np.int64]]

@@ -1,5 +1,9 @@
 """The parts of a block: norm, rotary embedding, attention, MLP (golden README section 1).
 
+Where an equivalent formula moves fewer bytes through memory it is the one used here, since half of
+a small model's step is spent on that: scales are folded into weights, norms are applied as factors
+to what is read anyway (docs/performance.md, "Bytes per block", has the counts).
+
 Tensor names carry their shape: B batch, T sequence, D model width, H query heads, K key/value
 heads, C head width, R rotated dimensions of a head.
 """
@@ -7,6 +11,7 @@ heads, C head width, R rotated dimensions of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +26,13 @@ NORM_EPS = torch.finfo(torch.float32).eps
 def rms_norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without weight."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def inverse_rms(x: Tensor) -> Tensor:
+    """The factor by which RMS norm scales each vector of the last dimension, [..., 1], in float32
+    or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
 
 
 def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -42,31 +54,49 @@ def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple
 
 
 def rotate(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotate the first R dimensions of every head, pairing j with j + R/2, by minus the angle."""
+    """Rotate the first R dimensions of every head, pairing j with j + R/2, by minus the angle; in
+    the tables' dtype."""
     half = cos_TR.size(-1)
     cos, sin = cos_TR[:, None, :], sin_TR[:, None, :]
     u, w, rest = x_BTHC.split([half, half, x_BTHC.size(-1) - 2 * half], dim=-1)
-    rotated = torch.cat([u * cos + w * sin, w * cos - u * sin], dim=-1).type_as(x_BTHC)
-    return torch.cat([rotated, rest], dim=-1)
+    return torch.cat([u * cos + w * sin, w * cos - u * sin, rest], dim=-1)
 
 
 def remove_own_value(y_BTHC: Tensor, v_BTKC: Tensor) -> Tensor:
     """XSA: remove from each head's output its component along its own position's value."""
-    batch, length, heads, width = y_BTHC.shape
-    grouped = y_BTHC.reshape(batch, length, v_BTKC.size(2), -1, width)
-    unit = F.normalize(v_BTKC, dim=-1, eps=1e-12).unsqueeze(3)
-    without = grouped - (grouped * unit).sum(-1, keepdim=True) * unit
-    return without.reshape(batch, length, heads, width)
+    # Repeated for each query head: then every sum has one shape, and the compiler needs one kernel.
+    v_BTHC = v_BTKC.repeat_interleave(y_BTHC.size(2) // v_BTKC.size(2), dim=2)
+    v_BTHC = v_BTHC.to(torch.promote_types(v_BTHC.dtype, torch.float32))
+    square_BTH1 = v_BTHC.square().sum(-1, keepdim=True).clamp(min=1e-24)
+    share_BTH1 = (y_BTHC * v_BTHC).sum(-1, keepdim=True) / square_BTH1
+    return (y_BTHC - share_BTH1 * v_BTHC).type_as(y_BTHC)
+
+
+def project(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """``scale * (weight @ x)`` for a scale per output channel: on the weight, which is smaller."""
+    return F.linear(x, weight if scale is None else weight * scale[:, None])
+
+
+def causal_attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+    """Attend causally with grouped key/value heads; returns [B, H, T, C]."""
+    grouped = q_BHTC.size(1) != k_BKTC.size(1)
+    return F.scaled_dot_product_attention(
+        q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=grouped
+    )
 
 
 class Attention(nn.Module):
-    """Causal attention with QK norm, partial rotary embedding and grouped key/value heads."""
+    """Causal attention with QK norm, partial rotary embedding and grouped key/value heads.
+
+    ``attend`` may be replaced by a function with the same result (another kernel).
+    """
 
     def __init__(self, config: ModelConfig, *, xsa: bool) -> None:
         super().__init__()
         width, kv_width = config.model_dim, config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
         self.xsa = xsa
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
         self.c_q = nn.Linear(width, width, bias=False)
         self.c_k = nn.Linear(width, kv_width, bias=False)
         self.c_v = nn.Linear(width, kv_width, bias=False)
@@ -75,25 +105,23 @@ class Attention(nn.Module):
             nn.Parameter(torch.empty(config.num_heads)) if config.qk_gain_init is not None else None
         )
 
-    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        """Attend over ``x_BTD``; returns [B, T, D]."""
-        heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BTHC = rotate(rms_norm(self.c_q(x_BTD).view(heads)), cos_TR, sin_TR)
-        k_BTKC = rotate(rms_norm(self.c_k(x_BTD).view(heads)), cos_TR, sin_TR)
-        v_BTKC = self.c_v(x_BTD).view(heads)
+    def forward(
+        self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, scale_D: Tensor | None
+    ) -> Tensor:
+        """Attend over the normed ``x_BTD``, scale the output's channels; returns [B, T, D]."""
+        weights = [self.c_q.weight, self.c_k.weight, self.c_v.weight]
+        heads_BTHC = F.linear(x_BTD, torch.cat(weights)).unflatten(-1, (-1, self.head_dim))
+        q_BTHC, k_BTKC, v_BTKC = heads_BTHC.split([len(w) // self.head_dim for w in weights], 2)
+        q_norm_BTH1, k_norm_BTK1 = inverse_rms(q_BTHC), inverse_rms(k_BTKC)
         if self.q_gain is not None:
-            q_BTHC = q_BTHC * self.q_gain[:, None]
-        y_BHTC = F.scaled_dot_product_attention(
-            q_BTHC.transpose(1, 2),
-            k_BTKC.transpose(1, 2),
-            v_BTKC.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=q_BTHC.size(2) != k_BTKC.size(2),
-        )
+            q_norm_BTH1 = q_norm_BTH1 * self.q_gain[:, None]
+        q_BTHC = rotate(q_BTHC * q_norm_BTH1, cos_TR, sin_TR).type_as(x_BTD)
+        k_BTKC = rotate(k_BTKC * k_norm_BTK1, cos_TR, sin_TR).type_as(x_BTD)
+        y_BHTC = self.attend(q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2))
         y_BTHC = y_BHTC.transpose(1, 2)
         if self.xsa:
             y_BTHC = remove_own_value(y_BTHC, v_BTKC)
-        return self.proj(y_BTHC.reshape(x_BTD.shape))
+        return project(y_BTHC.reshape(x_BTD.shape), self.proj.weight, scale_D)
 
 
 class MLP(nn.Module):
@@ -104,9 +132,14 @@ class MLP(nn.Module):
         self.fc = nn.Linear(config.model_dim, config.mlp_hidden, bias=False)
         self.proj = nn.Linear(config.mlp_hidden, config.model_dim, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Transform each position of ``x_BTD``; returns [B, T, D]."""
-        return self.proj(F.leaky_relu(self.fc(x_BTD), 0.5).square())
+    def forward(self, x_BTD: Tensor, norm_BT1: Tensor, scale_D: Tensor | None) -> Tensor:
+        """Transform each position of ``norm * x``, scale the output's channels: [B, T, D].
+
+        The norm's factor is applied after the first product, with which it commutes, so that the
+        normed stream is never written to memory.
+        """
+        hidden = F.leaky_relu(self.fc(x_BTD) * norm_BT1, 0.5).square()
+        return project(hidden.type_as(x_BTD), self.proj.weight, scale_D)
 
 
 class Block(nn.Module):
@@ -156,15 +189,15 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             assert x0_BTD is not None
             x_BTD = self.resid_mix[0] * x_BTD + self.resid_mix[1] * x0_BTD
-        attended = self._scaled(self.attn(self._normed(x_BTD), cos_TR, sin_TR), self.attn_scale)
+        norm_BT1 = self._norm(x_BTD)
+        normed_BTD = (x_BTD * norm_BT1).type_as(x_BTD)
+        attended_BTD = self.attn(normed_BTD, cos_TR, sin_TR, self.attn_scale)
         if self.parallel:
-            return x_BTD + attended + self._scaled(mlp(self._normed(x_BTD)), self.mlp_scale)
-        x_BTD = x_BTD + attended
-        return x_BTD + self._scaled(mlp(self._normed(x_BTD)), self.mlp_scale)
+            return x_BTD + attended_BTD + mlp(x_BTD, norm_BT1, self.mlp_scale)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + mlp(x_BTD, self._norm(x_BTD), self.mlp_scale)
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return rms_norm(x) if self.norm_scale is None else rms_norm(x) * self.norm_scale
-
-    @staticmethod
-    def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-        return x if scale is None else scale * x
+    def _norm(self, x_BTD: Tensor) -> Tensor:
+        """RMS norm of the stream, as a factor of each position: [B, T, 1]."""
+        norm_BT1 = inverse_rms(x_BTD)
+        return norm_BT1 if self.norm_scale is None else norm_BT1 * self.norm_scale

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from jepa_dist.monitor.metrics_file import number, read_records
 
 
 class JepaAlarms:
@@ -40,27 +41,25 @@ class JepaAlarms:
         """Take in what an earlier start of the run recorded (``metrics.jsonl``), in silence."""
         if not metrics.exists():
             return
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                self.observe(json.loads(line))
-            except ValueError:
-                continue  # a crash cut the line short
+        for record in read_records(metrics):
+            if record is not None:  # a crash cuts a line short
+                self.observe(record)
 
     def _no_gradient(self, record: Mapping[str, Any]) -> str | None:
         """A warning, "" if all is well, None if the record does not say."""
-        ratio = record.get("jepa/grad_ratio")
-        if ratio is None:
+        ratio, weight = number(record, "jepa/grad_ratio"), number(record, "jepa/lambda")
+        if ratio is None or weight is None:
             return None
         if ratio > 0 and not ratio < self._dead_gradient_ratio:
             return ""
         return (
-            f"step {record['step']}: the JEPA loss is on (lambda {record['jepa/lambda']:.3g}) but "
+            f"step {record['step']}: the JEPA loss is on (lambda {weight:.3g}) but "
             f"its gradient at the tapped state is {ratio:.1e} of cross-entropy's: it does nothing. "
             "Raise jepa.lambda, tap another jepa.layer, or look for what cuts the gradient off"
         )
 
     def _collapse(self, record: Mapping[str, Any]) -> str | None:
-        rank = record.get("jepa/effective_rank")
+        rank = number(record, "jepa/effective_rank")
         if rank is None or not math.isfinite(rank):
             return None
         if self._first is None:

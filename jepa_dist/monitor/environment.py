@@ -14,7 +14,10 @@ import torch
 
 _GIT_SECONDS = 5.0
 # Besides all JEPA_*. GROUP_WORLD_SIZE is torchrun's count of hosts (of agents, to be exact).
-_VARIABLES = {"GROUP_WORLD_SIZE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF"}
+_VARIABLES = {
+    *("GROUP_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"),
+}
 
 
 def environment(world_size: int) -> dict[str, str]:
@@ -63,6 +66,9 @@ def _cuda() -> dict[str, str]:
         "device": torch.cuda.get_device_name(),
         "cuda": str(torch.version.cuda),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "bf16 reduced precision reduction": str(
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        ),
     }
 
 

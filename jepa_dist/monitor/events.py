@@ -23,6 +23,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
+from jepa_dist.files import open_to_append
 from jepa_dist.optim.histograms import Distribution
 
 # {category: {chart: [kind, [tag patterns]]}}, as ``torch.utils.tensorboard`` takes it.
@@ -47,7 +48,7 @@ class Appendable:
         """
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = io.FileIO(self._path, "a")
+            self._file = open_to_append(self._path)
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(record) != len(record):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import psutil
 
 _GIB = 2**30
 
 # Peak dense bf16 TFLOP/s. NVIDIA's data sheets print figures with sparsity, twice as high: A100
 # (2020), H100 SXM, PCIe and NVL (2022 to 2024), H200 SXM and NVL (2024), HGX B200 (2024). The first
-# name found in the device's wins.
+# that the device's name begins with wins.
 _PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.5,
@@ -19,12 +21,20 @@ _PEAK_TFLOPS = {
     "B200": 2250.0,
     "A100": 312.0,
 }
+# NVIDIA A100-SXM4-40GB MIG 1g.5gb; NVIDIA A100-2-10C, GRID A100D-4C.
+_SLICE = re.compile(r"\bMIG\b|-\d+(-\d+)?[ABCQ]$")
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, or None if it is not known."""
+    """Peak dense bf16 FLOP/s of a device, or None if it is not known.
+
+    Names are compared as whole words from the start: an RTX A1000 is no A100. Slices of a device
+    (MIG, vGPU) have a part of its peak that their name does not tell.
+    """
+    if _SLICE.search(device_name):
+        return None
     for name, tflops in _PEAK_TFLOPS.items():
-        if name in device_name:
+        if re.match(rf"(NVIDIA )?{name}\b", device_name):
             return tflops * 1e12
     return None
 

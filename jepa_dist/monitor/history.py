@@ -1,28 +1,55 @@
-"""The starts of a run: what its interruptions cost, and how often to save."""
+"""The starts of a run: with what each was made, what interruptions cost, how often to save."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from jepa_dist.files import open_to_append, read_lines
 
 STARTS = "starts.jsonl"
 
+# What a run leaves when it ends, or until then every few seconds.
+_SIGNS_OF_LIFE = ("metrics.jsonl", "status.json", "heartbeats/rank_*.json")
 
-@dataclass(frozen=True)
-class _StartRecord:
-    """One line of ``starts.jsonl``."""
+_Seconds = Annotated[float, Field(ge=0, lt=2**40)]
+_Count = Annotated[int, Field(ge=0, lt=2**53)]
 
-    time: float
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+class StartRecord:
+    """One line of ``starts.jsonl``. Lines of earlier versions have the first four fields."""
+
+    time: _Seconds
     """Seconds since the epoch."""
-    step: int
+    step: _Count
     """Steps done before."""
-    world_size: int
+    world_size: _Count
     after_failure: bool
     """Whether the start before this one ended otherwise than by itself or on request."""
+    train_seconds: _Seconds = 0.0
+    """Training time spent before; of a run that branches off another one, the other's."""
+    idle_seconds: _Seconds = 0.0
+    """Between the last sign of life of the start before and this one."""
+    config: dict[str, Any] | None = None
+    """As it was resolved for this start."""
+    facts: dict[str, str] | None = None
+    """What numbers depend on besides the configuration: what ``auto`` stands for, the device, and
+    the versions of libraries, by name."""
+    environment: dict[str, str] | None = None
+    """Host, ranks, versions and variables that this start ran with."""
+
+
+_RECORD = TypeAdapter(StartRecord)
 
 
 class RunHistory:
@@ -33,15 +60,40 @@ class RunHistory:
         step: Steps done before this start.
         world_size: Ranks of this start.
         last_state: ``state`` of the status file that the start before left; None at the first.
+        train_seconds: Training time spent before this start.
+        config: Of this start.
+        facts: See ``StartRecord``.
+        environment: See ``StartRecord``.
     """
 
-    def __init__(self, run_dir: Path, step: int, world_size: int, last_state: str | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        world_size: int,
+        last_state: str | None,
+        *,
+        train_seconds: float = 0.0,
+        config: Mapping[str, Any] | None = None,
+        facts: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._monotonic = time.monotonic()
-        earlier = _read(run_dir / STARTS)
-        failed = bool(earlier) and last_state not in ("stopped", "finished")
-        now = _StartRecord(time.time(), step, world_size, failed)
-        with (run_dir / STARTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(now)) + "\n")
+        earlier = read_starts(run_dir)
+        now = StartRecord(
+            time=time.time(),
+            step=step,
+            world_size=world_size,
+            after_failure=bool(earlier) and last_state not in ("stopped", "finished"),
+            train_seconds=train_seconds,
+            idle_seconds=_idle_seconds(run_dir) if earlier else 0.0,
+            config=None if config is None else dict(config),
+            facts=None if facts is None else dict(facts),
+            environment=None if environment is None else dict(environment),
+        )
+        with open_to_append(run_dir / STARTS) as file:
+            # A crash may have cut the line before this one short.
+            file.write(("\n" * bool(earlier) + json.dumps(asdict(now)) + "\n").encode())
         self._starts = [*earlier, now]
 
     @property
@@ -55,22 +107,28 @@ class RunHistory:
         # The clock of the host may have been set between starts; time does not run backwards.
         return max(0.0, before) + time.monotonic() - self._monotonic
 
-    def record(self, productive_seconds: float, save_seconds: float | None) -> dict[str, float]:
+    def running_seconds(self) -> float:
+        """Of these, those in which the run was running: only then it can fail."""
+        return max(0.0, self.wall_seconds() - sum(start.idle_seconds for start in self._starts))
+
+    def record(self, train_seconds: float, save_seconds: float | None) -> dict[str, float]:
         """Metrics.
 
         Args:
-            productive_seconds: Training time of all steps up to now, each counted once.
+            train_seconds: Training time of all steps up to now, each counted once; those of a run
+                that this one branches off are taken off here.
             save_seconds: That a checkpoint holds the run up; None if that is not known yet.
         """
         wall = self.wall_seconds()
+        productive = max(0.0, train_seconds - self._starts[0].train_seconds)
         record = {
-            "goodput/productive_share": min(1.0, productive_seconds / wall) if wall else 1.0,
+            "goodput/productive_share": min(1.0, productive / wall) if wall else 1.0,
             "goodput/wall_seconds": wall,
             "goodput/starts": float(len(self._starts)),
             "goodput/failures": float(self.failures),
         }
         if save_seconds is not None and self.failures:
-            interval = young_interval(save_seconds, wall / self.failures)
+            interval = young_interval(save_seconds, self.running_seconds() / self.failures)
             record["checkpoint/young_interval_seconds"] = interval
         return record
 
@@ -84,15 +142,34 @@ def young_interval(save_seconds: float, seconds_between_failures: float) -> floa
     return math.sqrt(2 * save_seconds * seconds_between_failures)
 
 
-def _read(path: Path) -> list[_StartRecord]:
-    """The starts so far; lines that a crash cut short are left out."""
-    if not path.exists():
-        return []
+def read_starts(run_dir: Path) -> list[StartRecord]:
+    """The starts so far; lines that a crash cut short are left out.
+
+    Raises:
+        OSError: the file is there, but cannot be read or is no regular file.
+    """
     starts = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            fields: dict[str, Any] = json.loads(line)
-            starts.append(_StartRecord(**fields))
-        except (ValueError, TypeError):
-            continue
+    with suppress(FileNotFoundError):
+        for line in read_lines(run_dir / STARTS):
+            with suppress(ValueError):  # pydantic's error is one
+                starts.append(_RECORD.validate_json(line))
     return starts
+
+
+def lasting(starts: Sequence[StartRecord]) -> list[StartRecord]:
+    """Those starts of which steps are left in the run: later ones went back behind none of them."""
+    return [
+        start
+        for index, start in enumerate(starts)
+        if all(later.step > start.step for later in starts[index + 1 :])
+    ]
+
+
+def _idle_seconds(run_dir: Path) -> float:
+    """Since the run last gave a sign of life; 0 where it has left none."""
+    times = []
+    for pattern in _SIGNS_OF_LIFE:
+        for path in run_dir.glob(pattern):
+            with suppress(OSError):
+                times.append(path.stat().st_mtime)
+    return max(0.0, time.time() - max(times)) if times else 0.0

@@ -55,7 +55,7 @@ class Meter:
         self.place = Place(self.place.count + 1, self.place.step, name)
         start = time.perf_counter()
         events = self._events(name, around)
-        with torch.profiler.record_function(name):
+        with torch.profiler.record_function(name) if _is_profiling() else nullcontext():
             yield
         self._add(name, around, time.perf_counter() - start)
         if events is not None:
@@ -65,17 +65,28 @@ class Meter:
             self.place = Place(self.place.count, self.place.step, around)
 
     def communication(self) -> AbstractContextManager[None]:
-        """A phase within forward and backward; elsewhere (in an evaluation) it is not set apart."""
-        return self.phase("communication") if self._phase in _PASSES else nullcontext()
+        """A phase within forward and backward of a step that times it (``step``); elsewhere (in an
+        evaluation) it is not set apart."""
+        is_timed = self._times_communication and self._phase in _PASSES
+        return self.phase("communication") if is_timed else nullcontext()
 
     def still_alive(self) -> None:
         """A long phase gets on; to be called at the same points on every rank."""
         self.place = Place(self.place.count + 1, self.place.step, self.place.phase)
 
-    def step(self, step: int, saving: bool = False) -> None:
-        """An optimiser step begins; ``saving`` says whether a checkpoint is being written."""
+    def step(self, step: int, *, saving: bool = False, times_communication: bool = False) -> None:
+        """An optimiser step begins.
+
+        Args:
+            step: Its number.
+            saving: Whether a checkpoint is being written.
+            times_communication: Whether this step times its communication, at dozens of points.
+                Some of a lap's steps are enough: the others are taken to be alike.
+        """
         self._end_step()
         self._saving = saving
+        self._times_communication = times_communication
+        self._timed_steps += times_communication
         self._steps += 1
         self.place = Place(self.place.count, step, "step")
 
@@ -88,6 +99,7 @@ class Meter:
         """
         self._end_step()
         self._read_events()
+        self._set_communication_apart()
         elapsed = time.perf_counter() - self._lap_started
         training = elapsed - self._off_training()
         rate = self._steps * self._tokens_per_step / training
@@ -114,7 +126,10 @@ class Meter:
     def _begin(self) -> None:
         self._lap_started = time.perf_counter()
         self._steps = 0
+        self._timed_steps = 0
+        self._times_communication = False
         self._seconds = dict.fromkeys(TRAINING_PHASES, 0.0)
+        self._exposed = dict.fromkeys(_PASSES, 0.0)
         self._pairs: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
         self._step_began: tuple[float, float] | None = None
         self._saving = False
@@ -137,9 +152,20 @@ class Meter:
         return {"checkpoint/slowdown": statistics.mean(saving) / statistics.median(quiet)}
 
     def _add(self, name: str, around: str | None, seconds: float) -> None:
+        if name == "communication" and around is not None:
+            self._exposed[around] += seconds
+            return
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         if around is not None:
             self._seconds[around] = self._seconds.get(around, 0.0) - seconds
+
+    def _set_communication_apart(self) -> None:
+        """Take out of the passes what their timed steps spent communicating, for all steps."""
+        for around, seconds in self._exposed.items():
+            exposed = seconds * self._steps / max(1, self._timed_steps)
+            exposed = min(exposed, self._seconds[around])
+            self._seconds[around] -= exposed
+            self._seconds["communication"] += exposed
 
     def _events(
         self, name: str, around: str | None
@@ -155,8 +181,15 @@ class Meter:
         """What the device measured takes the place of the host's times."""
         for name in {name for name, *_ in self._pairs}:
             self._seconds[name] = 0.0
+        if self._pairs:
+            self._exposed = dict.fromkeys(_PASSES, 0.0)
         for name, around, begin, end in self._pairs:
             self._add(name, around, begin.elapsed_time(end) / 1000)
+
+
+def _is_profiling() -> bool:
+    """Whether anybody sees the profiler's ranges, which cost the host time all the same."""
+    return torch.autograd.profiler._is_profiler_enabled
 
 
 class RollingDigest:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jepa_dist.config import Config, flatten, to_dict, to_yaml
-from jepa_dist.errors import UserError
 from jepa_dist.monitor.alarms import JepaAlarms
 from jepa_dist.monitor.console import Console
 from jepa_dist.monitor.environment import as_lines, environment
 from jepa_dist.monitor.history import RunHistory
-from jepa_dist.monitor.run_dir import read_status, write_status
+from jepa_dist.monitor.run_dir import RunStatus, read_status
 from jepa_dist.monitor.stragglers import StragglerAlarm
 from jepa_dist.monitor.system import SystemReader
 from jepa_dist.monitor.writer import MetricsWriter
@@ -26,20 +25,49 @@ _SWEPT = ("seed", "jepa.", "optim.", "batch.sequences", "train.steps")
 
 
 class Reporter:
-    """Publishes records. One per run, on rank 0."""
+    """Publishes records. One per run, on rank 0.
 
-    def __init__(self, run_dir: Path, config: Config, done: int = 0, world_size: int = 1) -> None:
+    Args:
+        run_dir: Where the run lives.
+        config: Its configuration.
+        done: Steps done before this start.
+        world_size: Number of ranks.
+        train_seconds: Training time spent before this start.
+        facts: What its numbers depend on besides the configuration (``records.facts``).
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        done: int = 0,
+        world_size: int = 1,
+        *,
+        train_seconds: float = 0.0,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
         self._run_dir = run_dir
         self._config = config
-        self._history = RunHistory(run_dir, done, world_size, read_status(run_dir).get("state"))
+        surroundings = environment(world_size)
+        self._history = RunHistory(
+            run_dir,
+            done,
+            world_size,
+            read_status(run_dir).get("state"),
+            train_seconds=train_seconds,
+            config=to_dict(config),
+            facts=facts,
+            environment=surroundings,
+        )
         self._save_seconds: float | None = None
         self._system = SystemReader(run_dir)
-        self._environment = as_lines(environment(world_size))
+        self._environment = as_lines({**surroundings, **(facts or {})})
         self._open(done)
-        write_status(run_dir, "running", done, saved=done > 0, reason="")
+        self._status = RunStatus(run_dir, self._warn)
+        self._status.update(state="running", step=done, reason="")
 
     def _open(self, done: int) -> None:
-        self._done = done
+        self._done = self._recorded = done
         self._console = Console(self._config.train.steps, done)
         self._writer = MetricsWriter(self._run_dir, done, self._warn)
         self._writer.text("config", to_yaml(self._config))
@@ -65,12 +93,19 @@ class Reporter:
         """A step is done; ``record`` is None unless it is logged."""
         self._console.step()
         if record is not None:
-            self._save_seconds = record.get("checkpoint/stall_seconds", self._save_seconds)
+            self._recorded = record["step"]
+            for key in ("checkpoint/first_stall_seconds", "checkpoint/stall_seconds"):
+                self._save_seconds = record.get(key, self._save_seconds)
             goodput = self._history.record(record["train_seconds"], self._save_seconds)
             if "startup/total" in record:
                 self._console.say(_startup_line(record))
             self._console.record(record)
             self._writer.write({**record, **goodput, **self._system.record()})
+            self._status.update(
+                step=record["step"],
+                phase=record["phase"],
+                tokens_per_second=record["tokens_per_second"],
+            )
             for alarm in [*self._alarms.observe(record), *self._stragglers.observe(record)]:
                 self._warn(alarm)
                 self._writer.text("alarms", alarm, record["step"])
@@ -81,6 +116,15 @@ class Reporter:
         self._console.close()
         self._open(step)
         self._warn(why)
+        self._status.update(step=step)
+
+    def saved(self) -> None:
+        """A checkpoint was published."""
+        self._status.update()
+
+    def diverged(self, reason: str) -> None:
+        """The run gives up: leave a record that says why, for whoever counts runs."""
+        self._writer.diverged(self._recorded, reason)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Leave ``status.json``, tell how the run ended, and close; of a finished run also write
@@ -96,16 +140,7 @@ class Reporter:
         for line in _closing_lines(summary, self._run_dir) if is_finished else [_stopped(summary)]:
             self._console.say(line)
         state = "finished" if is_finished else "stopped"
-        try:
-            write_status(
-                self._run_dir,
-                state,
-                summary["step"],
-                saved=summary["saved"],
-                reason=summary["reason"],
-            )
-        except UserError as error:  # of no consequence for what was trained
-            self._warn(f"status.json does not say that the run has {state}: {error}")
+        self._status.update(state=state, step=summary["step"], reason=summary["reason"])
 
     def _warn(self, text: str) -> None:
         self._console.say(f"warning: {text}")

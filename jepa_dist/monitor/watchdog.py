@@ -18,10 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from jepa_dist.files import MIB, open_to_append, read_bytes, write_atomically
 from jepa_dist.monitor.meter import Place
 
 log = logging.getLogger(__name__)
@@ -31,7 +35,7 @@ _BEAT_SECONDS = 5.0
 _BEATS_BETWEEN_LOOKS = 3
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class Heartbeat:
     """What a rank leaves."""
 
@@ -45,6 +49,9 @@ class Heartbeat:
     pid: int
 
 
+_HEARTBEAT = TypeAdapter(Heartbeat)
+
+
 class Watchdog:
     """Leaves this rank's heartbeat and tells who holds the run up. Runs inside a ``with`` block.
 
@@ -54,6 +61,7 @@ class Watchdog:
         world_size: Number of ranks.
         place: Where this rank is, at any time.
         late_seconds: In one place for longer than this is late; 0 watches nothing.
+        look: Called at every beat, by the watching thread.
     """
 
     def __init__(
@@ -63,12 +71,14 @@ class Watchdog:
         world_size: int,
         place: Callable[[], Place],
         late_seconds: float,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = run_dir / "heartbeats"
         self._stacks = run_dir / "logs" / f"rank_{rank}.log"
         self._rank, self._world_size = rank, world_size
         self._place = place
         self._late_seconds = late_seconds
+        self._look = look
         self._interval = min(_BEAT_SECONDS, late_seconds / 4)
         self._beat = 0
         self._since = time.monotonic()
@@ -93,6 +103,7 @@ class Watchdog:
             self._tick()
 
     def _tick(self) -> None:
+        self._look()
         place = self._place()
         if place != self._seen:
             self._seen, self._since, self._is_told = place, time.monotonic(), False
@@ -111,18 +122,17 @@ class Watchdog:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        path = self._folder / f"rank_{self._rank}.json"
-        partial = path.with_suffix(".partial")
         with suppress(OSError):  # a full disk must not end the watch
             self._folder.mkdir(exist_ok=True)
-            partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-            partial.replace(path)
+            text = json.dumps(asdict(beat))
+            write_atomically(self._folder / f"rank_{self._rank}.json", text)
 
     def _tell(self, seconds: float) -> None:
         before = read_heartbeats(self._folder, self._world_size)
         for _ in range(_BEATS_BETWEEN_LOOKS):
             if self._end.wait(self._interval):
                 return
+            self._look()
             self._leave_heartbeat(time.monotonic() - self._since)
         if self._place() != self._seen:
             return  # it went on meanwhile
@@ -132,7 +142,7 @@ class Watchdog:
         log.warning("%s", text)
         if self._rank == min(_alive(before, after), default=self._rank):
             print(f"warning: {text} (stacks: {self._stacks.parent})", file=sys.stderr, flush=True)
-        with suppress(OSError), self._stacks.open("a", encoding="utf-8") as file:
+        with suppress(OSError), open_to_append(self._stacks) as file:
             faulthandler.dump_traceback(file, all_threads=True)
 
 
@@ -140,10 +150,9 @@ def read_heartbeats(folder: Path, world_size: int) -> dict[int, Heartbeat]:
     """The last heartbeat of every rank that has left a readable one, by rank."""
     beats = {}
     for rank in range(world_size):
-        with suppress(OSError, ValueError, TypeError):
-            text = (folder / f"rank_{rank}.json").read_text(encoding="utf-8")
-            fields: dict[str, Any] = json.loads(text)
-            beats[rank] = Heartbeat(**fields)
+        with suppress(OSError, ValueError):  # pydantic's error is a ValueError
+            beat = read_bytes(folder / f"rank_{rank}.json", MIB)
+            beats[rank] = _HEARTBEAT.validate_json(beat)
     return beats
 
 

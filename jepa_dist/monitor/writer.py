@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jepa_dist.files import make_new
 from jepa_dist.monitor.events import Appendable, EventFile
 from jepa_dist.monitor.images import cos_image
 from jepa_dist.monitor.layout import LAYOUT
+from jepa_dist.monitor.metrics_file import METRICS, Record, encode, read_records
 from jepa_dist.optim.histograms import Distribution
 
-# Number; text and tables (in metrics.jsonl only); or None: does not apply at this step.
-Record = Mapping[str, Any]
+# Records of these keys say how an earlier start ended.
+_ENDS = {"final", "diverged"}
 
 
 class MetricsWriter:
@@ -34,11 +35,11 @@ class MetricsWriter:
     ) -> None:
         self._warn = warn
         self._missing = 0
-        self._file = Appendable(run_dir / "metrics.jsonl")
+        self._file = Appendable(run_dir / METRICS)
         self._board = EventFile(run_dir / "tensorboard", purge_step=step + 1)
         self._attempt(
             [
-                lambda: _drop_records_beyond(run_dir / "metrics.jsonl", step),
+                lambda: _drop_records_beyond(run_dir / METRICS, step),
                 lambda: self._board.layout(LAYOUT),
             ]
         )
@@ -58,7 +59,7 @@ class MetricsWriter:
         """Append one record; its ``step`` places the scalars in TensorBoard."""
         self._attempt(
             [
-                lambda: self._file.append(_line(record)),
+                lambda: self._file.append(encode(record)),
                 lambda: self._board.scalars(_scalars(record), record["step"]),
                 lambda: self._extras(record),
             ]
@@ -72,10 +73,15 @@ class MetricsWriter:
         results = {tag: value for tag, value in _scalars(record).items() if tag.startswith("val/")}
         self._attempt(
             [
-                lambda: self._file.append(_line({**record, "final": True})),
+                lambda: self._file.append(encode({**record, "final": True})),
                 lambda: self._board.hparams(settings, results, record["step"]),
             ]
         )
+
+    def diverged(self, step: int, reason: str) -> None:
+        """Append that the run has given up after ``step``; a start that goes on drops it."""
+        record = {"step": step, "diverged": True, "reason": reason}
+        self._attempt([lambda: self._file.append(encode(record))])
 
     def close(self) -> None:
         """Nothing more will be written."""
@@ -108,10 +114,6 @@ class MetricsWriter:
             self._missing = 0
 
 
-def _line(record: Record) -> bytes:
-    return (json.dumps(record) + "\n").encode()
-
-
 def _scalars(record: Record) -> dict[str, float]:
     return {
         tag: value
@@ -124,14 +126,9 @@ def _drop_records_beyond(metrics: Path, step: int) -> None:
     """Rewrite the file in one step; a last line that was cut short goes, too."""
     if not metrics.exists():
         return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step and "final" not in record:
-            kept.append(line + "\n")
     partial = metrics.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    with make_new(partial) as file:
+        for record in read_records(metrics):
+            if record is not None and record["step"] <= step and not _ENDS & record.keys():
+                file.write(encode(record))
     partial.replace(metrics)

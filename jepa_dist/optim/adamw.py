@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from jepa_dist.optim.shards import local
+from jepa_dist.optim.shards import local, local_gradient
 
 
 class AdamW(torch.optim.Optimizer):
@@ -57,13 +57,14 @@ class AdamW(torch.optim.Optimizer):
         filled = [p for p in present if local(p).numel()]
         # An empty shard has nothing to update, but its step counts: a checkpoint may take any
         # rank's.
-        for p in present:
-            if not local(p).numel():
-                self.state[p]["adam_step"] += 1 if skip is None else 1 - skip
+        if len(filled) < len(present):
+            empty = [p for p in present if not local(p).numel()]
+            counts = [self.state[p]["adam_step"] for p in empty]
+            torch._foreach_add_(counts, 1.0 if skip is None else 1 - skip)
         beta1, beta2 = group["betas"]
         adamw(
             [local(p) for p in filled],
-            [local(p.grad) for p in filled],
+            [local_gradient(p) for p in filled],
             [local(self.state[p]["exp_avg"]) for p in filled],
             [local(self.state[p]["exp_avg_sq"]) for p in filled],
             [],

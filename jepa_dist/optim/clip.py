@@ -12,36 +12,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from jepa_dist.optim.shards import local_gradients, shard_dim
 
 _EPS = 1e-6  # the reference's (golden README section 4), and torch's
 
 
-@torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)) in place.
+class GradientClip:
+    """Scales all gradients by min(1, max_norm / (norm + 1e-6)) in place.
 
     Args:
         parameters: Plain tensors (the same on every rank) or DTensors sharded over one mesh
             dimension; those without gradient are passed over. The same list on every rank.
         max_norm: Limit of the global L2 norm; 0 only measures.
-
-    Returns:
-        The norm before clipping, 0-dim float32, on the gradients' device. A gradient that is not
-        finite makes it so, and with it all gradients.
     """
-    parameters = list(parameters)
-    by_group: dict[dist.ProcessGroup | None, list[Tensor]] = {}
-    for parameter in parameters:
-        by_group.setdefault(_shard_group(parameter), []).append(parameter)
-    squares = [_sum_of_squares(members, group) for group, members in by_group.items()]
-    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-    gradients = local_gradients(parameters)
-    if max_norm > 0 and gradients:
-        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + _EPS), max=1.0))
-    return norm
+
+    def __init__(self, parameters: Iterable[Tensor], max_norm: float) -> None:
+        self._max_norm = max_norm
+        self._by_group: dict[dist.ProcessGroup | None, list[Tensor]] = {}
+        for parameter in parameters:
+            self._by_group.setdefault(_shard_group(parameter), []).append(parameter)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Clip the gradients that exist now. Collective.
+
+        Returns:
+            The norm before clipping, 0-dim float32, on the gradients' device. A gradient that is
+            not finite makes it so, and with it all gradients.
+        """
+        squares, gradients = [], list[Tensor]()
+        for group, parameters in self._by_group.items():
+            shards = local_gradients(parameters)
+            squares.append(_sum_of_squares(shards, group, parameters[0].device))
+            gradients += shards
+        norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        if self._max_norm > 0 and gradients:
+            torch._foreach_mul_(gradients, torch.clamp(self._max_norm / (norm + _EPS), max=1.0))
+        return norm
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Clip once: see ``GradientClip``."""
+    return GradientClip(parameters, max_norm)()
 
 
 def _shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
@@ -54,12 +67,15 @@ def _shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
     return parameter.device_mesh.get_group(dim)
 
 
-def _sum_of_squares(parameters: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    gradients = [gradient.float() for gradient in local_gradients(parameters)]
+def _sum_of_squares(
+    gradients: list[Tensor], group: dist.ProcessGroup | None, device: torch.device
+) -> Tensor:
+    """Of these shards, added up over the group; 0-dim float32."""
     if gradients:
-        square = get_total_norm(gradients).square()
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+        square = torch.linalg.vector_norm(torch.stack(norms)).square()
     else:
-        square = torch.zeros((), device=parameters[0].device)
+        square = torch.zeros((), device=device)
     if group is not None:
         dist.all_reduce(square, group=group)
     return square

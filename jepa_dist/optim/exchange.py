@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from jepa_dist.optim.newton_schulz import cost
 from jepa_dist.optim.shards import Grid, rows_of_shard
@@ -109,86 +110,105 @@ class Wave:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._grid, self._owned, self._device, self._dtype = grid, owned, device, dtype
+        self._grid, self._device, self._dtype = grid, device, dtype
         place = {
             rank: (replica, shard)
             for replica, row in enumerate(grid.ranks)
             for shard, rank in enumerate(row)
         }
-        self._places = [place[rank] for rank in range(grid.size)]
+        places = [place[rank] for rank in range(grid.size)]
         me = dist.get_rank(grid.group)
-        self._replica, self._shard = self._places[me]
+        my_replica, my_shard = places[me]
         self._mine = owned[me]
+        # Of the ranks that send to this one, in their order, the shard that each one holds.
+        self._sources = [shard for replica, shard in places if replica == my_replica]
+        self._targets = [shard for _, shard in places]
+        # Sizes and order of what travels, the same in every step. Per matrix: its elements here.
+        mine_here = [self._size_of_mine(shard) for shard in range(grid.shards)]
+        here = [[(m, m.size(grid.shards, my_shard)) for m in own] for own in owned]
+        to_owners = [
+            [(m, size) for m, size in own if size] if replica == my_replica else []
+            for own, (replica, _) in zip(here, places, strict=True)
+        ]
+        self._keys_there = [matrix.key for own in to_owners for matrix, _ in own]
+        self._sent_there = [sum(size for _, size in own) for own in to_owners]
+        self._received_there = [
+            mine_here[shard] if replica == my_replica else 0 for replica, shard in places
+        ]
+        self._sent_back = [mine_here[shard] for shard in self._targets]
+        self._received_back = [sum(size for _, size in own) for own in here]
+        self._arriving = [pair for own in here for pair in own]
+        self._is_even = all(matrix.rows % grid.shards == 0 for matrix in self._mine)
 
     def gather(self, shards: Mapping[int, Tensor]) -> Transfer:
         """Launch the way there: this rank's rows of the matrices, by key, to their owners.
 
         Matrices of which this rank has no row may be left out.
         """
-        pieces = [
-            [shards[matrix.key] for matrix in own if self._size(matrix, self._shard)]
-            if replica == self._replica
-            else []
-            for own, (replica, _) in zip(self._owned, self._places, strict=True)
-        ]
-        expected = [
-            sum(self._size(matrix, shard) for matrix in self._mine)
-            if replica == self._replica
-            else 0
-            for replica, shard in self._places
-        ]
-        return self._launch(pieces, expected)
+        rows = [shards[key] for key in self._keys_there]
+        sent = _flatten_dense_tensors(rows) if rows else self._empty(0)
+        return self._launch(sent, self._sent_there, self._received_there)
 
     def matrices(self, transfer: Transfer) -> dict[int, Tensor]:
         """Wait for the way there; the whole matrices that this rank owns, by key."""
-        sources = [shard for replica, shard in self._places if replica == self._replica]
-        layout = [(matrix, shard) for shard in sources for matrix in self._mine]
-        blocks = self._unpack(transfer.wait(), layout)
+        buffer = transfer.wait()
+        # [source, matrix, rows, columns], where a matrix may have fewer rows at the last sources.
+        if self._is_even and self._sources == sorted(self._sources) and self._mine:
+            sizes = [matrix.size(self._grid.shards, 0) for matrix in self._mine]
+            parts = buffer.view(len(self._sources), -1).split(sizes, dim=1)
+            return {
+                matrix.key: part.reshape(matrix.rows, matrix.cols)
+                for matrix, part in zip(self._mine, parts, strict=True)
+            }
+        layout = [(matrix, shard) for shard in self._sources for matrix in self._mine]
+        sizes = [matrix.size(self._grid.shards, shard) for matrix, shard in layout]
+        blocks = {
+            (matrix.key, shard): part.view(-1, matrix.cols)
+            for (matrix, shard), part in zip(layout, buffer.split(sizes), strict=True)
+        }
         return {
-            matrix.key: torch.cat([blocks[matrix.key, shard] for shard in sorted(sources)])
+            matrix.key: torch.cat([blocks[matrix.key, shard] for shard in sorted(self._sources)])
             for matrix in self._mine
         }
 
     def scatter(self, results: Mapping[int, Tensor]) -> Transfer:
         """Launch the way back: the rows of each owned result, by key, to all who hold them."""
-        shards = self._grid.shards
-        pieces = [
-            [
-                results[matrix.key][slice(*rows_of_shard(matrix.rows, shards, shard))]
-                for matrix in self._mine
-            ]
-            for _, shard in self._places
-        ]
-        expected = [sum(self._size(matrix, self._shard) for matrix in own) for own in self._owned]
-        return self._launch(pieces, expected)
+        return self._launch(self._rows_back(results), self._sent_back, self._received_back)
 
     def shards(self, transfer: Transfer) -> dict[int, Tensor]:
         """Wait for the way back; this rank's rows of every result, by key, in float32."""
-        layout = [(matrix, self._shard) for own in self._owned for matrix in own]
-        blocks = self._unpack(transfer.wait().float(), layout)
-        return {key: block for (key, _), block in blocks.items()}
+        parts = transfer.wait().float().split([size for _, size in self._arriving])
+        return {
+            matrix.key: part.view(-1, matrix.cols)
+            for (matrix, _), part in zip(self._arriving, parts, strict=True)
+        }
 
-    def _size(self, matrix: Matrix, shard: int) -> int:
-        return matrix.size(self._grid.shards, shard)
+    def _rows_back(self, results: Mapping[int, Tensor]) -> Tensor:
+        """What goes back, flat: [target, matrix, rows, columns]."""
+        if not self._mine:
+            return self._empty(0)
+        shards = self._grid.shards
+        if self._is_even:
+            by_shard = torch.cat([results[m.key].reshape(shards, -1) for m in self._mine], dim=1)
+            everyone = list(range(shards))
+            return (by_shard if self._targets == everyone else by_shard[self._targets]).flatten()
+        pieces = [
+            results[matrix.key][slice(*rows_of_shard(matrix.rows, shards, shard))]
+            for shard in self._targets
+            for matrix in self._mine
+        ]
+        return _flatten_dense_tensors(pieces)
 
-    def _launch(self, pieces: Sequence[Sequence[Tensor]], expected: list[int]) -> Transfer:
-        """Send ``pieces[r]`` to rank r of the group and expect so many elements from each."""
-        nothing = torch.empty(0, dtype=self._dtype, device=self._device)
-        flat = [piece.reshape(-1) for to_rank in pieces for piece in to_rank]
-        sent = torch.cat(flat).to(self._dtype) if flat else nothing
-        received = nothing.new_empty(sum(expected))
-        sizes = [sum(piece.numel() for piece in to_rank) for to_rank in pieces]
+    def _size_of_mine(self, shard: int) -> int:
+        return sum(matrix.size(self._grid.shards, shard) for matrix in self._mine)
+
+    def _empty(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=self._dtype, device=self._device)
+
+    def _launch(self, sent: Tensor, sizes: list[int], expected: list[int]) -> Transfer:
+        """Send ``sizes[r]`` elements to rank r of the group and expect so many from each."""
+        sent, received = sent.to(self._dtype), self._empty(sum(expected))
         work = dist.all_to_all_single(
             received, sent, expected, sizes, group=self._grid.group, async_op=True
         )
         return Transfer(work, sent, received)
-
-    def _unpack(
-        self, buffer: Tensor, layout: Sequence[tuple[Matrix, int]]
-    ) -> dict[tuple[int, int], Tensor]:
-        """Views of the shards that lie in ``buffer`` one after the other, by key and shard."""
-        views = buffer.split([self._size(matrix, shard) for matrix, shard in layout])
-        return {
-            (matrix.key, shard): view.view(-1, matrix.cols)
-            for view, (matrix, shard) in zip(views, layout, strict=True)
-        }

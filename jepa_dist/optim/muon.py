@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from jepa_dist.errors import UserError
 from jepa_dist.optim.exchange import Matrix, Wave, plan_waves
 from jepa_dist.optim.newton_schulz import FIXED, POLAR_EXPRESS, orthogonalise
-from jepa_dist.optim.shards import Grid, grid_of, local, shard_dim
+from jepa_dist.optim.shards import Grid, grid_of, local, local_gradient, shard_dim
 
 _EPS = 1e-7
 
@@ -63,6 +63,8 @@ class MuonSettings:
 class _Plan:
     """Which of the matrices with gradient are here already, and how the others travel."""
 
+    by_width: list[list[int]]
+    """Those of which this rank has rows, by number of columns."""
     whole: list[int]
     waves: list[Wave]
 
@@ -123,11 +125,11 @@ class Muon(torch.optim.Optimizer):
             skip = torch.zeros((), device=self._params[0].device)
         self._skip = skip.bool()
         self._decay()
-        directions = self._directions()
+        directions = self._directions(plan.by_width)
         under_way = [wave.gather(directions) for wave in plan.waves]
-        whole = self._orthogonalise({key: directions[key] for key in plan.whole})
+        whole = self._orthogonalise({k: directions[k] for k in plan.whole}, torch.float32)
         returning = [
-            wave.scatter(self._orthogonalise(wave.matrices(transfer)))
+            wave.scatter(self._orthogonalise(wave.matrices(transfer), self._dtype))
             for wave, transfer in zip(plan.waves, under_way, strict=True)
         ]
         self._apply(whole)
@@ -147,11 +149,14 @@ class Muon(torch.optim.Optimizer):
         return self._plans[present]
 
     def _make_plan(self, present: Sequence[bool]) -> _Plan:
+        by_width: dict[int, list[int]] = {}
         whole: list[int] = []
         travelling: dict[Grid, list[Matrix]] = {}
         for key, (parameter, grid) in enumerate(zip(self._params, self._grids, strict=True)):
             if not present[key]:
                 continue
+            if local(parameter).numel():
+                by_width.setdefault(parameter.shape[1], []).append(key)
             if grid is None:
                 whole.append(key)
             else:
@@ -162,7 +167,7 @@ class Muon(torch.optim.Optimizer):
             for grid, matrices in travelling.items()
             for wave in plan_waves(grid, matrices, device, self._dtype)
         ]
-        return _Plan(whole, waves)
+        return _Plan(list(by_width.values()), whole, waves)
 
     def _compare_notes(self, present: Sequence[bool]) -> None:
         """Refuse a set of gradients on which the ranks differ, before transfers hang on it."""
@@ -187,42 +192,50 @@ class Muon(torch.optim.Optimizer):
         decay = 1 - self._lr * self._group["weight_decay"]
         torch._foreach_mul_(shards, self._unless_skipped(decay))
 
-    def _directions(self) -> dict[int, Tensor]:
-        """What is to be orthogonalised: this rank's rows of it, by key, where it has any."""
-        gradients = {
-            key: gradient.masked_fill_(self._skip, 0.0).float()
-            for key, p in enumerate(self._params)
-            if p.grad is not None and (gradient := local(p.grad)).numel()
-        }
-        if not gradients:
-            return {}
-        directions = self._nesterov(gradients)
-        if self._settings.row_normalize:
-            directions = normalize_rows(directions)
-        return dict(zip(gradients, directions, strict=True))
+    def _directions(self, by_width: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+        """What is to be orthogonalised: this rank's rows of it, by key, where it has any.
 
-    def _nesterov(self, gradients: Mapping[int, Tensor]) -> Sequence[Tensor]:
-        """Update the momentum of these parameters and step ahead along it."""
+        Gradients of one width are copied into one matrix of all their rows, and all that follows
+        is done in place there: few launches however many matrices there are.
+        """
+        stacks, directions = [], dict[int, Tensor]()
+        for keys in by_width:
+            gradients = [local_gradient(self._params[key]) for key in keys]
+            rows = torch.cat(gradients).float().masked_fill_(self._skip, 0.0)
+            stacks.append(rows)
+            parts = rows.split([gradient.shape[0] for gradient in gradients])
+            directions.update(zip(keys, parts, strict=True))
+        if directions:
+            self._nesterov(directions)
+        if self._settings.row_normalize:
+            for rows in stacks:
+                rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=_EPS)
+        return directions
+
+    def _nesterov(self, gradients: Mapping[int, Tensor]) -> None:
+        """Update the momentum of these parameters and step ahead along it, in place."""
         momentum = self._group["momentum"]
         fresh = list(gradients.values())
         buffers = [local(self.state[self._params[key]]["momentum"]) for key in gradients]
         torch._foreach_mul_(buffers, self._unless_skipped(momentum))
         torch._foreach_add_(buffers, fresh)
-        if not self._settings.nesterov:
-            return fresh
-        return torch._foreach_add(fresh, buffers, alpha=momentum)
+        if self._settings.nesterov:
+            torch._foreach_add_(fresh, buffers, alpha=momentum)
 
-    def _orthogonalise(self, matrices: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def _orthogonalise(
+        self, matrices: Mapping[int, Tensor], result_dtype: torch.dtype
+    ) -> dict[int, Tensor]:
         table = POLAR_EXPRESS if self._settings.polar_express else FIXED
-        results = orthogonalise(list(matrices.values()), table, self._settings.steps, self._dtype)
+        settings = (table, self._settings.steps, self._dtype, result_dtype)
+        results = orthogonalise(list(matrices.values()), *settings)
         return dict(zip(matrices, results, strict=True))
 
     def _apply(self, results: Mapping[int, Tensor]) -> None:
-        """Subtract this rank's rows of the orthogonalised updates, by key."""
+        """Subtract this rank's rows (float32) of the orthogonalised updates, by key."""
         keys = [key for key, result in results.items() if result.numel()]
         if not keys:
             return
-        updates = [results[key].float() for key in keys]
+        updates = [results[key] for key in keys]
         torch._foreach_mul_(updates, [self._lr * self._factor(key) for key in keys])
         torch._foreach_mul_(updates, (~self._skip).float())
         torch._foreach_sub_([local(self._params[key]) for key in keys], updates)
@@ -244,20 +257,6 @@ class Muon(torch.optim.Optimizer):
         if self._settings.dtype is not None:
             return self._settings.dtype
         return torch.bfloat16 if self._params[0].is_cuda else torch.float32
-
-
-def normalize_rows(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Copies with every row divided by its norm (at least 1e-7); matrices of one width at once."""
-    by_width: dict[int, list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        by_width.setdefault(matrix.shape[1], []).append(index)
-    results: dict[int, Tensor] = {}
-    for members in by_width.values():
-        rows = torch.cat([matrices[index] for index in members])
-        rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=_EPS)
-        parts = rows.split([matrices[index].shape[0] for index in members])
-        results.update(zip(members, parts, strict=True))
-    return [results[index] for index in range(len(matrices))]
 
 
 def _find_grids(parameters: Sequence[Tensor]) -> list[Grid | None]:

@@ -33,7 +33,11 @@ def cost(rows: int, cols: int) -> int:
 
 
 def orthogonalise(
-    matrices: Sequence[Tensor], table: Coefficients, steps: int, dtype: torch.dtype
+    matrices: Sequence[Tensor],
+    table: Coefficients,
+    steps: int,
+    dtype: torch.dtype,
+    result_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The orthogonalised matrices, in order; one batched iteration per shape.
 
@@ -43,7 +47,8 @@ def orthogonalise(
         matrices: 2-D tensors of any shapes on one device.
         table: Coefficients (a, b, c) per iteration; the last row serves all further ones.
         steps: Number of iterations.
-        dtype: Of the iteration and the result.
+        dtype: Of the iteration.
+        result_dtype: Of the results, which are contiguous; None is that of the iteration.
     """
     batches: dict[tuple[int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
@@ -52,8 +57,12 @@ def orthogonalise(
     results: dict[int, Tensor] = {}
     for members in batches.values():
         stacked = torch.stack([_wide(matrices[index]) for index in members]).to(dtype)
-        for index, result in zip(members, _iterate(stacked, table, steps), strict=True):
-            results[index] = result.mT if _is_tall(matrices[index]) else result
+        wide_BSL = _iterate(stacked, table, steps).to(result_dtype or dtype)
+        # One copy for the batch; views of the transpose would cost every user one for each matrix.
+        are_tall = [_is_tall(matrices[index]) for index in members]
+        tall_BLS = wide_BSL.mT.contiguous() if any(are_tall) else wide_BSL
+        for place, (index, is_tall) in enumerate(zip(members, are_tall, strict=True)):
+            results[index] = (tall_BLS if is_tall else wide_BSL)[place]
     return [results[index] for index in range(len(matrices))]
 
 
@@ -66,9 +75,9 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def _iterate(x_BSL: Tensor, table: Coefficients, steps: int) -> Tensor:
-    """``steps`` iterations on a batch of S x L matrices, S <= L."""
+    """``steps`` iterations on a batch of S x L matrices, S <= L, which is overwritten."""
     norm = torch.linalg.vector_norm(x_BSL, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x_BSL = (x_BSL / (norm + _EPS)).to(x_BSL.dtype)
+    x_BSL /= norm + _EPS
     for step in range(steps):
         a, b, c = table[min(step, len(table) - 1)]
         gram_BSS = x_BSL @ x_BSL.mT

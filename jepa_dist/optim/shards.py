@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,8 +18,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 def local(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that this rank holds, sharing its memory; not differentiable."""
-    with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    # What ``to_local`` returns without gradient; called hundreds of times per step, it counts.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def local_gradient(parameter: Tensor) -> Tensor:
+    """This rank's part of the gradient, which must exist."""
+    assert parameter.grad is not None
+    return local(parameter.grad)
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """How far a step moves the weights, relative to their size: |update| / |weight| per group.
 
-Measured on a sample: up to ``_SAMPLED`` elements of every shard, evenly spaced, are kept while the
-optimiser steps. That costs no copy of the weights, and sums over ranks give the same ratio as all
-elements would, up to sampling error.
+Measured on a sample: up to ``_SAMPLED`` elements of every shard, evenly spaced and from all columns
+alike, are kept while the optimiser steps. That costs no copy of the weights, and sums over ranks
+give the same ratio as all elements would, up to sampling error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class UpdateRatio:
         sums: dict[str, Tensor] = {}
         for name, before in self._before.items():
             parameters = self._groups[name]
-            after, factors = list(_samples(parameters)), [_stride(p) ** 0.5 for p in parameters]
+            after = list(_samples(parameters))
+            factors = [
+                math.sqrt(local(whole).numel() / max(1, sample.numel()))
+                for whole, sample in zip(parameters, after, strict=True)
+            ]
             sums[f"{_PREFIX}/{name}/weight"] = _square(after, factors)
             sums[f"{_PREFIX}/{name}/update"] = _square(torch._foreach_sub(after, before), factors)
         self._before = {}
@@ -61,16 +65,22 @@ class UpdateRatio:
 
 
 def _samples(parameters: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Views of evenly spaced elements; each stands for as many as the stride is long."""
+    """Views of evenly spaced elements."""
     for parameter in parameters:
         yield local(parameter).flatten()[:: _stride(parameter)]
 
 
 def _stride(parameter: Tensor) -> int:
-    return max(1, math.ceil(local(parameter).numel() / _SAMPLED))
+    """Coprime to the width: a stride that has a factor in common with it passes over columns."""
+    whole = local(parameter)
+    stride = max(1, math.ceil(whole.numel() / _SAMPLED))
+    while whole.dim() > 1 and whole.numel() > 0 and math.gcd(stride, whole.size(-1)) > 1:
+        stride += 1
+    return stride
 
 
 def _square(samples: Iterable[Tensor], factors: list[float]) -> Tensor:
-    """Estimated sum of squares; the factors are roots of the strides."""
+    """Estimated sum of squares; the factors are roots of elements
+    per sampled one."""
     norms = torch._foreach_norm([sample.float() for sample in samples])
     return torch.stack(torch._foreach_mul(norms, factors)).square().sum()

@@ -8,8 +8,9 @@ device until its parameters are shards, so that no rank ever holds all of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import Any, Protocol
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from torch.utils.checkpoint import (
 
 from jepa_dist.config import ParallelConfig
 from jepa_dist.parallel.world import World
+
+T = TypeVar("T")
 
 
 class InitialValue(Protocol):
@@ -50,6 +53,7 @@ def parallelise(
     regions: Iterable[tuple[str, nn.Module]],
     blocks: Iterable[nn.Module],
     looped: Iterable[nn.Module],
+    reduced_in_parts: Iterable[nn.Module] = (),
     config: ParallelConfig,
     world: World,
     initial_value: InitialValue,
@@ -60,9 +64,11 @@ def parallelise(
     Args:
         model: The plain model; parameters on meta.
         regions: What is compiled, named by the model.
-        blocks: Modules that are gathered and freed one at a time, in execution order; each returns
-            one tensor.
+        blocks: Modules in execution order, each of which returns one tensor; they are gathered and
+            freed in units of ``config.blocks_per_unit``.
         looped: Those of them that run several times per pass.
+        reduced_in_parts: Those of which some parameters belong to one of these times alone, so
+            that their gradients are reduced before the others'.
         config: Parallel settings.
         world: Ranks and mesh.
         initial_value: Full initial tensor by name and shape, on any rank the same.
@@ -71,31 +77,52 @@ def parallelise(
     Returns:
         The control over when parameters are gathered and gradients reduced.
     """
-    blocks = list(blocks)
-    looped = list(looped) if config.keep_looped_gathered else []
+    blocks, looped = list(blocks), list(looped)
     for block in blocks:
         checkpoint_activations(block, config.activation_checkpointing)
     if config.compile:
         for _, region in regions:
             compile_region(region)
+    units = fsdp_units(blocks, looped, config.blocks_per_unit)
+    looped = looped if config.keep_looped_gathered else []
     accumulates = micro_batches > 1 and config.accumulate == "gathered"
     # The last block's backward follows its forward at once.
     kept = blocks if accumulates else [*looped, *blocks[-1:]]
-    shard(model, blocks, kept, config, world)
+    shard(model, units, kept, config, world)
     materialise(model, world.device, initial_value)
-    return Gathering(model, looped, config)
+    return Gathering(model, looped, config, reduced_in_parts)
+
+
+def fsdp_units(blocks: Sequence[T], looped: Iterable[T], blocks_per_unit: int) -> list[list[T]]:
+    """Divide the blocks into the units that are gathered and reduced together, besides the root's.
+
+    A unit holds up to ``blocks_per_unit`` consecutive blocks, either looped ones or others. FSDP2
+    ends the forward of a unit when each of its blocks has run once, so a pass over the model must
+    run all of a unit's blocks equally often, and run them all before it repeats one. Where one
+    unit holds all blocks they belong to the root instead, whose forward is the whole pass: there
+    are no units then.
+    """
+    if blocks_per_unit >= len(blocks):
+        return []
+    runs = [list(run) for _, run in itertools.groupby(blocks, key=set(looped).__contains__)]
+    return [
+        run[start : start + blocks_per_unit]
+        for run in runs
+        for start in range(0, len(run), blocks_per_unit)
+    ]
 
 
 def shard(
     model: nn.Module,
-    blocks: Iterable[nn.Module],
+    units: Iterable[list[nn.Module]],
     kept: Iterable[nn.Module],
     config: ParallelConfig,
     world: World,
 ) -> None:
-    """``fully_shard`` each block and the root; gradients are summed, not averaged.
+    """``fully_shard`` each unit and the root; gradients are summed, not averaged.
 
-    Blocks in ``kept`` stay gathered between forward and backward, whatever the configuration.
+    Units with a block in ``kept`` stay gathered between forward and backward, whatever the
+    configuration; so does the root.
     """
     kept = set(kept)
     policy = MixedPrecisionPolicy(
@@ -103,10 +130,12 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    for block in blocks:
-        reshard = config.reshard_after_forward and block not in kept
-        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    for unit in units:
+        reshard = config.reshard_after_forward and kept.isdisjoint(unit)
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    if world.world_size == 1:
+        return  # nothing is summed, and a factor would cost a pass over all gradients
     for module in fsdp_modules(model):
         # Losses are divided by the global batch before backward: the plain sum is then exact for
         # ranks that hold different numbers of sequences. gloo knows no pre-multiplied sum.
@@ -123,14 +152,23 @@ class Gathering:
     all-gathers for four of eight blocks run three times). Autograd adds up the gradients of their
     passes before FSDP2 sees them, so they reduce once; only MLPs that belong to one pass alone
     (``model.untie_loop_mlps``) are reduced as soon as that pass is done.
+
+    With replicas and ``accumulate: sharded``, gradients are summed over the replicas in the last
+    micro-batch alone. Not those of ``reduced_in_parts``: FSDP2 keeps one partial sum per block,
+    which has the shape of whatever was reduced last.
     """
 
     def __init__(
-        self, model: nn.Module, looped: Iterable[nn.Module], config: ParallelConfig
+        self,
+        model: nn.Module,
+        looped: Iterable[nn.Module],
+        config: ParallelConfig,
+        reduced_in_parts: Iterable[nn.Module] = (),
     ) -> None:
         assert isinstance(model, FSDPModule)
         self._model = model
         self._looped = [block for block in looped if isinstance(block, FSDPModule)]
+        self._in_parts = [block for block in reduced_in_parts if isinstance(block, FSDPModule)]
         self._shards_each = config.accumulate == "sharded"
 
     def begin_micro_batch(self, *, is_last: bool) -> None:
@@ -138,6 +176,8 @@ class Gathering:
         is_complete = is_last or self._shards_each
         self._model.set_requires_gradient_sync(is_complete)
         self._model.set_requires_all_reduce(is_last)  # over replicas, once even so
+        for block in self._in_parts:
+            block.set_requires_all_reduce(True)
         self._model.set_reshard_after_backward(is_complete)
         for block in self._looped:
             block.set_reshard_after_backward(False)
@@ -152,8 +192,12 @@ class Gathering:
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """All FSDP units, the root first."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    """The first module of every FSDP unit, which speaks for the unit; the root first."""
+    units: dict[int, FSDPModule] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            units.setdefault(id(module._get_fsdp_state()), module)
+    return list(units.values())
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
@@ -167,14 +211,19 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
 
 
 def checkpoint_activations(block: nn.Module, mode: str) -> None:
-    """Recompute the block's activations in backward (all, or all but matmuls and attention)."""
+    """Recompute the block's activations in backward, all but attention (full) or all but attention
+    and matrix products (selective).
+
+    The output of attention is always saved: it costs one [B, T, D] tensor per block, attention is
+    the most expensive operation per byte of output, and the graph needs no state of CUDA's random
+    generator, which fused kernels would otherwise have to replay.
+    """
     if mode == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if mode == "selective":
-        options["context_fn"] = functools.partial(
-            create_selective_checkpoint_contexts, _save_matrix_products
-        )
+    options["context_fn"] = functools.partial(
+        create_selective_checkpoint_contexts, functools.partial(_policy, saved_operations(mode))
+    )
     forward = block.forward
 
     def checkpointed(*args: Any) -> Any:
@@ -183,18 +232,28 @@ def checkpoint_activations(block: nn.Module, mode: str) -> None:
     block.forward = checkpointed
 
 
-_SAVED = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
+def saved_operations(mode: str) -> frozenset[Any]:
+    """Return the operations whose outputs ``selective`` or ``full`` keeps for backward."""
+    return _ATTENTION if mode == "full" else _ATTENTION | _MATRIX_PRODUCTS
 
 
-def _save_matrix_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+_MATRIX_PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+# Fused kernels only: the unfused one (math) would save its [T, T] probabilities.
+_ATTENTION = frozenset(
+    {
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
+    }
+)
+
+
+def _policy(
+    saved: frozenset[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # ------------------------------------------------------------------ real weights

@@ -12,12 +12,15 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from jepa_dist.config import ParallelConfig
+from jepa_dist.consistency import Statement, check_alike
 from jepa_dist.errors import UserError
 from jepa_dist.launched import is_launched, launched_local_rank, launched_rank, launched_world_size
+from jepa_dist.parallel.determinism import use_deterministic_algorithms
 
 T = TypeVar("T")
 
@@ -81,22 +84,36 @@ class World:
         return result  # type: ignore[return-value]
 
 
-def start_world(config: ParallelConfig) -> World:
+def start_world(
+    config: ParallelConfig, mine: Statement | None = None, store: Store | None = None
+) -> World:
     """Join the process group (NCCL and gloo on CUDA, gloo on CPU) and build the mesh.
 
     Without a launcher this process is a world of its own.
 
+    Args:
+        config: The mesh and the time limit.
+        mine: What must be the same on every rank (``consistency.statement``); None compares
+            nothing.
+        store: Where the ranks find each other (default: what the launcher says).
+
     Raises:
+        SharedError: on every rank: the ranks were not started alike.
         UserError: more ranks on this host than CUDA devices.
     """
+    if config.deterministic:
+        use_deterministic_algorithms()
     rank, world_size = launched_rank(), launched_world_size()
     local_rank = launched_local_rank()
     device = _device(local_rank)
     timeout = timedelta(seconds=config.timeout_seconds)
     if not dist.is_initialized():
+        store = _meet(rank, world_size, timeout) if store is None else store
+        if mine is not None:
+            check_alike({**mine, **_device_facts(device)}, store, rank, world_size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=None if is_launched() else HashStore(),
+            store=PrefixStore("process_group", store),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -111,6 +128,23 @@ def start_world(config: ParallelConfig) -> World:
         control=dist.new_group(backend="gloo", timeout=timeout),
         timeout=timeout,
     )
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> Store:
+    """The store through which the ranks find each other; waits for it, not for the ranks."""
+    if not is_launched():
+        return HashStore()
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return store
+
+
+def _device_facts(device: torch.device) -> dict[str, str]:
+    """What must be the same on every rank, besides configuration, data and code."""
+    if device.type == "cpu":
+        return {"device": "cpu"}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {"device": "cuda", "version of cuda": str(torch.version.cuda), "version of nccl": nccl}
 
 
 def record_collectives(folder: Path) -> None:
@@ -140,15 +174,20 @@ def _device(local_rank: int) -> torch.device:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    # Where a product is split along its sum, the parts are added up in float32, too: torch's
+    # default rounds them to bfloat16, at a place that depends on shapes and on the GPU.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return device
 
 
 def build_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh:
     """1-D ``dp_shard`` over the ranks, or 2-D ``dp_replicate x dp_shard`` with replicas."""
     replicas = config.dp_replicate
-    mesh = init_device_mesh(
+    if replicas == 1:
+        # A mesh of (1, ranks) would split off a group of one for every rank.
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp_shard",))
+    return init_device_mesh(
         device.type,
         (replicas, world_size // replicas),
         mesh_dim_names=("dp_replicate", "dp_shard"),
     )
-    return mesh if replicas > 1 else mesh["dp_shard"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jepa_dist.monitor.metrics_file import number
 from jepa_dist.report.runs import Array, Run
 
 # Differ between any two runs, and mean nothing.
@@ -47,7 +48,7 @@ def difference(first: Run, other: Run, key: str) -> tuple[Array, Array]:
     There are none where it was measured on other validation data.
     """
     has_both = key in first.series and key in other.series
-    if not has_both or first.digest("val") != other.digest("val"):
+    if not has_both or first.validated_on() != other.validated_on():
         return np.empty(0), np.empty(0)
     one, two = first.series[key], other.series[key]
     steps, in_one, in_two = np.intersect1d(one.steps, two.steps, return_indices=True)
@@ -89,17 +90,24 @@ def _mismatches(first: Run, run: Run) -> Iterator[str]:
     facts: list[tuple[str, Callable[[Run], Any]]] = [
         ("seed", lambda run: run.config.get("seed")),
         ("training data", lambda run: run.digest("train")),
-        ("validation data", lambda run: run.digest("val")),
+        ("validation data", lambda run: run.validated_on()),
         ("train.steps", lambda run: run.config.get("train.steps")),
         ("tokens per step", lambda run: run.tokens_per_step),
         ("last recorded step", lambda run: run.last_step),
     ]
+    changed = [one.label for one in (first, run) if one.settings_changed]
+    if changed:
+        yield f"settings changed on the way in {', '.join(dict.fromkeys(changed))} (see notes)"
+    mine, theirs = run.facts(), first.facts()
+    for name in dict.fromkeys([*mine, *theirs]) if mine and theirs else ():
+        if mine.get(name) != theirs.get(name) or " / " in mine[name]:
+            yield f"{name} {mine.get(name)} against {theirs.get(name)}"
     for name, fact in facts:
-        mine, theirs = fact(run), fact(first)
-        if mine is None or theirs is None:
+        value, other = fact(run), fact(first)
+        if value is None or other is None:
             yield f"{name} not known"
-        elif mine != theirs:
-            yield f"{name} {mine} against {theirs}"
+        elif value != other:
+            yield f"{name} {value} against {other}"
     step = other_tokens(first, run)
     if step is not None:
         yield f"other tokens were trained on (tokens_digest at step {step})"
@@ -125,8 +133,8 @@ def _state(run: Run) -> str:
 
 
 def _steps(run: Run) -> str:
-    planned = run.config.get("train.steps")
-    return f"{run.last_step:,}" + ("" if planned is None else f" of {planned:,}")
+    planned = number(run.config, "train.steps")
+    return f"{run.last_step:,}" + ("" if planned is None else f" of {planned:,.0f}")
 
 
 def _last(run: Run, key: str) -> str:
@@ -172,8 +180,9 @@ def _duration(seconds: float) -> str:
 
 
 def _baselines(run: Run) -> str:
-    found = {key: value for key, value in run.final.items() if key.startswith("baseline/")}
-    shown = [f"{key.removeprefix('baseline/')} {value:.4f}" for key, value in found.items()]
+    numbers = ((key, number(run.final, key)) for key in run.final)
+    found = [(k, value) for k, value in numbers if k.startswith("baseline/") and value is not None]
+    shown = [f"{key.removeprefix('baseline/')} {value:.4f}" for key, value in found]
     return ", ".join(shown) or _NONE
 
 

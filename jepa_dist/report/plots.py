@@ -49,7 +49,7 @@ _RC: Any = {
     "ytick.color": INK,
 }
 # They grow with the steps, or the table on top has them.
-_NEVER_SHOWN = ("progress", "train_seconds", "goodput/wall_seconds")
+_NEVER_SHOWN = ("progress", "tokens", "train_seconds", "goodput/wall_seconds")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from jepa_dist.config import flatten
-from jepa_dist.errors import UserError
+from jepa_dist.config import flatten, read_mapping
+from jepa_dist.errors import UserError, one_line
+from jepa_dist.files import MIB, check_regular, read_json
+from jepa_dist.monitor.history import StartRecord, lasting, read_starts
+from jepa_dist.monitor.metrics_file import METRICS, number, read_records
+from jepa_dist.monitor.run_dir import current_status
 
 Array = NDArray[np.float64]
 Record = Mapping[str, Any]
 
 COSINES = "jepa/cos_table"
+_VALIDATED_ON = "val/set"
+_JSON_BYTES = 64 * MIB
+# More lengths and places than a table has.
+_MOST_CELLS = 10_000
 
 _NO_RECORDS = "no step is recorded yet; wait for the first (train.log_every)"
 
@@ -52,7 +59,9 @@ class Run:
         final: The closing record, empty unless the run is finished.
         config: Values by dotted key.
         data: ``data.json``, by split.
-        status: ``status.json``.
+        status: ``status.json``; of a run that was killed, what its lock and checkpoints say.
+        starts: Those of which steps are left in the run.
+        settings_changed: Whether those starts had other settings (``notes`` say which).
         written: Time of the last record, in seconds since 1970.
         notes: What was wrong with the files, for people.
     """
@@ -63,6 +72,8 @@ class Run:
     config: Mapping[str, Any]
     data: Mapping[str, Any]
     status: Mapping[str, Any]
+    starts: Sequence[StartRecord]
+    settings_changed: bool
     written: float
     series: Mapping[str, Series]
     notes: Sequence[str]
@@ -85,9 +96,33 @@ class Run:
         entry = self.data.get(split)
         return entry.get("digest") if isinstance(entry, dict) else None
 
+    def validated_on(self) -> str | None:
+        """What ``val/*`` were measured on, as far as the run says: shards and how much of them."""
+        for record in reversed(self.records):
+            told = record.get(_VALIDATED_ON)
+            if isinstance(told, str):
+                return told
+        digest, sequences = self.digest("val"), self.config.get("eval.sequences", 0)
+        return None if digest is None else f"{digest}:{sequences}"
+
     def tokens_at(self, steps: Array) -> Array | None:
-        """Tokens that were trained on, after so many steps."""
+        """Tokens that were trained on, after so many steps; the batch may have changed meanwhile,
+        so they are counted where the run has recorded them."""
+        if "tokens" in self.series:
+            counted = self.series["tokens"]
+            origin = [0.0] if counted.steps[0] > 0 else []
+            return np.interp(steps, [*origin, *counted.steps], [*origin, *counted.values])
         return None if self.tokens_per_step is None else steps * self.tokens_per_step
+
+    def facts(self) -> dict[str, str]:
+        """What numbers depend on besides the configuration, by name; of each start, if it differs;
+        empty if the run does not say."""
+        told = [start.facts for start in self.starts if start.facts is not None]
+        names = dict.fromkeys(name for facts in told for name in facts)
+        return {
+            name: " / ".join(dict.fromkeys(facts.get(name, "?") for facts in told))
+            for name in names
+        }
 
     def seconds_at(self, steps: Array) -> Array | None:
         """Training time after so many steps, over all starts and without evaluation."""
@@ -101,8 +136,16 @@ class Run:
         tables = [record[COSINES] for record in self.records if COSINES in record]
         try:
             lengths, cosines = (np.array(tables[-1][key], np.float64) for key in ("lengths", "cos"))
+            if cosines.size > _MOST_CELLS:
+                return None
             return lengths, np.broadcast_to(cosines.mean(axis=1), lengths.shape)
-        except (IndexError, KeyError, TypeError, ValueError):  # none, or not such a table
+        except (
+            IndexError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+        ):  # none, or not such a table
             return None
 
 
@@ -127,9 +170,13 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def _problems(path: Path) -> list[str]:
     if not path.is_dir():
         return [f"{path}: no such run directory"]
-    if not (path / "metrics.jsonl").is_file():
+    try:
+        check_regular(path / METRICS)
+    except FileNotFoundError:
         begun = (path / "config.yaml").exists()
         return [f"{path}: {_NO_RECORDS if begun else 'not a run directory: no metrics.jsonl'}"]
+    except OSError as error:
+        return [f"{path / METRICS}: {error.strerror}"]
     return []
 
 
@@ -144,26 +191,31 @@ def _printable(text: str) -> str:
 
 
 def _read(path: Path, label: str) -> Run:
-    metrics = path / "metrics.jsonl"
+    metrics = path / METRICS
     try:
         written = metrics.stat().st_mtime
         records, final, notes = _read_records(metrics)
-        config, data, status = (
-            _read_mapping(path / name, notes)
-            for name in ("config.yaml", "data.json", "status.json")
-        )
+        starts = lasting(read_starts(path))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    config, data, status = (
+        _read_mapping(path / name, notes) for name in ("config.yaml", "data.json", "status.json")
+    )
+    changes = _changes(starts)
+    notes += changes
+    records = _validated_alike(records, notes)
     return Run(
         label=label,
         records=records,
         final=final,
         config=dict(flatten(config)),
         data=data,
-        status=status,
+        status={**status, **current_status(path)},
+        starts=starts,
+        settings_changed=bool(changes),
         written=written,
         series=_series(records),
-        notes=tuple(notes),
+        notes=tuple(map(one_line, notes)),
     )
 
 
@@ -171,17 +223,16 @@ def _read_records(metrics: Path) -> tuple[list[Record], Record, list[str]]:
     """Records by step, the closing record, and a note on the lines that had to be skipped."""
     records: dict[int, Record] = {}
     final: Record = {}
-    damaged = []
-    with metrics.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            record = _parse(line)
-            if record is None:
-                damaged.append(number)
-            elif record.get("final"):
-                final = record
-            else:
-                records[record["step"]] = record
-    notes = []
+    damaged, notes = [], []
+    for line, record in enumerate(read_records(metrics), start=1):
+        if record is None:
+            damaged.append(line)
+        elif record.get("final"):
+            final = record
+        elif record.get("diverged"):
+            notes.append(f"gave up after step {record['step']}: {record.get('reason')}")
+        else:
+            records[record["step"]] = record
     if damaged:
         notes.append(
             f"metrics.jsonl: {len(damaged)} damaged line(s) skipped, the first is line "
@@ -190,36 +241,55 @@ def _read_records(metrics: Path) -> tuple[list[Record], Record, list[str]]:
     return [records[step] for step in sorted(records)], final, notes
 
 
-def _parse(line: str) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    is_record = isinstance(record, dict) and type(record.get("step")) is int
-    return record if is_record else None
+def _changes(starts: Sequence[StartRecord]) -> list[str]:
+    """What was not the same in all starts of the run, but for where it saves and logs."""
+    configs = [(start.step, dict(flatten(start.config))) for start in starts if start.config]
+    return [
+        f"{key} changed from {before.get(key)!r:.80} to {now.get(key)!r:.80} at step {step}"
+        for (_, before), (step, now) in itertools.pairwise(configs)
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+        and not key.startswith(("run.", "checkpoint.", "monitor.", "train.stop_at"))
+    ]
+
+
+def _validated_alike(records: list[Record], notes: list[str]) -> list[Record]:
+    """The records without validations on other data than the last one's: no one curve."""
+    sets = [record[_VALIDATED_ON] for record in records if _VALIDATED_ON in record]
+    other = [r["step"] for r in records if _VALIDATED_ON in r and r[_VALIDATED_ON] != sets[-1]]
+    if not other:
+        return records
+    notes.append(f"val/* up to step {other[-1]} left out: validated on other data than later")
+    return [
+        {key: value for key, value in record.items() if not key.startswith("val/")}
+        if record["step"] in other
+        else record
+        for record in records
+    ]
 
 
 def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     """A file of YAML or JSON; empty, with a note, if it cannot be used."""
-    parse = json.loads if path.suffix == ".json" else yaml.safe_load
-    try:
-        value = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         notes.append(f"{path.name}: missing")
         return {}
-    except (yaml.YAMLError, ValueError, RecursionError):
+    try:
+        check_regular(path, _JSON_BYTES)
+        value = read_json(path, _JSON_BYTES) if path.suffix == ".json" else read_mapping(path)
+    except (OSError, ValueError, UserError):
         value = None
     if not isinstance(value, dict):
         notes.append(f"{path.name}: damaged, not used")
         return {}
-    return {str(key): entry for key, entry in value.items()}
+    return value
 
 
 def _series(records: Iterable[Record]) -> dict[str, Series]:
     """The numbers of the records by key; texts and nulls are no points."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        for key, value in record.items():
-            if type(value) in (int, float) and key != "step":
+        for key in record:
+            value = number(record, key)
+            if value is not None and key != "step":
                 points.setdefault(_printable(key), []).append((record["step"], value))
     return {key: Series(*np.array(pairs, dtype=np.float64).T) for key, pairs in points.items()}

@@ -16,10 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jepa_dist.config import ENVIRONMENT, Config, flatten, load, parse_value, read_mapping, to_dict
+from jepa_dist.config import (
+    ENVIRONMENT,
+    Config,
+    as_override,
+    flatten,
+    load,
+    parse_value,
+    read_mapping,
+    to_dict,
+)
 from jepa_dist.errors import UserError
 
 CONTROL = "control"
@@ -27,6 +35,30 @@ CONTROL = "control"
 _OF_THE_MEMBER = ("seed", "run.dir")
 
 Settings = dict[str, Any]
+
+# Beginnings of keys that change nothing of the weights that are trained: what is measured, watched
+# and saved, and how the work is laid out over processes. The precision does, and compiling (in the
+# last bits).
+_NOT_TRAINING = (
+    *("eval.", "monitor.", "checkpoint.", "run.", "data.val", "data.workers", "data.prefetch"),
+    *("train.log_every", "train.stop_at", "train.max_bad_steps", "batch.micro"),
+    *("parallel.dp_", "parallel.activation_checkpointing", "parallel.reshard_after_forward"),
+    *("parallel.keep_looped_gathered", "parallel.accumulate", "parallel.timeout_seconds"),
+    *("parallel.compile_warmup",),
+)
+# What a setting makes idle: if the key has this value, the keys with these beginnings do nothing.
+_IDLE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("jepa.lambda", 0, ("jepa.",)),
+    ("optim.matrix", "adamw", ("optim.muon_",)),
+    ("model.tie_embeddings", True, ("optim.embed_lr", "optim.head_lr")),
+    ("model.tie_embeddings", False, ("optim.tied_embed_lr", "model.tied_embed_init_std")),
+    (
+        *("model.num_loops", 0),
+        ("model.loop_", "train.enable_looping_at", "train.loop_phase2_at"),
+    ),
+    ("optim.muon_momentum_warmup_steps", 0, ("optim.muon_momentum_warmup_start",)),
+    ("optim.warmdown_frac", 0, ("optim.min_lr",)),
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +72,8 @@ class Member:
     """The base configuration."""
     settings: Settings
     """What it changes in that: dotted keys, seed and run.dir among them."""
+    declared: frozenset[str] = frozenset()
+    """The keys that make the arm."""
 
     @property
     def run_dir(self) -> Path:
@@ -49,7 +83,10 @@ class Member:
     @property
     def arguments(self) -> list[str]:
         """What to give to ``jepa_dist.train``: CONFIG KEY=VALUE ..."""
-        return [self.config_file, *(f"{key}={_text(v)}" for key, v in self.settings.items())]
+        return [
+            self.config_file,
+            *(as_override(key, value) for key, value in self.settings.items()),
+        ]
 
     def resolve(self) -> Config:
         """Its configuration.
@@ -95,6 +132,7 @@ def read_sweep(path: Path, overrides: Iterable[str] = ()) -> list[Member]:
             seed,
             sweep.config,
             {"run.dir": str(folder / f"{arm}-seed{seed}"), "seed": seed, **common, **arms[arm]},
+            frozenset(arms[arm]),
         )
         for index, (seed, arm) in enumerate(itertools.product(sweep.seeds, arms))
     ]
@@ -134,14 +172,9 @@ def _split(overrides: Iterable[str]) -> Settings:
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"command line: {item!r}: expected KEY=VALUE, e.g. train.steps=100")
-        settings[key.strip()] = parse_value(text, f"command line {item}")
+        key = key.strip()
+        settings[key] = parse_value(key, text, f"command line: {key}")
     return settings
-
-
-def _text(value: Any) -> str:
-    """A value as the command line takes it."""
-    dumped = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
-    return dumped.removesuffix("\n").removesuffix("\n...")
 
 
 # ---------------------------------------------------------------------------- checks
@@ -215,10 +248,15 @@ def _alike(resolved: Mapping[str, Settings]) -> Iterable[str]:
 
 
 def _effective(settings: Settings) -> Settings:
-    """Without what a weight of zero leaves out."""
-    if settings["jepa.lambda"] > 0:
-        return settings
-    return {key: value for key, value in settings.items() if not key.startswith("jepa.")}
+    """Without what trains nothing."""
+    idle = _NOT_TRAINING + tuple(
+        beginning
+        for key, value, beginnings in _IDLE
+        if settings[key] == value
+        for beginning in beginnings
+    )
+    kept = {key: value for key, value in settings.items() if not key.startswith(idle)}
+    return {**kept, "jepa.lambda": settings["jepa.lambda"]}
 
 
 def settings_of(config: Config) -> Settings:

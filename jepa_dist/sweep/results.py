@@ -1,31 +1,36 @@
 """What a sweep found: differences to the control, paired by seed, with their uncertainty.
 
-A pair counts only if both runs are finished, were made by this list, and consumed the same tokens
-in the same order (``tokens_digest``). Every difference comes with its standard error over the
-pairs, and is called one only where it leaves the two-sided 95 % interval of Student's t
-distribution around zero: with three pairs that takes 4.3 standard errors.
+A pair counts only if both runs are finished, were made by this list in every start, computed alike
+(precision, device, versions) and consumed the same tokens in the same order (``tokens_digest``).
+Every difference comes with its standard error over the pairs, and is called one only where it
+leaves the two-sided 95 % interval of Student's t distribution around zero: with three pairs that
+takes 4.3 standard errors. A member that diverged has no number; it counts against its arm.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jepa_dist.config import load
+from jepa_dist.config import flatten, load
 from jepa_dist.errors import UserError
-from jepa_dist.sweep.members import CONTROL, Member, settings_of
+from jepa_dist.files import MIB, check_regular, read_json
+from jepa_dist.monitor.history import StartRecord, lasting, read_starts
+from jepa_dist.monitor.metrics_file import METRICS, number, read_records
+from jepa_dist.sweep.members import CONTROL, Member, Settings, settings_of
 
 # 97.5 % points of Student's t distribution with 1, 2, ... degrees of freedom; with more than
 # listed, the last one errs on the side of caution.
 _STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # Keys that do not change what is trained.
 _INCIDENTAL = ("parallel.", "checkpoint.", "monitor.", "data.workers", "data.prefetch")
+
+_DATA_BYTES = 64 * MIB
+_METRICS = ("val/bpb", "val/loss")
 
 Record = dict[str, Any]
 
@@ -68,27 +73,36 @@ class Results:
     arms: list[str]
     records: dict[tuple[str, int], Record] = field(default_factory=dict)
     """By arm and seed: the last record, with the best validation of the run beside it."""
+    diverged: dict[tuple[str, int], str] = field(default_factory=dict)
+    """By arm and seed: members that gave up, or ended in a loss that is not finite, and how."""
     left_out: list[str] = field(default_factory=list)
     """One line for each member that does not count, with the reason."""
+    notes: list[str] = field(default_factory=list)
+    """What is not known of members that count."""
 
     @property
     def metric(self) -> str:
         """Bits per byte; nats per token where there is no tokenizer to count bytes with."""
-        has_bytes = all(record["val/bpb"] is not None for record in self.records.values())
+        has_bytes = all(number(record, "val/bpb") is not None for record in self.records.values())
         return "val/bpb" if has_bytes else "val/loss"
 
     def values(self, arm: str, key: str) -> dict[int, float]:
         """A number of every finished seed of an arm, where its record has it."""
-        return {
-            seed: record[key]
-            for (name, seed), record in self.records.items()
-            if name == arm and record.get(key) is not None
-        }
+        found = {seed: number(r, key) for (name, seed), r in self.records.items() if name == arm}
+        return {seed: v for seed, v in found.items() if v is not None and math.isfinite(v)}
 
     def difference(self, arm: str, key: str) -> Difference | None:
         """An arm's paired difference to the control."""
         ours, control = self.values(arm, key), self.values(CONTROL, key)
         return paired_difference((ours[seed], control[seed]) for seed in ours if seed in control)
+
+    def diverged_seeds(self, arm: str) -> list[int]:
+        """Seeds at which an arm diverged."""
+        return [seed for name, seed in self.diverged if name == arm]
+
+
+class _DivergedError(Exception):
+    """A member has no result because its loss did not stay finite."""
 
 
 def read_results(members: Iterable[Member]) -> Results:
@@ -100,7 +114,9 @@ def read_results(members: Iterable[Member]) -> Results:
             results.records[member.arm, member.seed] = _read(member)
         except UserError as error:
             results.left_out += error.problems
-    _leave_out_unpaired(results)
+        except _DivergedError as error:
+            results.diverged[member.arm, member.seed] = f"{member.run_dir}: diverged: {error}"
+    _leave_out_unpaired(results, {member.arm: member.declared for member in members})
     return results
 
 
@@ -109,56 +125,123 @@ def _read(member: Member) -> Record:
 
     Raises:
         UserError: there is none.
+        _DivergedError: there is none, because the loss did not stay finite.
     """
-    records = _records(member.run_dir)
+    run_dir = member.run_dir
+    try:
+        records = [record for record in read_records(run_dir / METRICS) if record is not None]
+        starts = lasting(read_starts(run_dir))
+    except FileNotFoundError:
+        records, starts = [], []
+    except OSError as error:
+        raise UserError(f"{error.filename or run_dir}: cannot be read: {error.strerror}") from None
     if not records:
-        raise UserError(f"{member.run_dir}: not started yet")
-    if not records[-1].get("final"):
-        raise UserError(f"{member.run_dir}: not finished, at step {records[-1]['step']}")
-    _refuse_other_settings(member)
-    data = json.loads((member.run_dir / "data.json").read_text(encoding="utf-8"))
-    return records[-1] | _best(records) | {"data": data}
+        raise UserError(f"{run_dir}: not started yet")
+    last = records[-1]
+    if last.get("diverged") is True:
+        _refuse_other_settings(member, starts)
+        raise _DivergedError(f"at step {last['step']}: {last.get('reason')}")
+    if last.get("final") is not True:
+        raise UserError(f"{run_dir}: not finished, at step {last['step']}")
+    _refuse_other_settings(member, starts)
+    loss = number(last, "val/loss")
+    if any(_is_not_finite(number(last, key)) for key in _METRICS):
+        raise _DivergedError(f"its last validation loss is {loss}")
+    facts = [start.facts for start in starts if start.facts is not None]
+    return last | _best(records) | {"data": _data(run_dir), "facts": facts}
 
 
-def _records(run_dir: Path) -> list[Record]:
-    metrics = run_dir / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    records = []
-    for line in lines:
-        with suppress(ValueError):  # cut short, while it is being written
-            records.append(json.loads(line))
-    return records
+def _is_not_finite(value: float | None) -> bool:
+    return value is not None and not math.isfinite(value)
+
+
+def _data(run_dir: Path) -> Any:
+    try:
+        return read_json(run_dir / "data.json", _DATA_BYTES)
+    except OSError as error:
+        problem = error.strerror
+    except ValueError:
+        problem = "damaged"
+    raise UserError(f"{run_dir / 'data.json'}: cannot be read: {problem}")
 
 
 def _best(records: list[Record]) -> Record:
-    """The best validation along the run: what stopping early would have given."""
+    """The best validation along the run: what stopping early would have given.
+
+    Only where the run was validated on what it was validated on at the end.
+    """
     found = {}
-    for key in ("val/bpb", "val/loss"):
-        values = [record[key] for record in records if record.get(key) is not None]
-        found[f"best/{key}"] = min(values) if values else None
+    same = [record for record in records if record.get("val/set") == records[-1].get("val/set")]
+    for key in _METRICS:
+        values = [number(record, key) for record in same]
+        finite = [value for value in values if value is not None and math.isfinite(value)]
+        found[f"best/{key}"] = min(finite, default=None)
     return found
 
 
-def _refuse_other_settings(member: Member) -> None:
-    made_by = settings_of(load(member.run_dir / "config.yaml", environ={}).config)
+def _refuse_other_settings(member: Member, starts: Iterable[StartRecord]) -> None:
+    """Compare the settings of every start that steps of the run come from with the list's."""
     wanted = settings_of(member.resolve())
-    other = [
-        f"{key} was {made_by.get(key)!r} and is {value!r} in the list"
-        for key, value in wanted.items()
-        if made_by.get(key) != value and not key.startswith(_INCIDENTAL)
-    ]
-    if other:
-        raise UserError(f"{member.run_dir}: made with other settings: {'; '.join(other)}")
+    config = member.run_dir / "config.yaml"
+    try:
+        check_regular(config, MIB)
+    except OSError as error:
+        raise UserError(f"{config}: cannot be read: {error.strerror}") from None
+    made_by = settings_of(load(config, environ={}).config)
+    configs = [(start.step, _without_own(start.config)) for start in starts if start.config]
+    for step, settings in [*configs, (None, made_by)]:
+        when = "" if step is None else f" from step {step} on"
+        other = [
+            f"{key} was {settings.get(key)!r:.80} and is {value!r} in the list"
+            for key, value in wanted.items()
+            if key in settings and settings[key] != value and not key.startswith(_INCIDENTAL)
+        ]
+        if other:
+            raise UserError(f"{member.run_dir}: made with other settings{when}: {'; '.join(other)}")
 
 
-def _leave_out_unpaired(results: Results) -> None:
-    """Runs that did not see their control's tokens would be compared as if they had."""
+def _without_own(config: Mapping[str, Any]) -> Settings:
+    """The dotted keys of a start's configuration."""
+    return {key: value for key, value in flatten(config) if key not in ("seed", "run.dir")}
+
+
+def _leave_out_unpaired(results: Results, declared: Mapping[str, frozenset[str]]) -> None:
+    """Runs that did not see their control's tokens, or that computed otherwise than it did, would
+    be compared as if they had."""
     for (arm, seed), record in list(results.records.items()):
         control = results.records.get((CONTROL, seed), record)
-        for key, what in (("tokens_digest", "tokens"), ("data", "data")):
-            if record[key] != control[key]:
-                results.left_out.append(f"{arm}, seed {seed}: not the {what} of its control")
-                results.records.pop((arm, seed), None)
+        reasons = [
+            f"not the {what} of its control"
+            for key, what in (("tokens_digest", "tokens"), ("data", "data"), ("val/set", "data"))
+            if record.get(key) != control.get(key)
+        ]
+        reasons += _computed_otherwise(record["facts"], control["facts"], declared[arm])
+        if reasons:
+            results.left_out.append(f"{arm}, seed {seed}: {'; '.join(dict.fromkeys(reasons))}")
+            results.records.pop((arm, seed), None)
+        elif not record["facts"]:
+            results.notes.append(
+                f"{arm}, seed {seed}: made by a version that does not record precision, device "
+                "and versions; they are not compared"
+            )
+
+
+def _computed_otherwise(
+    facts: list[Mapping[str, str]], control: list[Mapping[str, str]], declared: frozenset[str]
+) -> Iterator[str]:
+    """In which facts two runs differ, or one run between its starts; but for those that the arm
+    itself sets."""
+    names = dict.fromkeys(name for one in [*facts, *control] for name in one)
+    for name in names:
+        ours, theirs = ({one.get(name) for one in of} for of in (facts, control))
+        if ours != theirs and name not in declared:
+            yield f"{name} {_either(ours)}, of its control {_either(theirs)}"
+        elif len(ours) > 1:
+            yield f"{name} {_either(ours)}, by turns"
+
+
+def _either(values: set[str | None]) -> str:
+    return " or ".join(sorted(str(value) for value in values)) or "not known"
 
 
 # ---------------------------------------------------------------------------- table
@@ -167,7 +250,8 @@ def _leave_out_unpaired(results: Results) -> None:
 def describe(results: Results) -> list[str]:
     """One table and one sentence per arm."""
     if not results.records:
-        return ["no member is finished", *_left_out(results)]
+        told = [_verdict(results, arm, "") for arm in results.arms if results.diverged_seeds(arm)]
+        return ["no member is finished", *told, *_left_out(results)]
     metric = results.metric
     header = ["arm", "seeds", metric, "to control", f"best {metric}", "EMA", "tokens/s"]
     rows = [header, *(_row(results, arm, metric) for arm in results.arms)]
@@ -177,20 +261,24 @@ def describe(results: Results) -> list[str]:
         "seeds: finished; to control, best, EMA: mean difference to the control over paired seeds",
         "+- its standard error (best: the lowest validation along the run); tokens/s: mean.",
         "",
-        *(_verdict(results, arm, metric) for arm in results.arms if arm != CONTROL),
+        *(
+            _verdict(results, arm, metric)
+            for arm in results.arms
+            if arm != CONTROL or results.diverged_seeds(arm)
+        ),
         *_left_out(results),
     ]
 
 
 def _row(results: Results, arm: str, metric: str) -> list[str]:
-    values = results.values(arm, metric)
+    values, diverged = results.values(arm, metric), len(results.diverged_seeds(arm))
     ema = metric.replace("val/", "val/ema_")
     differences = (results.difference(arm, key) for key in (metric, f"best/{metric}", ema))
     return [
         arm,
-        str(len(values)),
+        f"{len(values)}" + f" + {diverged} diverged" * bool(diverged),
         _mean(values, ".4f"),
-        *("" if d is None or arm == CONTROL else str(d) for d in differences),
+        *("" if d is None or arm == CONTROL else _shown(d) for d in differences),
         _mean(results.values(arm, "tokens_per_second"), ",.0f"),
     ]
 
@@ -199,20 +287,52 @@ def _mean(values: Mapping[int, float], form: str) -> str:
     return format(statistics.fmean(values.values()), form) if values else "-"
 
 
+def _shown(difference: Difference) -> str:
+    """Without an error where one pair gives none."""
+    return str(difference) if difference.pairs > 1 else f"{difference.mean:+.4f}"
+
+
 def _verdict(results: Results, arm: str, metric: str) -> str:
-    difference = results.difference(arm, metric)
+    """What to say of an arm. A seed at which it diverged, but the control did not, is worse than
+    any difference, so the mean over the others cannot make it better."""
+    diverged = results.diverged_seeds(arm)
+    if arm == CONTROL:
+        return f"{CONTROL}: diverged at seed {_listed(diverged)}: no pairs there"
+    others = _difference(results.difference(arm, metric), says_better=not diverged)
+    if not diverged:
+        return f"{arm}: {others}"
+    alone = [seed for seed in diverged if seed not in results.diverged_seeds(CONTROL)]
+    worse = ", where the control did not: worse than the control" if alone else ", as the control"
+    return f"{arm}: diverged at seed {_listed(diverged)}{worse}; the other seeds: {others}"
+
+
+def _difference(difference: Difference | None, *, says_better: bool) -> str:
     if difference is None:
-        return f"{arm}: no pair yet"
+        return "no pair yet"
     if difference.pairs == 1:
-        return f"{arm}: {difference.mean:+.4f} in one pair, which says nothing about the noise"
+        return f"{difference.mean:+.4f} in one pair, which says nothing about the noise"
     if not difference.is_beyond_noise:
-        return f"{arm}: {difference} over {difference.pairs} pairs: within noise"
-    word = "worse" if difference.mean > 0 else "better"
-    return f"{arm}: {difference} over {difference.pairs} pairs: {word} than the control"
+        return f"{difference} over {difference.pairs} pairs: within noise"
+    told = f"{difference} over {difference.pairs} pairs"
+    if difference.mean < 0:
+        return f"{told}: better than the control" if says_better else told
+    return f"{told}: worse than the control"
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _left_out(results: Results) -> list[str]:
-    return ["", "left out:", *(f"  {line}" for line in results.left_out)] * bool(results.left_out)
+    """Members without a number, and why."""
+    lines = []
+    for title, found in (
+        ("not known:", results.notes),
+        ("diverged:", list(results.diverged.values())),
+        ("left out:", results.left_out),
+    ):
+        lines += ["", title, *(f"  {line}" for line in found)] * bool(found)
+    return lines
 
 
 def _align(rows: list[list[str]]) -> list[str]:

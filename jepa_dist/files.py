@@ -1,0 +1,149 @@
+"""Files in folders that others can write to: regular files of a bounded size, or one clear error.
+
+A FIFO in place of a file blocks whoever opens it, a device never ends, and a file of a thousand
+gigabytes does not fit into memory. Every function here raises ``OSError`` with a reason in words
+(``strerror``) instead, so that callers handle such a file like one that cannot be read.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic_core import from_json
+
+MIB = 2**20
+# A line of metrics.jsonl has a few kilobytes, or some hundred with a long text sample.
+_LINE_BYTES = 4 * MIB
+
+
+def open_regular(path: Path, limit: int | None = None) -> io.FileIO:
+    """Open a regular file for reading; links to one are followed.
+
+    Args:
+        path: The file.
+        limit: Most bytes that it may have.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or is larger.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _check(path, os.fstat(descriptor), limit)
+        return io.FileIO(descriptor, "r")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: Path, limit: int | None = None) -> None:
+    """Raise if ``open_regular`` would, without opening the file.
+
+    Raises:
+        OSError: it is missing, no regular file, or larger.
+    """
+    _check(path, path.stat(), limit)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The contents of a regular file of at most ``limit`` bytes.
+
+    Never more than the size that the file system states: files of /proc state 0 and may be endless.
+
+    Raises:
+        OSError: as ``open_regular``.
+    """
+    with open_regular(path, limit) as file:
+        size = os.fstat(file.fileno()).st_size
+        return io.BufferedReader(file).read(size)
+
+
+def read_json(path: Path, limit: int) -> Any:
+    """The JSON in a regular file of at most ``limit`` bytes.
+
+    The parser refuses what is not UTF-8, lone surrogates, deep nesting (200 levels) and integers
+    of thousands of digits.
+
+    Raises:
+        OSError: as ``open_regular``.
+        ValueError: not JSON.
+    """
+    return from_json(read_bytes(path, limit))
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a regular file, without holding more than one of them.
+
+    What is appended meanwhile is not read. A line of more than 4 MiB comes as several, none of
+    which is valid JSON.
+
+    Raises:
+        OSError: as ``open_regular``.
+    """
+    with open_regular(path) as file:
+        left = os.fstat(file.fileno()).st_size
+        lines = io.BufferedReader(file)
+        while left > 0 and (line := lines.readline(min(left, _LINE_BYTES))):
+            left -= len(line)
+            yield line
+
+
+def open_to_append(path: Path) -> io.FileIO:
+    """Open a regular file, or make one, to append to.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        _check(path, os.fstat(descriptor), None)
+        return io.FileIO(descriptor, "a")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def make_new(path: Path) -> IO[bytes]:
+    """Open a new file for writing; whatever else has its name is unlinked, never written through.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
+
+
+def write_atomically(path: Path, text: str, *, sync: bool = False) -> None:
+    """Let a file appear under its name when all of it is written.
+
+    Args:
+        path: The file; an earlier one is replaced.
+        text: What it holds, written in UTF-8.
+        sync: Wait until the contents are on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with make_new(partial) as file:
+        file.write(text.encode())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _check(path: Path, status: os.stat_result, limit: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+        raise OSError(kind, "not a regular file", str(path))
+    if limit is not None and status.st_size > limit:
+        problem = f"{status.st_size} bytes, more than the {limit} that such a file may have"
+        raise OSError(errno.EFBIG, problem, str(path))

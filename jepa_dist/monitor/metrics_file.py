@@ -1,0 +1,89 @@
+"""The format of ``metrics.jsonl``: one JSON object per logged step, the closing record last.
+
+JSON has no NaN and no infinities: such a value is written as null, and ``not_finite`` says which it
+was (``{"loss/ce": "nan"}``). Reading puts it back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from jepa_dist.files import read_lines
+
+METRICS = "metrics.jsonl"
+
+_NOT_FINITE = "not_finite"
+_NAMES = ("nan", "inf", "-inf")
+# Step plans carry integers as float64.
+_MOST_STEPS = 2**53
+
+Record = Mapping[str, Any]
+
+
+def encode(record: Record) -> bytes:
+    """A record as a line of the file."""
+    known = record.get(_NOT_FINITE)  # of a record that was read
+    reasons: dict[str, str] = dict(known) if isinstance(known, dict) else {}
+    values = {key: _finite(key, value, reasons) for key, value in record.items()}
+    if reasons:
+        values[_NOT_FINITE] = reasons
+    return (json.dumps(values, allow_nan=False) + "\n").encode()
+
+
+def _finite(key: str, value: Any, reasons: dict[str, str]) -> Any:
+    """``value`` with null for each number that JSON cannot hold; takes down which those were."""
+    if isinstance(value, float) and not math.isfinite(value):
+        reasons[key] = str(float(value))
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(f"{key}.{name}", inner, reasons) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(f"{key}.{i}", inner, reasons) for i, inner in enumerate(value)]
+    return value
+
+
+def decode(line: bytes) -> dict[str, Any] | None:
+    """The record in a line, or None if it holds none (a crash cut it short, or it is damaged).
+
+    Every record has a ``step``. Other values are as they stand: take numbers with ``number``.
+    """
+    try:
+        record = from_json(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    step = record.get("step")
+    if type(step) is not int or not 0 <= step < _MOST_STEPS:
+        return None
+    reasons = record.get(_NOT_FINITE)
+    for key, name in reasons.items() if isinstance(reasons, dict) else ():
+        if name in _NAMES and record.get(key, 0) is None:
+            record[key] = float(name)
+    return record
+
+
+def read_records(metrics: Path) -> Iterator[dict[str, Any] | None]:
+    """The records of a file in order; None for each line that holds none.
+
+    Raises:
+        OSError: the file is missing, cannot be read, or is no regular file.
+    """
+    return map(decode, read_lines(metrics))
+
+
+def number(record: Record, key: str) -> float | None:
+    """A number of a record; None if it has none under this name."""
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

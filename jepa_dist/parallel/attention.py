@@ -1,0 +1,150 @@
+"""The kernel that computes attention (``parallel.attention``), as a part of what is compiled.
+
+SDPA chooses a kernel when a region is traced, by device, shapes and process-wide switches, and the
+compiled graph keeps it. The compiler's caches on disk do not know the switches: they would return
+a graph with the kernel of an earlier run. So the choice is made once, at the start, and the region
+itself enters ``sdpa_kernel``: graphs of different kernels then have different cache keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from jepa_dist.errors import UserError
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Causal attention: query [B, H, T, C], key and value [B, K, T, C] -> [B, H, T, C]."""
+
+_SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_NAMES = {backend.value: name for name, backend in _SDPA.items()}
+
+# What ``sdpa_kernel`` leaves in a region's graph. Its arguments are part of the graph and thereby
+# of the key; without this, AOTAutograd would trace and partition the regions anew at every start.
+_TRACED = ("torch.nn.attention._backend_from_string", "torch.nn.attention._sdpa_kernel")
+
+
+def choose_attention(
+    wanted: str, query: torch.Size, key: torch.Size, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Return the name of the kernel that attention will run.
+
+    Args:
+        wanted: ``parallel.attention``; ``auto`` is resolved to what PyTorch chooses here.
+        query: Shape of the queries, [B, H, T, C].
+        key: Shape of keys and values, [B, K, T, C].
+        dtype: What is computed in.
+        device: Where.
+
+    Raises:
+        UserError: this device cannot run that kernel on such tensors, forward and backward.
+    """
+    if wanted == "flex":
+        possible = device.type == "cuda"  # PyTorch has no backward of it elsewhere
+        chosen = wanted if possible else None
+    elif wanted == "auto":
+        chosen = _sdpa_choice(list(_SDPA), query, key, dtype, device)
+    else:
+        chosen = _sdpa_choice([wanted], query, key, dtype, device)
+    if chosen is None:
+        raise UserError(
+            f"parallel.attention={wanted}: cannot run on {_describe(device)} with {dtype} and head "
+            f"width {query[-1]}{_excluded(wanted)}; fix: parallel.attention=auto"
+        )
+    return chosen
+
+
+def _sdpa_choice(
+    names: list[str],
+    query: torch.Size,
+    key: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Return the one of these kernels that SDPA would run; None if it can run none of them."""
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": True}
+    q, k = torch.empty(query, **options), torch.empty(key, **options)
+    if names == ["efficient"]:
+        k = _repeat_heads(k, q)
+    try:
+        with sdpa_kernel([_SDPA[name] for name in names]):
+            choice = torch._fused_sdp_choice(
+                q, k, k, None, 0.0, True, enable_gqa=q.size(1) != k.size(1)
+            )
+    except RuntimeError:  # "No viable backend"
+        return None
+    return _NAMES.get(choice)
+
+
+def bind_attention(attend: Attend, name: str, *, others: bool = False) -> Attend:
+    """Return ``attend`` bound to one kernel, for eager and compiled use.
+
+    Args:
+        attend: Calls ``scaled_dot_product_attention``.
+        name: From ``choose_attention``.
+        others: Fall back to other kernels for tensors that this one does not take (``auto``).
+    """
+    _make_cacheable()
+    if name == "flex":
+        return _flex
+    backends = [_SDPA[name]]
+    if others:
+        backends += [backend for backend in _SDPA.values() if backend not in backends]
+
+    def bound(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+        with sdpa_kernel(backends, set_priority=True):
+            return attend(q_BHTC, k_BKTC, v_BKTC)
+
+    def repeated(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+        return bound(q_BHTC, _repeat_heads(k_BKTC, q_BHTC), _repeat_heads(v_BKTC, q_BHTC))
+
+    return repeated if name == "efficient" else bound
+
+
+def _repeat_heads(x_BKTC: Tensor, q_BHTC: Tensor) -> Tensor:
+    """Repeat grouped heads, for the kernel that does not know groups; [B, H, T, C]."""
+    return x_BKTC.repeat_interleave(q_BHTC.size(1) // x_BKTC.size(1), dim=1)
+
+
+def _flex(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+    """FlexAttention that skips the blocks above the diagonal."""
+    length = q_BHTC.size(2)
+    mask = create_block_mask(_is_visible, None, None, length, length, device=q_BHTC.device)
+    grouped = q_BHTC.size(1) != k_BKTC.size(1)
+    attended = flex_attention(q_BHTC, k_BKTC, v_BKTC, block_mask=mask, enable_gqa=grouped)
+    assert isinstance(attended, Tensor)
+    return attended
+
+
+def _is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def _make_cacheable() -> None:
+    marked = torch._inductor.config.unsafe_marked_cacheable_functions
+    torch._inductor.config.unsafe_marked_cacheable_functions = {
+        **marked,
+        **dict.fromkeys(_TRACED, torch.__version__),
+    }
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "the CPU"
+    return torch.cuda.get_device_name(device)
+
+
+def _excluded(wanted: str) -> str:
+    """Why cuDNN may be missing where it could run."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return " under parallel.deterministic" if deterministic and wanted == "cudnn" else ""

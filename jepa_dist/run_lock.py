@@ -1,0 +1,297 @@
+"""One owner per run directory: ``run.lock``, created whole and kept fresh while the run lives.
+
+Two starts of one command at the same time would train into the same files. The lock says who has
+the directory (host, pid, start time); its modification time, renewed every few seconds, is the
+proof of life. It is created by a hard link, which exists or not on shared file systems too (flock
+is local on some of them). A lock whose owner is dead is taken over:
+
+* an owner on this machine is dead if its process is gone: known at once (torchrun's restarts);
+* any other owner is dead if the lock has not been renewed for ``STALE_SECONDS`` as seen from here,
+  so that clocks need not agree (a job that SLURM requeues on another host).
+
+An owner that loses its lock nevertheless (suspended for that long) ends at its next renewal.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+from uuid import uuid4
+
+from jepa_dist.errors import UserError
+
+LOCK_NAME = "run.lock"
+RENEW_SECONDS = 5.0
+STALE_SECONDS = 30.0
+
+# A lock this much older than a file that was just made beside it needs no watching.
+_LONG_DEAD_SECONDS = 600.0
+_LOOK_SECONDS = 0.5
+# Two starts that take over a dead owner's lock at the same moment: the later one has it.
+_SETTLE_SECONDS = 0.5
+_MAX_BYTES = 4096
+_EXIT_LOST = 1
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the lock says."""
+
+    host: str
+    machine: str
+    """Boot and process namespace: pids compare only within one."""
+    pid: int
+    process_started: int
+    """Clock ticks since boot; tells a process from a later one of the same pid."""
+    started: str
+    """When the run was started, for people."""
+    token: str
+
+
+class RunLock:
+    """The lock of one run directory; for rank 0. ``acquire`` it before anything is decided."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._path = run_dir / LOCK_NAME
+        self._me = _this_process()
+        self._made_folder = False
+        self._is_held = False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
+
+    def acquire(self) -> tuple[str, ...]:
+        """Take the lock, from a dead owner if need be; may wait up to ``STALE_SECONDS``.
+
+        A directory that cannot be written is left unlocked: nothing can be written there.
+
+        Returns:
+            What the user should know.
+
+        Raises:
+            UserError: another start of the run is alive.
+        """
+        try:
+            self._made_folder = not self._run_dir.exists()
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            messages = self._take()
+        except OSError as error:
+            if error.errno in _CANNOT_WRITE:
+                return ()
+            raise UserError(
+                f"run.dir={self._run_dir}: cannot be written: {error.strerror}; name another one "
+                "(run.dir=...)"
+            ) from None
+        self._is_held = True
+        self._thread.start()
+        return messages
+
+    def release(self) -> None:
+        """Give the directory back; one that was made for the lock alone goes, too."""
+        if not self._is_held:
+            return
+        self._is_held = False
+        self._end.set()
+        self._thread.join()
+        with suppress(OSError):
+            owner, _ = _look(self._path)
+            if owner is not None and owner.token == self._me.token:
+                self._path.unlink()
+            if self._made_folder:
+                self._run_dir.rmdir()
+
+    def _take(self) -> tuple[str, ...]:
+        partial = self._path.with_name(f".{LOCK_NAME}.{self._me.token}")
+        try:
+            partial.write_text(json.dumps(asdict(self._me)), encoding="utf-8")
+            while not _create(partial, self._path, self._me.token):
+                owner, renewed = _look(self._path)
+                if renewed is None:
+                    continue  # released meanwhile
+                why = self._why_dead(owner, renewed, partial)
+                if _look(self._path)[1] != renewed:
+                    continue  # somebody else took it, or the owner lives
+                os.replace(partial, self._path)
+                time.sleep(_SETTLE_SECONDS)
+                found, _ = _look(self._path)
+                if found is not None and found.token == self._me.token:
+                    return why
+                partial.write_text(json.dumps(asdict(self._me)), encoding="utf-8")
+        finally:
+            partial.unlink(missing_ok=True)
+        return ()
+
+    def _why_dead(self, owner: Owner | None, renewed: int, fresh: Path) -> tuple[str, ...]:
+        """Return what to say about a dead owner.
+
+        Args:
+            owner: None if the lock cannot be read.
+            renewed: Its modification time.
+            fresh: A file made just now on the same file system, for the age.
+
+        Raises:
+            UserError: it is alive.
+        """
+        if owner is not None and owner.machine == self._me.machine:
+            if _is_alive(owner):
+                raise self._in_use(owner)
+            return ()
+        if fresh.stat().st_mtime_ns - renewed < _LONG_DEAD_SECONDS * 1e9:
+            deadline = time.monotonic() + STALE_SECONDS
+            while time.monotonic() < deadline:
+                time.sleep(_LOOK_SECONDS)
+                now_owner, now = _look(self._path)
+                if now is None:
+                    return ()
+                if now != renewed:
+                    raise self._in_use(now_owner or owner)
+        who = "an unknown process" if owner is None else f"process {owner.pid} on {owner.host}"
+        return (
+            f"{self._run_dir}: was in use by {who}, which has given no sign of life for "
+            f"{STALE_SECONDS:.0f} s or more; taken over",
+        )
+
+    def _in_use(self, owner: Owner | None) -> UserError:
+        if owner is None:
+            who, stop = "another process", "end it"
+        else:
+            who = f"process {owner.pid} on {owner.host}, started {owner.started}"
+            stop = f"end it first (kill {owner.pid} there: it saves)"
+        return UserError(
+            f"run.dir={self._run_dir}: is in use by {who}, which is alive; {stop}, or name another "
+            "one (run.dir=...)"
+        )
+
+    def _keep(self) -> None:
+        while not self._end.wait(RENEW_SECONDS):
+            # A file system that fails for a while must not end the run.
+            with suppress(OSError):
+                self._renew()
+
+    def _renew(self) -> None:
+        owner, renewed = _look(self._path)
+        if owner is not None and owner.token != self._me.token:
+            self._lost(owner)
+        if renewed is None:  # deleted by hand
+            self._path.write_text(json.dumps(asdict(self._me)), encoding="utf-8")
+        os.utime(self._path)
+
+    def _lost(self, owner: Owner) -> NoReturn:
+        with suppress(Exception):
+            print(
+                f"error: run.dir={self._run_dir}: was taken over by process {owner.pid} on "
+                f"{owner.host} while this one gave no sign of life; this one ends",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(_EXIT_LOST)
+
+
+def is_in_use(run_dir: Path) -> bool | None:
+    """Return whether the owner of ``run_dir`` is alive; None if there is no lock, or that cannot
+    be seen at once."""
+    try:
+        owner, renewed = _look(run_dir / LOCK_NAME)
+    except OSError:
+        return None
+    if renewed is None:
+        return None
+    if owner is not None and owner.machine == _machine():
+        return _is_alive(owner)
+    age = time.time() - renewed / 1e9
+    if age < STALE_SECONDS:
+        return True
+    return False if age > _LONG_DEAD_SECONDS else None
+
+
+def _create(partial: Path, path: Path, token: str) -> bool:
+    """Publish ``partial`` as ``path`` unless that exists; whole, and once among all hosts."""
+    try:
+        os.link(partial, path)
+        return True
+    except FileExistsError:
+        # Over NFS a link that was made may be reported as existing when the answer got lost.
+        owner, _ = _look(path)
+        return owner is not None and owner.token == token
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(partial.read_text(encoding="utf-8"))
+        return True
+    except FileExistsError:
+        return False
+
+
+def _look(path: Path) -> tuple[Owner | None, int | None]:
+    """Return the owner (None if unreadable) and the modification time (None if no lock).
+
+    Opening the file, rather than asking for its attributes, makes NFS ask the server.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None, None
+    try:
+        renewed = os.fstat(descriptor).st_mtime_ns
+        text = os.read(descriptor, _MAX_BYTES)
+    finally:
+        os.close(descriptor)
+    try:
+        fields = json.loads(text)
+        owner = Owner(**fields)
+        is_right = all(isinstance(v, str) for v in (owner.host, owner.machine, owner.token))
+        if is_right and isinstance(owner.pid, int) and isinstance(owner.process_started, int):
+            return owner, renewed
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return None, renewed
+
+
+def _this_process() -> Owner:
+    return Owner(
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        process_started=_process_started(os.getpid()) or 0,
+        started=time.strftime("%Y-%m-%d %H:%M:%S"),
+        token=uuid4().hex,
+    )
+
+
+def _machine() -> str:
+    """Return what is the same for all processes that see each other's pids (Linux)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _is_alive(owner: Owner) -> bool:
+    return owner.process_started == _process_started(owner.pid)
+
+
+def _process_started(pid: int) -> int | None:
+    """Return when a process was started, in clock ticks since boot; None if it has ended (Linux).
+
+    Unlike a time of day it stays the same when the clock is set.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = text.rpartition(")")[2].split()
+    return None if state in "ZX" else int(fields[18])

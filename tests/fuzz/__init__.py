@@ -1,0 +1,1 @@
+"""Property-based fuzzing of what reads checkpoints and run directories."""

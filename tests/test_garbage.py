@@ -1,0 +1,62 @@
+"""Garbage is collected at the steps that are due, and only there."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from jepa_dist.garbage import ScheduledCollection
+
+
+@pytest.fixture
+def collections() -> Iterator[list[int]]:
+    """Generations of the collections that have begun."""
+    seen: list[int] = []
+
+    def observe(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            seen.append(info["generation"])
+
+    gc.callbacks.append(observe)
+    yield seen
+    gc.callbacks.remove(observe)
+
+
+def _make_garbage() -> None:
+    for _ in range(5000):
+        cycle: list[object] = []
+        cycle.append(cycle)
+
+
+def test_collects_when_due_and_after_new_graphs(collections: list[int]) -> None:
+    garbage = ScheduledCollection(every=4)
+    try:
+        collections.clear()
+        due = {}
+        for step in range(10):
+            _make_garbage()
+            assert collections == []
+            garbage.after_step(step, graphs=3 if step < 5 else 4)
+            due[step] = list(collections)
+            collections.clear()
+        # The first step, step 3 (the fourth), step 5 (a new graph), step 7.
+        assert [step for step, seen in due.items() if seen] == [0, 3, 5, 7]
+        assert all(seen in ([], [2]) for seen in due.values())
+        assert gc.get_freeze_count() > 0
+    finally:
+        garbage.close()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_zero_leaves_it_to_python(collections: list[int]) -> None:
+    garbage = ScheduledCollection(every=0)
+    _make_garbage()
+    assert gc.isenabled()
+    assert collections
+    collections.clear()
+    garbage.after_step(0, graphs=1)
+    assert collections == []
+    garbage.close()

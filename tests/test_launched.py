@@ -1,0 +1,105 @@
+"""The launcher's environment: adopted when complete, refused in one line when not."""
+
+from __future__ import annotations
+
+import pytest
+
+from jepa_dist.errors import UserError
+from jepa_dist.launched import adopt_launcher, check_rendezvous
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_STEP_ID": "2",
+    "SLURM_JOB_ID": "123",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "4",
+    "MASTER_ADDR": "10.0.0.1",
+}
+
+
+def without(environ: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+def test_torchrun_s_variables_are_taken_as_they_are() -> None:
+    environ = dict(TORCHRUN)
+    adopt_launcher(environ)
+    assert environ == TORCHRUN
+    both = {**SRUN, **TORCHRUN}
+    adopt_launcher(both)
+    assert both["RANK"] == "1", "torchrun inside of a job step"
+
+
+def test_srun_s_variables() -> None:
+    environ = dict(SRUN)
+    adopt_launcher(environ)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [environ[name] for name in names] == ["5", "1", "8", "10.0.0.1", "20125"]
+
+
+def test_tasks_on_one_node_meet_at_the_loopback_address() -> None:
+    environ = without(SRUN, "MASTER_ADDR") | {"SLURM_STEP_NUM_NODES": "1"}
+    adopt_launcher(environ)
+    assert environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_NTASKS": "2"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "1"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+    ],
+)
+def test_alone(environ: dict[str, str]) -> None:
+    """Also in the shell of an allocation, where nothing was started on the nodes."""
+    adopt_launcher(environ)
+    assert "RANK" not in environ
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE='2' is set, but RANK is not"),
+        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK='', but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PO"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "but LOCAL_RANK, MASTER_ADDR, MASTER_PORT are missing"),
+        (without(TORCHRUN, "MASTER_PORT"), "but MASTER_PORT is missing"),
+        ({**TORCHRUN, "RANK": "one"}, "RANK='one': expected a number"),
+        ({**TORCHRUN, "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2': expected a number"),
+        ({**TORCHRUN, "RANK": "2"}, "RANK=2: must be below WORLD_SIZE=2"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "but SLURM_LOCALID, SLURM_JOB_ID, SLURM_STE"),
+        (without(SRUN, "SLURM_LOCALID"), "but SLURM_LOCALID is missing"),
+        (without(SRUN, "MASTER_ADDR"), "set MASTER_ADDR to the first node's"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "many"}, "SLURM_NTASKS='many': expected"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE='2' is set, but RANK is not: mpir"),
+    ],
+)
+def test_incomplete(environ: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        adopt_launcher(dict(environ))
+    (problem,) = caught.value.problems
+    assert told in problem
+
+
+def test_a_check_may_be_told_the_number_of_ranks() -> None:
+    environ = {"WORLD_SIZE": "32"}
+    adopt_launcher(environ, will_meet=False)
+    with pytest.raises(UserError, match="WORLD_SIZE='x': expected a number"):
+        adopt_launcher({"WORLD_SIZE": "x"}, will_meet=False)
+
+
+def test_a_rendezvous_that_does_not_resolve() -> None:
+    check_rendezvous({})
+    check_rendezvous(TORCHRUN)
+    with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid: .*--local-addr"):
+        check_rendezvous({"MASTER_ADDR": "no-such-host.invalid"})

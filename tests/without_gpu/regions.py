@@ -1,0 +1,295 @@
+"""Compile every region of configurations for sm_90; count kernels, bytes and FLOPs of each graph.
+
+``python -m tests.without_gpu.regions OUT CONFIG...``, in the environment of ``environment.py``.
+The graphs are those that the trainer compiles: one for all regions that are alike, in training and
+(without gradient) in validation. Blocks are compiled with both back ends of attention and in all
+modes of activation checkpointing; nothing else depends on these.
+
+Bytes are what Inductor counts for the kernels it generates: every buffer that a kernel reads or
+writes, once. Matrix products and attention are library calls, whose operands do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from jepa_dist.config import Config, load
+from jepa_dist.jepa.loss import JepaLoss
+from jepa_dist.model.execution import LAST_PHASE
+from jepa_dist.model.gpt import GPT
+from jepa_dist.parallel.shard import checkpoint_activations
+from tests.without_gpu import pretend
+from tests.without_gpu.table import ATTENTION, CHECKPOINTING, Graph, Table
+
+_MOST_GRAPHS = 32
+
+# ---------------------------------------------------------------------------- one model
+
+
+class Compiler:
+    """A back end for Dynamo that compiles for sm_90 and keeps counts of what came out.
+
+    Args:
+        assembler: Takes note of the kernels that are assembled.
+        labels: Fields that all graphs have alike, ``config`` among them.
+        block_labels: Fields that the graphs of blocks have besides.
+    """
+
+    def __init__(
+        self,
+        assembler: pretend.Assembler,
+        labels: dict[str, Any],
+        block_labels: dict[str, Any],
+    ) -> None:
+        self._assembler = assembler
+        self._labels, self._block_labels = labels, block_labels
+        self._region = ""
+        self._counts: list[dict[str, Any]] = []
+        self._runs: Counter[tuple[str, str]] = Counter()
+        self._phase = ""
+
+    def compile(self, name: str, region: nn.Module) -> None:
+        """Compile a region at its first call, as ``jepa_dist.parallel.shard.compile_region``."""
+        torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+        region.compile(backend=self, fullgraph=True, dynamic=False)
+        compiled: Any = region._compiled_call_impl
+
+        def named(*args: Any, **kwargs: Any) -> Any:
+            self._region = name
+            return compiled(*args, **kwargs)
+
+        region._compiled_call_impl = named
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a graph; what is returned runs it uncompiled, and counts that."""
+        name = self._region
+        with self._recording():
+            compile_fx(module, inputs)
+
+        def run(*args: Any) -> Any:
+            if torch.is_grad_enabled():
+                self._runs[name, self._phase] += 1
+            return module.forward(*args)
+
+        return run
+
+    @contextmanager
+    def counting_runs(self, phase: int) -> Iterator[None]:
+        """Count executions in here as those of a pass in this phase."""
+        self._phase = str(phase)
+        yield
+        self._phase = ""
+
+    def graphs(self) -> Iterator[Graph]:
+        """What was compiled."""
+        for counts in self._counts:
+            region = counts["region"]
+            runs = {
+                phase: count
+                for (name, phase), count in self._runs.items()
+                if name == region and phase
+            }
+            of_block = self._block_labels if region.startswith("blocks.") else {}
+            yield Graph(**self._labels, **of_block, **counts, runs=runs)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Have Inductor's graphs counted as soon as their kernels are assembled."""
+        lowering: Any = GraphLowering
+        compile_to_module = lowering.compile_to_module
+
+        def recorded(graph: GraphLowering) -> Any:
+            kernels, cubins = self._assembler.kernels, self._assembler.cubins
+            began = time.process_time()
+            result = compile_to_module(graph)
+            self._counts.append(
+                {
+                    "region": self._region,
+                    "direction": _direction(graph),
+                    **_count(graph),
+                    "sources": len(graph.wrapper_code.src_to_kernel),
+                    "cubins": self._assembler.cubins - cubins,
+                }
+            )
+            assert self._assembler.kernels - kernels == self._counts[-1]["sources"]
+            seconds = time.process_time() - began
+            names = [*self._labels.values(), *self._block_labels.values(), self._region]
+            print(*names, _direction(graph), f"{seconds:.1f} s", file=sys.stderr, flush=True)
+            return result
+
+        lowering.compile_to_module = recorded
+        try:
+            yield
+        finally:
+            lowering.compile_to_module = compile_to_module
+
+
+def _direction(graph: GraphLowering) -> str:
+    if graph.is_backward:
+        return "backward"
+    return "validation" if graph.is_inference else "forward"
+
+
+def _count(graph: GraphLowering) -> dict[str, Any]:
+    """Kernels, bytes, library calls and FLOPs of a graph that Inductor has scheduled."""
+    kernels = moved = flops = 0
+    calls: Counter[str] = Counter()
+    for node in graph.scheduler.nodes:
+        kind = type(node).__name__
+        if kind == "ExternKernelSchedulerNode":
+            calls[_function(node.node)] += 1
+            flops += node.estimate_flops() or 0
+        elif "Nop" not in kind:
+            kernels += 1
+            moved += node.get_read_write_buffers_sizes()
+    del calls["MultiOutput"]  # no call: the results of one that has several
+    return {"kernels": kernels, "bytes": int(moved), "calls": dict(calls), "flops": int(flops)}
+
+
+def _function(node: Any) -> str:
+    """Bare name of a library function: ``extern_kernels.mm`` is ``mm``."""
+    name = str(getattr(node, "python_kernel_name", None) or type(node).__name__)
+    return name.removesuffix(".default").rpartition(".")[2]
+
+
+# ---------------------------------------------------------------------------- one configuration
+
+
+def compile_config(path: Path) -> tuple[list[Graph], dict[str, str]]:
+    """All graphs of a configuration, and the errors of the variants that do not compile."""
+    config = load(path, [], {}).config
+    graphs: dict[str, Graph] = {}
+    failures = {}
+    for attention in ATTENTION:
+        pretend.attend_with(attention)
+        for checkpointing in CHECKPOINTING:
+            variant = {"attention": attention, "checkpointing": checkpointing}
+            compiler = Compiler(_ASSEMBLER, {"config": path.stem}, variant)
+            try:
+                _compile_variant(config, compiler, checkpointing, only_blocks=bool(graphs))
+            except Exception as error:
+                failures[" ".join([path.stem, *variant.values()])] = _summary(error)
+            graphs |= {graph.key: graph for graph in compiler.graphs()}
+            torch._dynamo.reset()
+    return list(graphs.values()), failures
+
+
+def _compile_variant(
+    config: Config, compiler: Compiler, checkpointing: str, *, only_blocks: bool
+) -> None:
+    """What the trainer's warm-up compiles, or of it the blocks."""
+    with torch.device("meta"):
+        model = GPT(config.model)
+    for name, region in model.regions():
+        if name.startswith("blocks."):
+            checkpoint_activations(region, checkpointing)
+        if name.startswith("blocks.") or not only_blocks:
+            compiler.compile(name, region)
+    jepa_loss = JepaLoss(config.jepa.norm_floor)
+    compiler.compile("jepa", jepa_loss)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model._apply(_gathered)
+        _run(model, None if only_blocks else jepa_loss, config, compiler, checkpointing)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """A parameter as FSDP2 shows it to the compiler, in bfloat16; buffers keep their dtype."""
+    dtype = torch.bfloat16 if tensor.is_meta else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device=pretend.DEVICE)
+
+
+def _run(
+    model: GPT,
+    jepa_loss: JepaLoss | None,
+    config: Config,
+    compiler: Compiler,
+    checkpointing: str,
+) -> None:
+    """The passes that compile everything: with and without gradient, in every phase."""
+    shape = (config.batch.micro, config.model.seq_len)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=pretend.DEVICE)
+    weight = torch.ones(shape[0], device=pretend.DEVICE)
+    for phase in range(LAST_PHASE + 1) if config.model.num_loops else [0]:
+        with compiler.counting_runs(phase):
+            output = model(tokens, tokens, weight, phase=phase, tap=-1)
+        if checkpointing == "none":  # checkpointing concerns gradients alone
+            with torch.no_grad():
+                model(tokens, tokens, weight, phase=phase)
+    if jepa_loss is not None:
+        spans = torch.ones(
+            (shape[0], config.jepa.spans_per_sequence, 2), dtype=torch.int64, device=pretend.DEVICE
+        )
+        with compiler.counting_runs(0):
+            jepa_loss(output.tap_BTD, spans, weight)
+
+
+def _summary(error: Exception) -> str:
+    """The error and where in this project it arose, on one line."""
+    places = [
+        f"{Path(frame.filename).name}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "jepa_dist" in frame.filename
+    ]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]} (at {places[-1] if places else 'the compiler'})"
+
+
+# ---------------------------------------------------------------------------- command
+
+_ASSEMBLER = pretend.Assembler()
+
+
+def _start(folder: str) -> None:
+    """Begin a process that compiles."""
+    global _ASSEMBLER
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{os.getpid()}"
+    os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"  # shared: equal kernels are compiled once
+    torch.set_num_threads(1)
+    pretend.pretend_device()
+    _ASSEMBLER = pretend.pretend_compiler()
+
+
+def main() -> None:
+    """Compile the configurations of the command line and write their table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="JSON file for the table")
+    parser.add_argument("configs", nargs="+", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(
+            arguments.processes,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start,
+            initargs=(folder,),
+        ) as pool,
+    ):
+        table = Table(str(torch.__version__), ())
+        for found, failed in pool.map(compile_config, arguments.configs):
+            graphs, failures = (*table.graphs, *found), {**table.failures, **failed}
+            table = Table(table.torch, graphs, failures, time.monotonic() - began)
+            table.write(arguments.out)  # what there is, if the rest takes too long
+
+
+if __name__ == "__main__":
+    main()

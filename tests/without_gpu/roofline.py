@@ -1,0 +1,82 @@
+"""Predicted time of every graph on an H100, from what was counted; nothing here was measured.
+
+A graph takes as long as its generated kernels take to move their bytes, plus its matrix products
+and its attention at the rates below. Sums that autograd makes outside the graphs, the optimizer and
+communication come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from jepa_dist.config import Config
+from tests.without_gpu.table import Graph
+
+_BYTES_PER_SECOND = 2.7e12
+# Matrix products: FLOP/s by model width; between them by the logarithm of the width.
+_NARROW, _WIDE = (512, 550e12), (2048, 700e12)
+# Attention, causal: FLOP/s of forward and backward together.
+_ATTENTION_RATE = {"cudnn": {64: 345e12, 128: 460e12}, "flash": {64: 270e12, 128: 365e12}}
+_PRODUCTS_IN_ATTENTION = {False: 2, True: 5}  # forward, backward
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Milliseconds of one execution of a graph."""
+
+    graph: Graph
+    kernels: float
+    products: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.kernels + self.products + self.attention
+
+
+def predict(graphs: Iterable[Graph], config: Config) -> Iterator[Prediction]:
+    """The times of these graphs of one configuration."""
+    for graph in graphs:
+        yield Prediction(
+            graph,
+            kernels=graph.bytes / _BYTES_PER_SECOND * 1e3,
+            products=graph.flops / _product_rate(config.model.model_dim) * 1e3,
+            attention=_attention_seconds(graph, config) * 1e3,
+        )
+
+
+def step_milliseconds(
+    predictions: Iterable[Prediction], phase: str, attention: str, checkpointing: str
+) -> float:
+    """Forward and backward of one micro-batch in a recurrence phase, with these variants."""
+    return sum(
+        prediction.total * prediction.graph.runs.get(phase, 0)
+        for prediction in predictions
+        if prediction.graph.direction != "validation"
+        and prediction.graph.region != "jepa"
+        and prediction.graph.attention in ("", attention)
+        and prediction.graph.checkpointing in ("", checkpointing)
+    )
+
+
+def _product_rate(width: int) -> float:
+    (narrow, low), (wide, high) = _NARROW, _WIDE
+    share = math.log(width / narrow) / math.log(wide / narrow)
+    return low + (high - low) * min(1.0, max(0.0, share))
+
+
+def _attention_seconds(graph: Graph, config: Config) -> float:
+    model = config.model
+    head_dim = model.model_dim // model.num_heads
+    # One product of all heads, of which causality leaves half.
+    flops = config.batch.micro * model.num_heads * model.seq_len**2 * head_dim
+    seconds = 0.0
+    for name, calls in graph.calls.items():
+        if "attention" in name:
+            rate = _ATTENTION_RATE[graph.attention][64 if head_dim <= 64 else 128]
+            products = _PRODUCTS_IN_ATTENTION[name.endswith("backward")]
+            seconds += calls * products * flops / rate
+    return seconds
