@@ -74,9 +74,9 @@ def test_waiting_for_a_slow_rank_is_communication(corpus: Path) -> None:
         [r["time/communication"] for r in run_ranks(train, 2, config, slow)[0]]
         for slow in (True, False)
     )
-    # The least of several steps: on a busy machine any single one may take longer.
-    assert 0.15 < min(waited) < 0.3
-    assert 0 < min(worked[1:]) < 0.1
+    # On a busy machine communication takes longer in both runs, by no known amount.
+    assert min(waited) > 0.15
+    assert 0 < min(worked[1:]) < min(waited) - 0.1
 
 
 def test_comparing_changes_no_number(corpus: Path) -> None:
