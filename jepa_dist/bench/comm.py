@@ -398,7 +398,7 @@ def table(result: Mapping[str, Any]) -> str:
         cells.append("; ".join(must[kind]["bytes_formula"] for kind in _KINDS if kind in must))
         rows.append(cells)
     caption = (
-        f"{result['config']}: N = {result['blocks']} in units of one block, P = {result['parameters']:,}, "
-        f"b = {result['compute_bytes']}; one step"
+        f"{result['config']}: N = {result['blocks']} in units of one block, "
+        f"P = {result['parameters']:,}, b = {result['compute_bytes']}; one step"
     )
     return f"{caption}\n\n{markdown_table(columns, rows)}"
