@@ -199,7 +199,7 @@ def test_a_row_of_bad_steps_outlasts_interruptions(tmp_path: Path) -> None:
     # The row of four is known when the steps that were on their way by then have been taken, too.
     (told,) = result["told"]
     assert any(f"not finite for {count} steps in a row: going" in told for count in range(4, 8))
-    assert "going back to step 4: samples 36 to" in told
+    assert "going back to step 4; samples 36 to" in told
     assert result["skip"].start == 36, "the first bad step of the row, before the interruption"
     assert result["records"][-1]["bad_steps"] >= 4
 
