@@ -233,8 +233,11 @@ def checkpoint_activations(block: nn.Module, mode: str) -> None:
 
 
 def saved_operations(mode: str) -> frozenset[Any]:
-    """Return the operations whose outputs ``selective`` or ``full`` keeps for backward."""
-    return _ATTENTION if mode == "full" else _ATTENTION | _MATRIX_PRODUCTS
+    """Return the operations whose outputs ``selective`` or ``full`` keeps for backward.
+
+    The same object for all blocks: the compiler tells graphs apart by its identity.
+    """
+    return _SAVED[mode]
 
 
 _MATRIX_PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
@@ -248,6 +251,7 @@ _ATTENTION = frozenset(
         torch.ops.higher_order.flex_attention,
     }
 )
+_SAVED = {"full": _ATTENTION, "selective": _ATTENTION | _MATRIX_PRODUCTS}
 
 
 def _policy(

@@ -1,7 +1,7 @@
-"""Predicted time of every graph on an H100, from what was counted; nothing here was measured.
+"""Predicted time of every graph on an H100, from what was counted and the rates below.
 
 A graph takes as long as its generated kernels take to move their bytes, plus its matrix products
-and its attention at the rates below. Sums that autograd makes outside the graphs, the optimizer and
+and its attention. Sums that autograd makes outside the graphs, the optimizer and
 communication come on top.
 """
 
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from jepa_dist.config import Config
 from tests.without_gpu.table import Graph
 
+# Assumed: what generated kernels reach of 3.35 TB/s.
 _BYTES_PER_SECOND = 2.7e12
-# Matrix products: FLOP/s by model width; between them by the logarithm of the width.
+# Assumed: FLOP/s of matrix products by model width; between them by the logarithm of the width.
 _NARROW, _WIDE = (512, 550e12), (2048, 700e12)
-# Attention, causal: FLOP/s of forward and backward together.
-_ATTENTION_RATE = {"cudnn": {64: 345e12, 128: 460e12}, "flash": {64: 270e12, 128: 365e12}}
+# Causal attention, forward and backward together: FLOP/s by head width, from the times measured on
+# an H200 (docs/performance.md, "Attention kernels").
+_ATTENTION_RATE = {"cudnn": {64: 336e12, 128: 422e12}, "flash": {64: 220e12, 128: 240e12}}
 _PRODUCTS_IN_ATTENTION = {False: 2, True: 5}  # forward, backward
 
 
