@@ -21,6 +21,8 @@ _SHARED = Path("/dev/shm")
 # Semaphores and the like, besides the batches.
 _SHARED_SLACK = 2**20
 _TOKEN_BYTES = 8
+# Room that compilers need for temporary files.
+_COMPILER_BYTES = 64 * 2**20
 
 
 def check_host(config: Config) -> None:
@@ -37,6 +39,24 @@ def check_host(config: Config) -> None:
             problems += error.problems
     if problems:
         raise UserError(*problems)
+
+
+def check_room_to_compile() -> None:
+    """See that compilers have room for their temporary files, whose errors name no folder.
+
+    Raises:
+        UserError: they have not.
+    """
+    folder = os.environ.get("TMPDIR", "")
+    if not os.path.isdir(folder):  # Python passes over a full one, compilers do not
+        folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < _COMPILER_BYTES:
+        raise UserError(
+            f"TMPDIR={folder}: has {free >> 20} MiB free, but compiling needs "
+            f"{_COMPILER_BYTES >> 20}; free it, name another folder (export TMPDIR=...), or set "
+            "parallel.compile=false"
+        )
 
 
 def _check_meeting(_: Config) -> None:

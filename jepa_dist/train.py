@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +14,9 @@ from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
 from jepa_dist.consistency import Statement, statement
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
-from jepa_dist.errors import TrainingError, UserError
+from jepa_dist.errors import TrainingError
 from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
-from jepa_dist.host import check_host
+from jepa_dist.host import check_host, check_room_to_compile
 from jepa_dist.launched import (
     adopt_launcher,
     die_with_launcher,
@@ -32,8 +30,6 @@ from jepa_dist.monitor.startup import Startup
 from jepa_dist.output import keep_output_alive
 from jepa_dist.process_env import set_defaults
 from jepa_dist.run_lock import RunLock
-
-_COMPILER_BYTES = 1 << 26
 
 
 def main() -> None:
@@ -53,7 +49,7 @@ def main() -> None:
         check_world(config, launched_world_size())
         check_data(config)
         if config.parallel.compile:
-            check_temporary_folder()
+            check_room_to_compile()
         if arguments.check:
             check_run_dir(Path(config.run.dir).expanduser())
             return
@@ -61,24 +57,6 @@ def main() -> None:
         mine = statement(config, data := fingerprint_data(config))
     tell_place()
     train(config, data, mine)
-
-
-def check_temporary_folder() -> None:
-    """See that compilers have room for their temporary files, whose errors name no folder.
-
-    Raises:
-        UserError: they have not.
-    """
-    folder = os.environ.get("TMPDIR", "")
-    if not os.path.isdir(folder):  # Python passes over a full one, compilers do not
-        folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    if free < _COMPILER_BYTES:
-        raise UserError(
-            f"TMPDIR={folder}: has {free >> 20} MiB free, but compiling needs "
-            f"{_COMPILER_BYTES >> 20}; free it, name another folder (export TMPDIR=...), or set "
-            "parallel.compile=false"
-        )
 
 
 def parse_arguments() -> argparse.Namespace:
