@@ -225,7 +225,7 @@ def test_other_data_are_no_pair_and_their_bits_are_not_compared(tmp_path: Path) 
     (tmp_path / "b" / "data.json").write_text('{"train": {"digest": "1"}, "val": {"digest": "9"}}')
     report(*runs, "--out", tmp_path)
     page = Page(tmp_path / "report.html")
-    assert "b: validation data 9 against 2" in page.text
+    assert "b: validation data 9:0 against 2:0" in page.text
     assert "difference to" not in page.text
 
 

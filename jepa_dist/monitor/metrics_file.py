@@ -54,8 +54,8 @@ def decode(line: bytes) -> dict[str, Any] | None:
     Every record has a ``step``. Other values are as they stand: take numbers with ``number``.
     """
     try:
-        record = from_json(line)
-    except ValueError:
+        record = _parse(line)
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict):
         return None
@@ -67,6 +67,13 @@ def decode(line: bytes) -> dict[str, Any] | None:
         if name in _NAMES and record.get(key, 0) is None:
             record[key] = float(name)
     return record
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return from_json(line)
+    except ValueError:
+        return json.loads(line)  # slower, but takes the lone surrogates that json.dumps writes
 
 
 def read_records(metrics: Path) -> Iterator[dict[str, Any] | None]:

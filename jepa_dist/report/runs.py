@@ -278,7 +278,7 @@ def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
         value = read_json(path, _JSON_BYTES) if path.suffix == ".json" else read_mapping(path)
     except (OSError, ValueError, UserError):
         value = None
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value:
         notes.append(f"{path.name}: damaged, not used")
         return {}
     return value
