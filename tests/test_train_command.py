@@ -105,7 +105,7 @@ def test_run_directory(alone: Finished, corpus: Path, run_dir: Path) -> None:
 def test_what_a_start_chose_is_told_and_recorded(alone: Finished, run_dir: Path) -> None:
     assert "attention kernel: flash (parallel.attention=auto)" in alone.output
     (start,) = map(json.loads, (run_dir / "starts.jsonl").read_text().splitlines())
-    assert start["environment"]["attention kernel"] == "flash"
+    assert start["facts"]["parallel.attention"] == "flash"
     assert "TORCHINDUCTOR_COMPILE_THREADS" in start["environment"]
     assert any(name in start["environment"] for name in ("PYTORCH_ALLOC_CONF", OLD_ALLOCATOR))
 
