@@ -294,8 +294,8 @@ def test_mistakes_are_told_before_torchrun_starts(trainable: Path) -> None:
     [
         ([], []),
         (["-k", "two words"], ["-k", "two words"]),
-        (["--all"], ["-m", "not gpu"]),
-        (["--all", "-x"], ["-m", "not gpu", "-x"]),
+        (["--all"], ["-m", "not gpu and not cuda_build"]),
+        (["--all", "-x"], ["-m", "not gpu and not cuda_build", "-x"]),
     ],
 )
 def test_the_test_command(project: Path, arguments: list[str], expected: list[str]) -> None:
