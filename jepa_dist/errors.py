@@ -32,6 +32,7 @@ class TrainingError(SharedError):
 def one_line(text: str) -> str:
     """Return ``text`` as one printable line: what files hold may contain anything."""
     text = " ".join(text.splitlines()) if len(text.splitlines()) > 1 else text
-    if len(text) > _LONGEST_PROBLEM:
-        text = f"{text[:_LONGEST_PROBLEM]}..."
+    if len(text) > _LONGEST_PROBLEM:  # the end says what was expected
+        half = _LONGEST_PROBLEM // 2
+        text = f"{text[:half]}...{text[-half:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

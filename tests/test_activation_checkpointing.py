@@ -14,7 +14,7 @@ from jepa_dist.model.layers import Block, rope_tables
 from jepa_dist.parallel.shard import checkpoint_activations
 
 # q, k, v, output projection, two of the MLP; each has two products in its backward.
-PRODUCTS = 6
+PRODUCTS = 4  # q, k and v in one; output; and the two of the MLP
 
 
 class Calls(TorchDispatchMode):

@@ -131,15 +131,10 @@ def test_any_bytes_are_a_shard_or_one_line(
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("s3://bucket/train_*.bin", "is a URL"),
         ("/**/*.bin", "would search the whole file system"),
         ("/**", "would search the whole file system"),
         ("{folder}", "a folder"),
         ("{folder}/none_*.bin", "no token shard matches"),
-        ("{folder}/" + "x" * 5000, "no token shard matches"),
-        ("{folder}/a\0b", "not a file name"),
-        ("{folder}/\ud800*", "not a file name"),
-        ("", "no token shard matches"),
     ],
 )
 def test_patterns_are_answered_at_once(folder: Path, pattern: str, message: str) -> None:

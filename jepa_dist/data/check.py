@@ -85,6 +85,7 @@ def load_checked_tokenizer(config: Config, splits: Iterable[str]) -> Tokenizer |
     if config.data.tokenizer is not None:
         try:
             tokenizer = _load_tokenizer(config)
+            problems += _vocabulary_problems(config, tokenizer)
         except UserError as error:
             problems += error.problems
     for split in splits:
@@ -98,26 +99,27 @@ def _load_tokenizer(config: Config) -> Tokenizer:
     """The configured tokenizer.
 
     Raises:
-        UserError: it cannot be loaded, or the model's vocabulary is another.
+        UserError: it cannot be loaded.
     """
-    spec, vocab_size = config.data.tokenizer, config.model.vocab_size
-    assert spec is not None
+    assert config.data.tokenizer is not None
     try:
-        tokenizer = load_tokenizer(spec)
+        return load_tokenizer(config.data.tokenizer)
     except UserError as error:
         raise UserError(*(f"data.tokenizer: {problem}" for problem in error.problems)) from None
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"data.tokenizer={spec!r}: has {tokenizer.vocab_size} ids, but "
-            f"model.vocab_size={vocab_size}; set model.vocab_size={tokenizer.vocab_size} or name "
-            "the tokenizer of the data"
+
+
+def _vocabulary_problems(config: Config, tokenizer: Tokenizer) -> Iterator[str]:
+    if tokenizer.vocab_size != config.model.vocab_size:
+        yield (
+            f"data.tokenizer={config.data.tokenizer!r}: has {tokenizer.vocab_size} ids, but "
+            f"model.vocab_size={config.model.vocab_size}; set "
+            f"model.vocab_size={tokenizer.vocab_size} or name the tokenizer of the data"
         )
-    return tokenizer
 
 
 def _tokenizer_problems(config: Config) -> Iterator[str]:
     try:
-        _load_tokenizer(config)
+        yield from _vocabulary_problems(config, _load_tokenizer(config))
     except UserError as error:
         yield from error.problems
 
