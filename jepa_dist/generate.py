@@ -8,8 +8,6 @@ shape would serve nothing else.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -71,12 +69,3 @@ def _draw(logits_V: Tensor, temperature: float, generator: torch.Generator) -> i
         return int(logits_V.argmax())
     probabilities_V = torch.softmax(logits_V / temperature, dim=0)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
-
-
-if __name__ == "__main__":
-    print(
-        "error: jepa_dist.generate is no command; a run writes text samples at each validation "
-        "(eval.prompt, eval.sample_tokens; metrics.jsonl and TensorBoard show them)",
-        file=sys.stderr,
-    )
-    sys.exit(2)

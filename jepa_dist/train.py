@@ -165,6 +165,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                     facts={**facts(config, world.device), "parallel.attention": attention},
                 )
                 reporter.say(describe_kernels(config.parallel, attention))
+                checkpointer.on_published = reporter.saved
             trainer = Trainer(
                 config,
                 world,

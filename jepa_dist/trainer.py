@@ -198,8 +198,6 @@ class Trainer:
                 garbage.after_step(plan.step, compiled_graphs())
                 if plan.settle and self.checkpointer is not None:
                     self.checkpointer.wait()
-                    if reporter is not None:
-                        reporter.saved()
                 record = self._record(plan) | validation if plan.log else None
                 if reporter is not None:
                     reporter.step(record)

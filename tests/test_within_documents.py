@@ -253,6 +253,7 @@ def test_who_says_which_id_begins_a_document(corpus: Path, tmp_path: Path) -> No
     assert known_bos(tiny_config(corpus, data__tokenizer="null"), None) is None
     meta = {"tokenizer": "bytes", "vocab_size": 257, "bos_id": 5, "shards": {}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "train_0.bin").write_bytes((corpus / "train_0.bin").read_bytes())
     elsewhere = tiny_config(corpus, data__train=tmp_path / "train_*.bin")
     assert known_bos(elsewhere, tokenizer) == 5
 

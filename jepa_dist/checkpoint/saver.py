@@ -60,12 +60,16 @@ class Checkpointer:
         world: The ranks.
         keep: Which checkpoints stay.
 
+    Attributes:
+        on_published: Called on this rank after each save that ended well.
+
     Raises:
         UserError: on every rank, if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, world: World, keep: Keep) -> None:
         self.folder = folder
+        self.on_published: Callable[[], None] = lambda: None
         self._world = world
         self._keep = keep
         # Collectives of two threads on one group get mixed up and hang.
@@ -147,6 +151,7 @@ class Checkpointer:
         flight, self._flight = self._flight, None
         if flight is not None:
             self._reports.append(flight.report())
+            self.on_published()
 
     def close(self) -> None:
         """Wait for the save in flight; to be called before the process group is torn down.

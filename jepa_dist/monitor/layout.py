@@ -56,6 +56,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "checkpoints, bytes": _lines("checkpoint/bytes"),
         "start-up, seconds": _lines("startup/.*"),
         "seconds": _lines("train_seconds", "goodput/wall_seconds"),
+        "tokens trained on": _lines("tokens"),
     },
     "6 The host of rank 0": {
         "processor, memory, %": _lines("system/cpu_percent", "system/memory_percent"),

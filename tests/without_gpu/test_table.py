@@ -70,10 +70,11 @@ def test_the_table_is_written_as_it_is_read(tmp_path: Path) -> None:
     assert Table.read(path) == table
 
 
-def test_the_committed_table_has_every_configuration() -> None:
+def test_the_committed_table_has_what_is_measured_on_gpus() -> None:
     committed = read_expected()
     assert committed["torch"].split("+")[0] == environment.TORCH_VERSION
-    assert {key.split()[0] for key in committed["graphs"]} == {path.stem for path in CONFIGS}
+    configurations = {key.split()[0] for key in committed["graphs"]}
+    assert {"gpt_36m", "gpt_1b"} <= configurations <= {path.stem for path in CONFIGS}
 
 
 def test_predicted_time_is_bytes_products_and_attention() -> None:
