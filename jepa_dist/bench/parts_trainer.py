@@ -241,7 +241,7 @@ def floor(session: Session, path: str) -> Measured:
 
 
 def checkpoint(session: Session, path: str) -> Measured:
-    """Two saves while training goes on: the first also makes the page-locked buffers."""
+    """Time two saves during training; the first also page-locks its host buffers."""
     warm, world = session.warm(path), session.world
     folder = session.folder / "checkpoints" / Path(path).stem
     saver = Checkpointer(folder, world, Keep(last=1))
