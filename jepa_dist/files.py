@@ -110,6 +110,21 @@ def open_to_append(path: Path) -> io.FileIO:
         raise
 
 
+def open_to_append_lines(path: Path) -> io.FileIO:
+    """``open_to_append``; a last line that a crash cut short is ended first.
+
+    Raises:
+        OSError: as ``open_to_append``.
+    """
+    file = open_to_append(path)
+    size = os.fstat(file.fileno()).st_size
+    with open_regular(path) as written:
+        written.seek(max(0, size - 1))
+        if written.read(1) not in (b"", b"\n"):
+            file.write(b"\n")
+    return file
+
+
 def make_new(path: Path) -> IO[bytes]:
     """Open a new file for writing; whatever else has its name is unlinked, never written through.
 

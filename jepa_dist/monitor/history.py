@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from jepa_dist.files import open_to_append, read_lines
+from jepa_dist.files import open_to_append_lines, read_lines
 
 STARTS = "starts.jsonl"
 
@@ -91,9 +91,8 @@ class RunHistory:
             facts=None if facts is None else dict(facts),
             environment=None if environment is None else dict(environment),
         )
-        with open_to_append(run_dir / STARTS) as file:
-            # A crash may have cut the line before this one short.
-            file.write(("\n" * bool(earlier) + json.dumps(asdict(now)) + "\n").encode())
+        with open_to_append_lines(run_dir / STARTS) as file:
+            file.write((json.dumps(asdict(now)) + "\n").encode())
         self._starts = [*earlier, now]
 
     @property
