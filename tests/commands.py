@@ -54,6 +54,7 @@ class Command:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_heed_hangups,
         )
 
     def wait(self, timeout: float) -> Finished:
@@ -138,6 +139,11 @@ def run_command(
     """Run a command to its end."""
     with Command(command, cwd, environ) as running:
         return running.wait(timeout)
+
+
+def _heed_hangups() -> None:
+    """Undo what nohup does, should the tests run under it: a program inherits ignored signals."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _environment(changes: dict[str, Any]) -> dict[str, str]:
