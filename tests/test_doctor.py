@@ -342,9 +342,10 @@ def test_nodes_with_different_folders(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"
 )
-def test_under_srun(tmp_path: Path) -> None:
+def test_under_srun(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Two tasks on each of two nodes of a real SLURM, which meet at the first node's address."""
-    with Cluster(tmp_path / "cluster", nodes=2) as cluster:
+    # Not in tmp_path, whose name is too long for sockets where TMPDIR is.
+    with Cluster(tmp_path_factory.mktemp("srun") / "cluster", nodes=2) as cluster:
         step = ["srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, DOCTOR]
         arguments = ["--same-machine", "--need-gib=0", f"--dir={tmp_path / 'runs'}"]
         command = ["bash", "-c", '"$@"; echo "code $?"', "_", *step, *arguments]
