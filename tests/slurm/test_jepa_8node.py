@@ -94,7 +94,7 @@ def test_options_overrides_and_environment_are_taken(checkout: Checkout, tmp_pat
 
 def test_the_site_file_counts_before_submission(checkout: Checkout) -> None:
     (checkout.folder / "slurm/site.env").write_text(
-        "SBATCH_PARTITION=${SBATCH_PARTITION:-high}\nSBATCH_TIMELIMIT=7\n"
+        "SBATCH_PARTITION=${SBATCH_PARTITION:-high}\nSBATCH_TIMELIMIT=30\n"
     )
     settings = checkout.settings(train__steps=3)
     environ = checkout.cluster.environment({"VENV": sys.prefix})
@@ -109,7 +109,7 @@ def test_the_site_file_counts_before_submission(checkout: Checkout) -> None:
     assert submitted.returncode == 0, submitted.stderr
     job = Job(checkout.cluster, submitted.stdout.split()[-1])
     assert job.field("Partition") == "high"
-    assert job.field("TimeLimit") == "00:07:00"
+    assert job.field("TimeLimit") == "00:30:00"
     assert job.wait(PATIENCE) == "COMPLETED", job.output()
     assert job.field("NumNodes") == "2"
     assert last_step(checkout.run_dir(job)) == 3
