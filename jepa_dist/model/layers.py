@@ -135,10 +135,11 @@ class MLP(nn.Module):
     def forward(self, x_BTD: Tensor, norm_BT1: Tensor, scale_D: Tensor | None) -> Tensor:
         """Transform each position of ``norm * x``, scale the output's channels: [B, T, D].
 
-        The norm's factor is applied after the first product, with which it commutes, so that the
-        normed stream is never written to memory.
+        The norm's factor is positive, so it commutes with the first product and with the leaky
+        ReLU: applied (squared) to the hidden layer, it leaves nothing but ``fc(x)`` to be kept for
+        backward, and the normed stream is never written to memory.
         """
-        hidden = F.leaky_relu(self.fc(x_BTD) * norm_BT1, 0.5).square()
+        hidden = F.leaky_relu(self.fc(x_BTD), 0.5).square() * norm_BT1.square()
         return project(hidden.type_as(x_BTD), self.proj.weight, scale_D)
 
 
