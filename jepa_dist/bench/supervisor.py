@@ -2,7 +2,7 @@
 
 Every rank of the launcher runs a supervisor. Rank 0 watches the time and decides; the others follow
 what it writes to the launcher's store. After a failure the children of all ranks are ended and new
-ones go on with the tasks that are left.
+ones run the tasks that are left.
 """
 
 from __future__ import annotations
