@@ -173,7 +173,7 @@ def _simulate_step(
     # Simulated ranks have no notes to compare.
     with (
         mode,
-        patch.object(Muon, "_compare_notes", lambda muon, present: None),
+        patch.object(Muon, "_require_equal_on_all_ranks", lambda muon, present: None),
         CollectiveCounter() as counter,
     ):
         for index in range(micro_batches):

@@ -1,13 +1,13 @@
-"""Bringing whole matrices together on one rank each, and handing the results back as shards.
+"""Exchange of sharded matrices: gather each on the rank that owns it, scatter the result's rows.
 
-Matrices have owners, balanced by the cost of orthogonalising them. They travel in a few waves,
-two all-to-alls each, however many matrices there are: one takes every matrix's rows to its owner,
-one takes the result's rows back. Under HSDP the owners are spread over the replicas, too: the
-rows come from the owner's replica, where all of them are, and the result goes to every replica.
-So no matrix is computed twice, and the replicas get the same bits.
+Owners are balanced by the cost of orthogonalization. Matrices are sent in a few waves of two
+all-to-alls each, however many there are: the first sends every matrix's rows to its owner, the
+second returns the rows of the result. Under HSDP the owners are spread over the replicas: the rows
+come from the owner's replica, which holds all of them, and the result is sent to every replica. So
+no matrix is computed twice, and all replicas receive the same bits.
 
-With S bytes of matrices, W shards and M replicas a rank sends and receives S / (W M) on the way
-there and S / W on the way back.
+With S bytes of matrices, W shards and M replicas a rank sends and receives S / (W M) bytes in the
+first all-to-alls and S / W in the second.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch._utils import _flatten_dense_tensors
 from jepa_dist.optim.newton_schulz import cost
 from jepa_dist.optim.shards import Grid, rows_of_shard
 
-# While one wave is computed the next one travels; more waves hide more and cost more latency.
+# One wave is computed while the next is in flight; more waves hide more time and add latency.
 MAX_WAVES = 4
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix to be brought together: its key among its fellows, its full shape."""
+    """A matrix to exchange: the index of its parameter, and its full shape."""
 
     key: int
     rows: int
@@ -37,11 +37,11 @@ class Matrix:
 
     @property
     def cost(self) -> int:
-        """Relative cost of orthogonalising it."""
+        """Relative cost of orthogonalization."""
         return cost(self.rows, self.cols)
 
     def size(self, shards: int, index: int) -> int:
-        """Number of elements in one of its shards."""
+        """Return the number of elements of the shard with this index."""
         start, stop = rows_of_shard(self.rows, shards, index)
         return (stop - start) * self.cols
 
@@ -49,7 +49,7 @@ class Matrix:
 def plan_waves(
     grid: Grid, matrices: Sequence[Matrix], device: torch.device, dtype: torch.dtype
 ) -> list[Wave]:
-    """Choose owners and waves; a pure function of the shapes, so every rank finds the same."""
+    """Choose owners and waves: a pure function of the shapes, hence equal on all ranks."""
     owned = balance(matrices, grid.size)
     count = min(MAX_WAVES, max(len(own) for own in owned))
     parts = [_split_by_cost(own, count) for own in owned]
@@ -58,7 +58,7 @@ def plan_waves(
 
 
 def balance(matrices: Iterable[Matrix], owners: int) -> list[list[Matrix]]:
-    """The matrices of each owner: the dearest first, each to the owner with least to do."""
+    """Assign matrices to owners: most expensive first, each to the least-loaded owner."""
     owned: list[list[Matrix]] = [[] for _ in range(owners)]
     load = [0] * owners
     for matrix in sorted(matrices, key=lambda matrix: (-matrix.cost, matrix.rows, matrix.key)):
@@ -69,7 +69,7 @@ def balance(matrices: Iterable[Matrix], owners: int) -> list[list[Matrix]]:
 
 
 def _split_by_cost(matrices: Sequence[Matrix], count: int) -> list[list[Matrix]]:
-    """Cut a list into ``count`` runs of about equal cost (neighbours have equal shapes)."""
+    """Split into ``count`` runs of about equal cost (adjacent matrices have equal shapes)."""
     parts: list[list[Matrix]] = [[] for _ in range(count)]
     total = sum(matrix.cost for matrix in matrices)
     done = 0
@@ -81,26 +81,26 @@ def _split_by_cost(matrices: Sequence[Matrix], count: int) -> list[list[Matrix]]
 
 @dataclass(frozen=True)
 class Transfer:
-    """An all-to-all under way. ``sent`` is kept alive until it is over."""
+    """An all-to-all in flight, which keeps ``sent`` alive until it completes."""
 
     work: dist.Work
     sent: Tensor
     received: Tensor
 
     def wait(self) -> Tensor:
-        """The received elements (on CUDA the current stream waits, not the host)."""
+        """Return the received elements (on CUDA the current stream waits, not the host)."""
         self.work.wait()
         return self.received
 
 
 class Wave:
-    """Some matrices that travel together.
+    """Matrices that are exchanged together.
 
     Args:
         grid: The ranks that hold them.
-        owned: For each rank of the grid's group the matrices that it will own.
-        device: Where the shards live.
-        dtype: In which elements travel.
+        owned: For each rank of the grid's group, the matrices that it owns.
+        device: Device of the shards.
+        dtype: Dtype of the elements that are sent.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class Wave:
         me = dist.get_rank(grid.group)
         my_replica, my_shard = places[me]
         self._mine = owned[me]
-        # Of the ranks that send to this one, in their order, the shard that each one holds.
+        # Shard index of each rank that sends to this one (its replica), in rank order.
         self._sources = [shard for replica, shard in places if replica == my_replica]
         self._targets = [shard for _, shard in places]
-        # Sizes and order of what travels, the same in every step. Per matrix: its elements here.
+        # Sizes and order of all transfers, equal in every step; here: sizes of this rank's shards.
         mine_here = [self._size_of_mine(shard) for shard in range(grid.shards)]
         here = [[(m, m.size(grid.shards, my_shard)) for m in own] for own in owned]
         to_owners = [
@@ -141,18 +141,19 @@ class Wave:
         self._is_even = all(matrix.rows % grid.shards == 0 for matrix in self._mine)
 
     def gather(self, shards: Mapping[int, Tensor]) -> Transfer:
-        """Launch the way there: this rank's rows of the matrices, by key, to their owners.
+        """Launch the all-to-all that sends this rank's rows, by key, to the owners.
 
-        Matrices of which this rank has no row may be left out.
+        Args:
+            shards: [local rows, cols] each; matrices of which this rank has no row may be absent.
         """
         rows = [shards[key] for key in self._keys_there]
         sent = _flatten_dense_tensors(rows) if rows else self._empty(0)
         return self._launch(sent, self._sent_there, self._received_there)
 
     def matrices(self, transfer: Transfer) -> dict[int, Tensor]:
-        """Wait for the way there; the whole matrices that this rank owns, by key."""
+        """Wait for ``gather``; return the matrices [rows, cols] that this rank owns, by key."""
         buffer = transfer.wait()
-        # [source, matrix, rows, columns], where a matrix may have fewer rows at the last sources.
+        # Flat [source, matrix, rows, cols]; the last sources may have fewer rows of a matrix.
         if self._is_even and self._sources == sorted(self._sources) and self._mine:
             sizes = [matrix.size(self._grid.shards, 0) for matrix in self._mine]
             parts = buffer.view(len(self._sources), -1).split(sizes, dim=1)
@@ -172,11 +173,11 @@ class Wave:
         }
 
     def scatter(self, results: Mapping[int, Tensor]) -> Transfer:
-        """Launch the way back: the rows of each owned result, by key, to all who hold them."""
+        """Launch the all-to-all that returns the rows of each owned result to all their holders."""
         return self._launch(self._rows_back(results), self._sent_back, self._received_back)
 
     def shards(self, transfer: Transfer) -> dict[int, Tensor]:
-        """Wait for the way back; this rank's rows of every result, by key, in float32."""
+        """Wait for ``scatter``; return this rank's rows of every result, by key, in float32."""
         parts = transfer.wait().float().split([size for _, size in self._arriving])
         return {
             matrix.key: part.view(-1, matrix.cols)
@@ -184,7 +185,7 @@ class Wave:
         }
 
     def _rows_back(self, results: Mapping[int, Tensor]) -> Tensor:
-        """What goes back, flat: [target, matrix, rows, columns]."""
+        """Return the elements to send, flat: [target, matrix, rows, cols]."""
         if not self._mine:
             return self._empty(0)
         shards = self._grid.shards
@@ -206,7 +207,7 @@ class Wave:
         return torch.empty(size, dtype=self._dtype, device=self._device)
 
     def _launch(self, sent: Tensor, sizes: list[int], expected: list[int]) -> Transfer:
-        """Send ``sizes[r]`` elements to rank r of the group and expect so many from each."""
+        """Send ``sizes[r]`` elements to rank r of the group, receive ``expected[r]`` from it."""
         sent, received = sent.to(self._dtype), self._empty(sum(expected))
         work = dist.all_to_all_single(
             received, sent, expected, sizes, group=self._grid.group, async_op=True

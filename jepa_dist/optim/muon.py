@@ -1,26 +1,26 @@
-"""Muon under FSDP2: momentum, orthogonalised, for matrices whose rows are sharded over ranks.
+"""Muon under FSDP2: orthogonalized momentum for matrices whose rows are sharded over ranks.
 
-Orthogonalisation needs the whole matrix. A step has three phases, and all ranks go through them
-with the same matrices in the same order:
+Orthogonalization needs the whole matrix. A step has three phases, which all ranks execute with
+the same matrices in the same order:
 
-1. *Launch the way there.* Each rank updates the momentum of its parameter shards, takes the
-   Nesterov step and normalises rows (a shard has whole rows), all without communication, and
-   launches the waves of all-to-alls that take every matrix's rows to its one owner.
-2. *Orthogonalise.* As each wave arrives, its matrices are orthogonalised by their owners, all
-   matrices of one shape in one batch, and the way back is launched. Meanwhile the next wave
-   travels, and so do the results of the one before.
-3. *Apply.* As each wave comes back, its shards are added to the parameter shards.
+1. *Gather.* Each rank updates the momentum of its shards ([rows / W, cols] each), takes the
+   Nesterov step and normalizes rows (a shard has whole rows), all without communication, and
+   launches waves of all-to-alls that send every matrix's rows to the one rank that owns it.
+2. *Orthogonalize.* As each wave arrives, the owners orthogonalize its matrices ([rows, cols]), all
+   matrices of one shape in one batch, and launch the all-to-all that returns the rows. Meanwhile
+   the next wave and the results of the previous one are in flight.
+3. *Apply.* As each wave returns, its shards are subtracted from the parameter shards.
 
-That is 8 collectives at most however many matrices there are (and one more when the set of
-gradients is new), S / W bytes per rank each way (S bytes of matrices, W ranks), and 1 / W of the
-computing. See ``exchange`` for owners, waves and replicas. A matrix that every rank has whole (a
-plain tensor, or one rank) does not travel.
+This takes at most 8 collectives, however many matrices there are (and one more when the set of
+gradients is new), S / W bytes per rank in each direction (S bytes of matrices, W ranks), and 1 / W
+of the computation. See ``exchange`` for owners, waves and replicas. A matrix that every rank holds
+whole (a plain tensor, or one rank) is not sent.
 
 Why not torch.optim.Muon: on DTensors it gathers operands in every matrix product. Measured for 36
 matrices, 1.1 M elements, gloo on 2 CPU cores: 450 all-gathers and 96 all-reduces, 480 ms (2 ranks)
 and 2560 ms (4 ranks) a step, the worst update 1.6 % off a single process; here 8 all-to-alls, 15
-and 24 ms, no difference, in the same bfloat16. It also has no row normalisation, and it raises
-when a matrix has fewer rows than there are ranks.
+and 24 ms, no difference, in the same bfloat16. It also lacks row normalization, and it raises when
+a matrix has fewer rows than there are ranks.
 """
 
 from __future__ import annotations
@@ -45,35 +45,37 @@ _EPS = 1e-7
 
 @dataclass(frozen=True)
 class MuonSettings:
-    """How a matrix's update is made from its gradient (golden README section 3)."""
+    """Settings of the update of a matrix (docs/recipe.md)."""
 
     nesterov: bool = True
-    """Orthogonalise gradient + momentum * buffer; otherwise the bare gradient (reference)."""
+    """Orthogonalize gradient + momentum * buffer; False (reference): the gradient alone."""
     row_normalize: bool = True
-    """Bring every row to norm 1 before (MuonEq-R)."""
+    """Normalize every row to norm 1 before orthogonalization (MuonEq-R)."""
     steps: int = 5
     """Newton-Schulz iterations."""
     polar_express: bool = False
-    """Polar Express coefficients instead of the fixed ones."""
+    """Use Polar Express coefficients instead of the fixed ones."""
     dtype: torch.dtype | None = None
-    """Of the iteration and the transfers; None is bfloat16 on CUDA and float32 elsewhere."""
+    """Dtype of the iteration and the transfers; None: bfloat16 on CUDA, float32 elsewhere."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which of the matrices with gradient are here already, and how the others travel."""
+    """The transfers for one set of gradients; matrices are given by parameter index."""
 
     by_width: list[list[int]]
-    """Those of which this rank has rows, by number of columns."""
+    """Matrices of which this rank has rows, grouped by number of columns."""
     whole: list[int]
+    """Matrices that every rank holds whole: nothing is sent."""
     waves: list[Wave]
+    """Transfers of all other matrices."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Decoupled decay, then the orthogonalised momentum times lr * sqrt(max(1, rows / cols)).
+    """Decoupled decay, then lr * sqrt(max(1, rows / cols)) times the orthogonalized momentum.
 
-    A parameter without gradient is still decayed, its momentum is left alone (golden README
-    section 3). All ranks must agree on which have one; they compare notes whenever that changes.
+    A parameter without gradient is decayed and keeps its momentum, as in the reference. All ranks
+    must have gradients of the same parameters; they compare the set whenever it changes.
     State per parameter: ``momentum``, float32, placed like the parameter.
 
     Args:
@@ -81,10 +83,10 @@ class Muon(torch.optim.Optimizer):
             most one mesh dimension and replicas over the others. The same on every rank.
         lr: Learning rate.
         weight_decay: Decoupled decay, multiplied by the learning rate.
-        settings: The rest.
+        settings: All other settings.
 
     Raises:
-        ValueError: a parameter that is not a matrix, or sharded otherwise.
+        ValueError: a parameter is not a matrix, or is sharded in another way.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         settings: MuonSettings,
     ) -> None:
-        # The momentum is scheduled; 0.95 until somebody does.
+        # The trainer sets the scheduled momentum before each step.
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95}
         super().__init__(params, defaults)
         self._settings = settings
@@ -114,8 +116,8 @@ class Muon(torch.optim.Optimizer):
         """Update all matrices in place.
 
         Args:
-            skip: See ``Optimizer.step``. Everything is computed all the same, from gradients
-                taken as zero, and multiplied by zero.
+            skip: See ``Optimizer.step``. If true, the same operations run on zero gradients, and
+                the update is multiplied by zero.
 
         Raises:
             UserError: ranks disagree on which parameters have a gradient (naming them).
@@ -126,11 +128,11 @@ class Muon(torch.optim.Optimizer):
         self._skip = skip.bool()
         self._decay()
         directions = self._directions(plan.by_width)
-        under_way = [wave.gather(directions) for wave in plan.waves]
+        in_flight = [wave.gather(directions) for wave in plan.waves]
         whole = self._orthogonalise({k: directions[k] for k in plan.whole}, torch.float32)
         returning = [
             wave.scatter(self._orthogonalise(wave.matrices(transfer), self._dtype))
-            for wave, transfer in zip(plan.waves, under_way, strict=True)
+            for wave, transfer in zip(plan.waves, in_flight, strict=True)
         ]
         self._apply(whole)
         for wave, transfer in zip(plan.waves, returning, strict=True):
@@ -141,10 +143,10 @@ class Muon(torch.optim.Optimizer):
         return self.param_groups[0]
 
     def _plan(self) -> _Plan:
-        """The plan for the gradients that exist now; made once for every such set."""
+        """Return the plan for the current set of gradients; each set is planned once."""
         present = tuple(parameter.grad is not None for parameter in self._params)
         if present not in self._plans:
-            self._compare_notes(present)
+            self._require_equal_on_all_ranks(present)
             self._plans[present] = self._make_plan(present)
         return self._plans[present]
 
@@ -169,22 +171,22 @@ class Muon(torch.optim.Optimizer):
         ]
         return _Plan(list(by_width.values()), whole, waves)
 
-    def _compare_notes(self, present: Sequence[bool]) -> None:
-        """Refuse a set of gradients on which the ranks differ, before transfers hang on it."""
+    def _require_equal_on_all_ranks(self, present: Sequence[bool]) -> None:
+        """Refuse sets of gradients that differ between ranks; the transfers would hang."""
         claims = [[has, not has] for has in present]
         device = self._params[0].device
         for grid in dict.fromkeys(grid for grid in self._grids if grid is not None):
             claimed = torch.tensor(claims, dtype=torch.int32, device=device)
             dist.all_reduce(claimed, dist.ReduceOp.MAX, group=grid.group)
-            torn = [
+            different = [
                 name
                 for name, both in zip(self._names, claimed.amin(1).tolist(), strict=True)
                 if both
             ]
-            if torn:
+            if different:
                 raise UserError(
                     f"ranks disagree on whether these parameters have a gradient: "
-                    f"{', '.join(torn)}; every rank must run the same graph"
+                    f"{', '.join(different)}; every rank must run the same graph"
                 )
 
     def _decay(self) -> None:
@@ -193,10 +195,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(shards, self._unless_skipped(decay))
 
     def _directions(self, by_width: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-        """What is to be orthogonalised: this rank's rows of it, by key, where it has any.
+        """Return this rank's rows of each update direction, by parameter index.
 
-        Gradients of one width are copied into one matrix of all their rows, and all that follows
-        is done in place there: few launches however many matrices there are.
+        Empty shards are omitted. Gradients with the same number of columns are copied into one
+        float32 matrix [sum of their local rows, cols] and processed there in place, which takes few
+        launches however many matrices there are.
         """
         stacks, directions = [], dict[int, Tensor]()
         for keys in by_width:
@@ -213,7 +216,7 @@ class Muon(torch.optim.Optimizer):
         return directions
 
     def _nesterov(self, gradients: Mapping[int, Tensor]) -> None:
-        """Update the momentum of these parameters and step ahead along it, in place."""
+        """Update the momentum buffers; add the momentum to the gradients in place if Nesterov."""
         momentum = self._group["momentum"]
         fresh = list(gradients.values())
         buffers = [local(self.state[self._params[key]]["momentum"]) for key in gradients]
@@ -231,7 +234,7 @@ class Muon(torch.optim.Optimizer):
         return dict(zip(matrices, results, strict=True))
 
     def _apply(self, results: Mapping[int, Tensor]) -> None:
-        """Subtract this rank's rows (float32) of the orthogonalised updates, by key."""
+        """Subtract this rank's rows (float32) of the orthogonalized updates, by parameter index."""
         keys = [key for key, result in results.items() if result.numel()]
         if not keys:
             return
@@ -241,7 +244,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_sub_([local(self._params[key]) for key in keys], updates)
 
     def _unless_skipped(self, factor: float) -> Tensor:
-        """``factor``, or 1 while the step is skipped; 0-dim float32 on the device."""
+        """Return ``factor``, or 1 if the step is skipped: 0-dim float32 on the device."""
         return torch.where(self._skip, 1.0, factor)
 
     @property
@@ -260,7 +263,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _find_grids(parameters: Sequence[Tensor]) -> list[Grid | None]:
-    """For each parameter the ranks that hold it, or None where there is nobody to share with."""
+    """Return for each parameter the ranks that share it, or None if every rank holds it whole."""
     known: dict[Any, Grid] = {}
     grids: list[Grid | None] = []
     for parameter in parameters:

@@ -90,7 +90,7 @@ def watch_step(config: Config, ranks: int) -> _Watch:
     )
     with (
         # The answer of the device decides; there is none.
-        patch.object(Muon, "_compare_notes", lambda muon, present: None),
+        patch.object(Muon, "_require_equal_on_all_ranks", lambda muon, present: None),
         # Random numbers of all parameters take longer than everything else.
         patch("jepa_dist.build.initial_value", _zeros),
         # It would put the buffers on the device before they are replaced by new ones there.
