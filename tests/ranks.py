@@ -6,6 +6,7 @@ a group of four starts in well under a second and inherits no threads from pytes
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import pickle
@@ -59,19 +60,23 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
 def _wait(processes: list, folder: str, deadline: float) -> None:
     while any(process.is_alive() for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.exitcode]
-        if failed:
-            report = Path(folder) / f"{failed[0]}.error"
-            text = report.read_text() if report.exists() else "died without a traceback"
-            raise RuntimeError(f"rank {failed[0]} exited {processes[failed[0]].exitcode}:\n{text}")
+        _raise_first_failure(processes, folder)
         if time.monotonic() > deadline:
             raise RuntimeError("ranks did not finish in time")
         time.sleep(0.02)
-    for rank, process in enumerate(processes):
-        if process.exitcode:
-            report = Path(folder) / f"{rank}.error"
-            text = report.read_text() if report.exists() else "died without a traceback"
-            raise RuntimeError(f"rank {rank} exited {process.exitcode}:\n{text}")
+    _raise_first_failure(processes, folder)
+
+
+def _raise_first_failure(processes: list, folder: str) -> None:
+    """Report a rank that a signal ended before those that failed because it was gone."""
+    failed = [(process.exitcode, rank) for rank, process in enumerate(processes)]
+    failed = sorted((code > 0, rank, code) for code, rank in failed if code)
+    if failed:
+        _, rank, code = failed[0]
+        reports = [Path(folder) / f"{rank}.{kind}" for kind in ("error", "crash")]
+        texts = [report.read_text() for report in reports if report.exists()]
+        text = "\n".join(filter(None, texts)) or "died without a traceback"
+        raise RuntimeError(f"rank {rank} exited {code}:\n{text}")
 
 
 def _worker(fn: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple) -> None:
@@ -80,6 +85,8 @@ def _worker(fn: Callable[..., Any], rank: int, world_size: int, folder: str, arg
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
+    crash = open(Path(folder) / f"{rank}.crash", "w")  # noqa: SIM115 - open until the process ends
+    faulthandler.enable(crash)
     try:
         dist.init_process_group(
             "gloo",
