@@ -153,6 +153,7 @@ def arms(**changes: Any) -> dict[str, Any]:
                 *(("data.workers", 1), ("train.log_every", 3), ("data.val", "other/*.bin")),
                 *(("parallel.dp_replicate", 2), ("batch.micro", 4), ("optim.muon_nesterov", False)),
                 *(("optim.head_lr", 0.5), ("train.enable_looping_at", 0.9)),
+                *(("train.gc_every", 0), ("parallel.blocks_per_unit", 2)),
             )
         ),
         (

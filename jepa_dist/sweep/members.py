@@ -44,7 +44,7 @@ _NOT_TRAINING = (
     *("train.log_every", "train.stop_at", "train.max_bad_steps", "batch.micro"),
     *("parallel.dp_", "parallel.activation_checkpointing", "parallel.reshard_after_forward"),
     *("parallel.keep_looped_gathered", "parallel.accumulate", "parallel.timeout_seconds"),
-    *("parallel.compile_warmup",),
+    *("parallel.compile_warmup", "parallel.blocks_per_unit", "train.gc_every"),
 )
 # What a setting makes idle: if the key has this value, the keys with these beginnings do nothing.
 _IDLE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
