@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._device
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
