@@ -14,16 +14,23 @@ from jepa_dist.data.shards import find_shards
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.validation import Validation
+from jepa_dist.jepa.loss import JepaLoss
 from jepa_dist.model.execution import looped_blocks
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
 from jepa_dist.model.layers import Attention, causal_attention
-from jepa_dist.optim.ema import EMA
+from jepa_dist.optim.ema import EMA, NoEMA
 from jepa_dist.optim.groups import group_parameters
 from jepa_dist.optim.muon import MuonSettings
 from jepa_dist.optim.optimizer import Optimizer
 from jepa_dist.parallel.attention import bind_attention, choose_attention
-from jepa_dist.parallel.shard import Gathering, InitialValue, compute_dtype, parallelise
+from jepa_dist.parallel.shard import (
+    Gathering,
+    InitialValue,
+    compile_region,
+    compute_dtype,
+    parallelise,
+)
 from jepa_dist.parallel.world import World
 
 
@@ -48,11 +55,19 @@ def build_optimizer(config: Config, model: GPT) -> Optimizer:
     return Optimizer(groups, muon)
 
 
-def build_ema(config: Config, model: GPT) -> EMA | None:
-    """The moving average of the parameters, if there is to be one."""
+def build_ema(config: Config, model: GPT) -> EMA:
+    """The moving average of the parameters, which averages nothing if there is to be none."""
     if config.optim.ema_decay == 0:
-        return None
+        return NoEMA()
     return EMA(model.named_parameters(), config.optim.ema_decay)
+
+
+def build_objective(config: Config) -> JepaLoss:
+    """The objective, compiled as a region of its own."""
+    objective = JepaLoss(config.jepa.norm_floor)
+    if config.parallel.compile:
+        compile_region(objective)
+    return objective
 
 
 def build_loader(

@@ -106,9 +106,11 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     from jepa_dist.monitor.run_dir import log_to_run_dir
     from jepa_dist.monitor.watchdog import Watchdog
     from jepa_dist.parallel.world import record_collectives, start_world, stop_world
-    from jepa_dist.records import facts
     from jepa_dist.resume import find_start, open_run_dir
-    from jepa_dist.trainer import Trainer
+    from jepa_dist.training.assemble import build_trainer
+    from jepa_dist.training.baselines import introduce
+    from jepa_dist.training.listeners import SILENT
+    from jepa_dist.training.records import facts
 
     startup.done("imports")
     rank = launched_rank()
@@ -166,7 +168,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                 )
                 reporter.say(describe_kernels(config.parallel, attention))
                 checkpointer.on_published = reporter.saved
-            trainer = Trainer(
+            trainer = build_trainer(
                 config,
                 world,
                 checkpointer,
@@ -176,7 +178,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                 on_stop=peers.leave_if_local_rank_ended,
             )
             if reporter is not None:
-                parameters = trainer.model.named_parameters()
+                parameters = trainer.state.model.named_parameters()
                 reporter.text("model", model_summary(parameters, config.model))
             late = config.monitor.late_seconds
             with (
@@ -184,23 +186,29 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                     run_dir,
                     rank,
                     world.world_size,
-                    lambda: trainer.meter.place,
+                    lambda: trainer.times.meter.place,
                     late,
                     look=peers.leave_if_reported,
                 ),
                 StepProfiler(config.monitor.profile, run_dir, rank) as profiler,
             ):
+                introduction = {}
+                if reporter is not None:
+                    evaluation = trainer.evaluation
+                    introduction = introduce(
+                        config, evaluation.validation, evaluation.tokenizer, reporter.say
+                    )
                 try:
-                    summary = trainer.run(reporter, profiler)
+                    outcome = trainer.run(reporter or SILENT, profiler)
                 except TrainingError as error:
                     if reporter is not None:
                         reporter.diverged(error.problems[0])
                     raise
                 checkpointer.close()
-                if summary["finished"]:
-                    trainer.export(run_dir, summary)
+                if outcome.finished:
+                    trainer.export(run_dir, outcome)
             if reporter is not None:
-                reporter.finish(summary)
+                reporter.finish(outcome.summary() | introduction)
     lock.release()
     stop_world()
 

@@ -30,7 +30,9 @@ def choose_imports_of_server() -> None:
     it is imported: then each rank would import the trainer by itself, for seconds.
     """
     torch_parts = ["torch.distributed.fsdp", "torch.distributed.tensor"]
-    _context.set_forkserver_preload([*torch_parts, "jepa_dist.trainer", "hypothesis", "pytest"])
+    _context.set_forkserver_preload(
+        [*torch_parts, "jepa_dist.training.assemble", "hypothesis", "pytest"]
+    )
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list:

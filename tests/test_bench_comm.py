@@ -13,7 +13,8 @@ from jepa_dist.bench.comm import Setting, configured, count_steps, minimum, sett
 from jepa_dist.config import Config
 from jepa_dist.parallel.shard import fsdp_modules
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.plan import Planner, TrainingClock
+from jepa_dist.training.assemble import build_trainer
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_corpus
 
@@ -86,15 +87,11 @@ def test_the_objective_adds_no_collective(counted: dict[str, Any]) -> None:
 
 def _gradients(rank: int, world_size: int, config: Config) -> dict[str, torch.Tensor]:
     """Full gradients of the first step, in float64 to compare them."""
-    trainer = Trainer(config, start_world(config.parallel))
-    trainer.plans.request(0)
-    plan = trainer.plans.take()
-    for index in range(trainer.layout.num_micro):
-        trainer.gathering.begin_micro_batch(is_last=index == trainer.layout.num_micro - 1)
-        trainer.loss(next(trainer.batches), plan, index)[0].backward()
-    trainer.gathering.release()
+    trainer = build_trainer(config, start_world(config.parallel))
+    plan = Planner(config, TrainingClock()).plan(0)
+    trainer.train_step.accumulate(trainer.segment.batches, plan)
     full = {}
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in trainer.state.model.named_parameters():
         assert isinstance(parameter.grad, DTensor), name
         full[name] = parameter.grad.full_tensor().double()
     return full
@@ -121,11 +118,12 @@ def test_gradients_equal_a_single_process(corpus: Path, changes: dict[str, Any])
 
 
 def _gathered_after_evaluation(rank: int, world_size: int, config: Config) -> list[bool]:
-    trainer = Trainer(config, start_world(config.parallel))
-    trainer.validation.run(trainer.model, 0)
-    before = [_is_sharded(module) for module in fsdp_modules(trainer.model)]
-    trainer.gathering.release()
-    after = [_is_sharded(module) for module in fsdp_modules(trainer.model)]
+    trainer = build_trainer(config, start_world(config.parallel))
+    state = trainer.state
+    trainer.evaluation.validation.run(state.model, 0)
+    before = [_is_sharded(module) for module in fsdp_modules(state.model)]
+    state.schedule.release()
+    after = [_is_sharded(module) for module in fsdp_modules(state.model)]
     return [any(before), all(after)]
 
 

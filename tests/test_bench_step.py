@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jepa_dist.bench.training import steady
 from jepa_dist.config import Config
 from jepa_dist.parallel.world import start_world
 from jepa_dist.plan import Planner, TrainingClock
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 from tests.commands import run_command
 from tests.ranks import run_ranks
 from tests.test_compile import CountingBackend
@@ -82,19 +83,19 @@ def test_head_is_exact_and_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_step(rank: int, world_size: int, config: Config) -> dict[str, float]:
     """A step of the trainer and of the floor on the same batch; how far their weights are apart."""
     world = start_world(config.parallel)
-    trainer = Trainer(config, world)
+    trainer = build_trainer(config, world)
     plan = Planner(config, TrainingClock()).plan(0)
     floor = Floor(config, world, plan.phase)
     floor._forward = floor._model
-    batch = next(trainer.batches)
+    batch = next(trainer.segment.batches)
     floor._tokens_BT, floor._targets_BT = batch.tokens, batch.targets
-    trainer.batches.close()
-    trainer.batches = iter([batch])  # type: ignore[assignment]
+    trainer.segment.batches.close()
+    segment = replace(trainer.segment, batches=iter([batch]))
     floor._optimizer.set_schedule(plan.lr_multiplier, plan.muon_momentum)
     before = {name: p.detach().clone() for name, p in floor._master.named_parameters()}
-    trainer.step(plan)
+    trainer.train_step(plan, segment)
     floor.step()
-    trained = {name: p.full_tensor().detach() for name, p in trainer.model.named_parameters()}
+    trained = {name: p.full_tensor().detach() for name, p in trainer.state.model.named_parameters()}
     found = dict(floor._master.named_parameters())
     moved = max((found[name] - before[name]).abs().max().item() for name in found)
     apart = max((found[name] - trained[name]).abs().max().item() for name in found)
@@ -138,9 +139,9 @@ def new_graphs(rank: int, world_size: int, config: Config) -> dict[str, int]:
     """With a counting backend."""
     plain, backend = torch.nn.Module.compile, CountingBackend()
     torch.nn.Module.compile = lambda self, **options: plain(self, backend=backend, **options)
-    trainer = Trainer(config, start_world(config.parallel))
+    trainer = build_trainer(config, start_world(config.parallel))
     measured = jepa_bench.measure(jepa_bench.variants(trainer), rounds=1, steps=1, device=CPU)
-    trainer.batches.close()
+    trainer.segment.batches.close()
     assert sum(v["new_graphs"] for v in measured["variants"].values()) == len(backend.graphs)
     return {name: variant["new_graphs"] for name, variant in measured["variants"].items()}
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from jepa_dist.build import build_ema, build_model, build_optimizer
 from jepa_dist.checkpoint import Checkpointer, Keep, load
 from jepa_dist.checkpoint.__main__ import main
 from jepa_dist.config import Config, to_dict
 from jepa_dist.interop.safetensors_io import check_tensors, read_description, read_state
 from jepa_dist.model.gpt import GPT
 from jepa_dist.parallel.world import World, start_world
-from jepa_dist.trainer import build_ema, build_model, build_optimizer
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 

@@ -16,7 +16,7 @@ import torch
 from jepa_dist.config import Config
 from jepa_dist.jepa.loss import JepaLoss, JepaSums
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 from tests.ranks import run_ranks
 from tests.test_world_sizes import Recorder, assert_same_run, train
 from tests.tiny import tiny_config, write_corpus
@@ -50,8 +50,7 @@ def count(
     if without_jepa_code:
         JepaLoss.forward = _no_such_code  # type: ignore[method-assign]
     recorder = Recorder()
-    trainer = Trainer(config, start_world(config.parallel))
-    trainer.run(recorder)
+    build_trainer(config, start_world(config.parallel)).run(recorder)
     return recorder.records, backend.graphs
 
 

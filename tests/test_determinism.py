@@ -10,7 +10,7 @@ import torch
 
 from jepa_dist.config import Config
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 from tests.ranks import run_ranks
 from tests.test_world_sizes import Recorder
 from tests.tiny import tiny_config, write_corpus
@@ -18,7 +18,7 @@ from tests.tiny import tiny_config, write_corpus
 
 def train(rank: int, world_size: int, config: Config) -> dict[str, Any]:
     recorder = Recorder()
-    Trainer(config, start_world(config.parallel)).run(recorder)
+    build_trainer(config, start_world(config.parallel)).run(recorder)
     return {
         "losses": [record["loss/total"] for record in recorder.records],
         "deterministic": torch.are_deterministic_algorithms_enabled(),

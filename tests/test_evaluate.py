@@ -26,10 +26,10 @@ from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.weights import find_weights, load_model
 from jepa_dist.evaluate.windows import Windows
 from jepa_dist.interop import parameter_golf
-from jepa_dist.interop.safetensors_io import Description, export_model, write_export
+from jepa_dist.interop.safetensors_io import Description, write_export
 from jepa_dist.model.gpt import Output
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 from tests.golden_cases import GOLDEN_DIR, Case, cases
 from tests.ranks import run_ranks
 from tests.tiny import REPOSITORY, tiny_config, write_corpus
@@ -181,16 +181,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
 
 def train_and_export(rank: int, world_size: int, config: Config) -> dict[str, float]:
     world = start_world(config.parallel)
-    trainer = Trainer(config, world)
-    summary = trainer.run(None)
-    run_dir = Path(config.run.dir)
-    export_model(run_dir, trainer.model, config, 20, world, phase=summary["phase"])
-    assert trainer.ema is not None
-    with trainer.ema.swap():
-        export_model(
-            run_dir, trainer.model, config, 20, world, phase=summary["phase"], weights="ema"
-        )
-    return {key: value for key, value in summary.items() if key.startswith("val/")}
+    trainer = build_trainer(config, world)
+    outcome = trainer.run()
+    trainer.export(Path(config.run.dir), outcome)
+    return {key: value for key, value in outcome.metrics.items() if key.startswith("val/")}
 
 
 def evaluate(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from jepa_dist.generate import generate
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_corpus
 
@@ -87,13 +87,14 @@ def train_and_sample(rank: int, world_size: int, config: Config) -> tuple[str, i
         return module.forward
 
     torch.nn.Module.compile = lambda self, **options: plain(self, backend=backend, **options)
-    trainer = Trainer(config, start_world(config.parallel))
-    trainer.run(None)
+    trainer = build_trainer(config, start_world(config.parallel))
+    trainer.run()
     before = len(graphs)
     assert before > 0
-    text = sample(trainer.model)
-    trainer.gathering.release()
-    trainer.validation.run(trainer.model, phase=2)
+    state = trainer.state
+    text = sample(state.model)
+    state.schedule.release()
+    trainer.evaluation.validation.run(state.model, phase=2)
     return text, len(graphs) - before
 
 

@@ -29,7 +29,8 @@ from jepa_dist.optim.histograms import Distribution
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.plan import StepPlan
 from jepa_dist.signals import STOP_SIGNALS
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.loop import Trainer
 from tests.test_world_sizes import Recorder
 from tests.tiny import tiny_config, write_corpus
 
@@ -56,7 +57,7 @@ def train(config: Config) -> list[dict[str, Any]]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     try:
-        Trainer(config, start_world(config.parallel)).run(recorder)  # type: ignore[arg-type]
+        build_trainer(config, start_world(config.parallel)).run(recorder)
     finally:
         stop_world()
     return recorder.records
@@ -76,7 +77,7 @@ def test_bfloat16_follows_float32(corpus: Path, matrix: str) -> None:
 def test_only_logged_steps_wait_for_the_device(corpus: Path) -> None:
     config = tiny_config(corpus, train__log_every=10, optim__matrix="muon", eval__every=0)
     try:
-        trainer = Trainer(config, start_world(config.parallel))
+        trainer = build_trainer(config, start_world(config.parallel))
         plain, watched = trainer.step, []
 
         def step(plan: StepPlan) -> None:
@@ -90,7 +91,7 @@ def test_only_logged_steps_wait_for_the_device(corpus: Path) -> None:
                 torch.cuda.set_sync_debug_mode("default")
 
         trainer.step = step  # type: ignore[method-assign]
-        trainer.run(None)
+        trainer.run()
     finally:
         stop_world()
     assert len(watched) > 10
@@ -154,7 +155,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """All tensors in full, on the CPU."""
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone()
-        for name, t in trainer.tensors().items()
+        for name, t in trainer.state.tensors().items()
     }
 
 
@@ -166,9 +167,9 @@ def train_with_checkpoints(
     world = start_world(config.parallel)
     try:
         checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=2))
-        trainer = Trainer(config, world, checkpointer, resume, identity)
+        trainer = build_trainer(config, world, checkpointer, resume, identity)
         before = state_of(trainer)
-        trainer.run(recorder)  # type: ignore[arg-type]
+        trainer.run(recorder)
         checkpointer.close()
         return recorder.records, before, state_of(trainer)
     finally:
@@ -227,9 +228,9 @@ def test_histograms_and_probes(corpus: Path) -> None:
     )
     watcher = Watcher()
     try:
-        trainer = Trainer(config, start_world(config.parallel))
-        sizes = {name: p.numel() for name, p in trainer.model.named_parameters()}
-        trainer.run(watcher)  # type: ignore[arg-type]
+        trainer = build_trainer(config, start_world(config.parallel))
+        sizes = {name: p.numel() for name, p in trainer.state.model.named_parameters()}
+        trainer.run(watcher)
     finally:
         stop_world()
     assert list(watcher.distributions) == [2, 4]
@@ -272,8 +273,8 @@ def written(model: GPT, device: torch.device, **changes: Any) -> str:
 
 def trained_and_then(config: Config, look: Callable[[Trainer], Any]) -> Any:
     try:
-        trainer = Trainer(config, start_world(config.parallel))
-        trainer.run(None)
+        trainer = build_trainer(config, start_world(config.parallel))
+        trainer.run()
         return look(trainer)
     finally:
         stop_world()
@@ -283,9 +284,9 @@ def test_a_trained_model_writes_on_the_device(corpus: Path) -> None:
     config = tiny_config(corpus, train__steps=8, optim__matrix_lr=0.02, optim__embed_lr=0.3)
 
     def look(trainer: Trainer) -> tuple[list[str], GPT]:
-        texts = [written(trainer.model, DEVICE, temperature=1.0) for _ in range(2)]
-        trainer.gathering.release()
-        weights = {name: p.full_tensor() for name, p in trainer.model.named_parameters()}
+        texts = [written(trainer.state.model, DEVICE, temperature=1.0) for _ in range(2)]
+        trainer.state.schedule.release()
+        weights = {name: p.full_tensor() for name, p in trainer.state.model.named_parameters()}
         plain = GPT(config.model)
         plain.load_state_dict({name: value.detach().cpu() for name, value in weights.items()})
         return texts, plain

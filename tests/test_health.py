@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,30 @@ from jepa_dist.config import Config, to_dict
 from jepa_dist.errors import TrainingError
 from jepa_dist.parallel.world import start_world
 from jepa_dist.progress import progress_of
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.listeners import SILENT
+from jepa_dist.training.loop import Trainer
 from tests.ranks import run_ranks
 from tests.test_resume import ALL, Recorder
 from tests.tiny import tiny_config, write_corpus
 
 
-class Poisoned(Trainer):
+def poison(trainer: Trainer, samples: range, rank: int, value: float) -> None:
     """On one rank the loss of some samples is not finite, in whichever step they come."""
+    plain = trainer.train_step.loss
 
-    def poison(self, samples: range, rank: int, value: float) -> None:
-        self.samples, self.poisoned_rank, self.value = samples, rank, value
-
-    def loss(self, batch, plan, index):
-        loss, parts = super().loss(batch, plan, index)
-        place = self.batches.samples_consumed // 6 * 6
-        if place >= self.progress.skip_start:
-            place += self.progress.skip_count
-        if index == 0 and place in self.samples and self.world.rank == self.poisoned_rank:
-            loss = loss * self.value
-            parts = parts | {"ce": parts["ce"] * self.value}
+    def loss(batch, plan, index):
+        loss, parts = plain(batch, plan, index)
+        progress = trainer.segment.progress
+        place = trainer.segment.batches.samples_consumed // 6 * 6
+        if place >= progress.skip_start:
+            place += progress.skip_count
+        if index == 0 and place in samples and trainer.state.world.rank == rank:
+            loss = loss * value
+            parts = parts | {"ce": parts["ce"] * value}
         return loss, parts
+
+    trainer.train_step = replace(trainer.train_step, loss=loss)
 
 
 class Reporter(Recorder):
@@ -55,23 +59,23 @@ def train(
     world = start_world(config.parallel)
     checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=9))
     identity = {"config": to_dict(config), "data_fingerprint": "data"}
-    trainer = Poisoned(config, world, checkpointer, None, identity)
-    trainer.poison(samples, poisoned_rank, value)
+    trainer = build_trainer(config, world, checkpointer, None, identity)
+    poison(trainer, samples, poisoned_rank, value)
     reporter = Reporter()
     error = None
     try:
-        trainer.run(reporter if rank == 0 else None)  # type: ignore[arg-type]
+        trainer.run(reporter if rank == 0 else SILENT)
     except TrainingError as failure:
         error = failure.problems
     checkpointer.close()
-    whole = {name: bool(p.isfinite().all()) for name, p in trainer.tensors().items()}
+    whole = {name: bool(p.isfinite().all()) for name, p in trainer.state.tensors().items()}
     return {
         "records": reporter.records,
         "told": reporter.told,
         "error": error,
         "whole": all(whole.values()),
-        "weights": {n: _sum(p) for n, p in trainer.model.named_parameters()},
-        "skip": trainer.progress.skip,
+        "weights": {n: _sum(p) for n, p in trainer.state.model.named_parameters()},
+        "skip": trainer.segment.progress.skip,
     }
 
 
@@ -101,19 +105,19 @@ def test_a_bad_step_is_skipped_on_every_rank(tmp_path: Path, value: float) -> No
 def losses(rank: int, world_size: int, config: Config, skipped: int) -> list[dict[str, Any]]:
     """A run of ``Trainer.step`` by hand, in which one step's update is left out altogether."""
     world = start_world(config.parallel)
-    trainer = Trainer(config, world)
-    plain = trainer.optimizer.step
+    trainer = build_trainer(config, world)
+    optimizer, segment = trainer.state.optimizer, trainer.segment
+    plain = optimizer.step
     seen = []
-    trainer.plans.request(0)
+    segment.plans.request(0)
     for step in range(8):
-        plan = trainer.plans.take()
-        trainer.plans.request(step + 1)
-        trainer.optimizer.step = (lambda skip: None) if step == skipped else plain  # type: ignore
+        plan = segment.plans.take()
+        segment.plans.request(step + 1)
+        optimizer.step = (lambda skip: None) if step == skipped else plain  # type: ignore
         trainer.step(plan)
-        trainer._take_in(trainer.reduction.drain())
-        assert trainer.latest is not None
-        seen.append(trainer.latest.values["ce"])
-    trainer.batches.close()
+        segment.drain()
+        seen.append(segment.ledger.values["ce"])
+    segment.batches.close()
     return seen
 
 
@@ -176,12 +180,16 @@ def resumed(rank: int, world_size: int, config: Config, at: str, samples: range)
     world = start_world(config.parallel)
     checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=9))
     identity = {"config": to_dict(config), "data_fingerprint": "data"}
-    trainer = Poisoned(config, world, checkpointer, Path(at), identity)
-    trainer.poison(samples, 0, float("nan"))
+    trainer = build_trainer(config, world, checkpointer, Path(at), identity)
+    poison(trainer, samples, 0, float("nan"))
     reporter = Reporter()
-    trainer.run(reporter if rank == 0 else None)  # type: ignore[arg-type]
+    trainer.run(reporter if rank == 0 else SILENT)
     checkpointer.close()
-    return {"told": reporter.told, "skip": trainer.progress.skip, "records": reporter.records}
+    return {
+        "told": reporter.told,
+        "skip": trainer.segment.progress.skip,
+        "records": reporter.records,
+    }
 
 
 def test_a_row_of_bad_steps_outlasts_interruptions(tmp_path: Path) -> None:

@@ -28,10 +28,10 @@ from jepa_dist.monitor.history import RunHistory, lasting, read_starts, young_in
 from jepa_dist.optim.update_ratio import UpdateRatio
 from jepa_dist.plan import StepPlan
 from jepa_dist.progress import Progress, RunState
-from jepa_dist.records import losses, mean_flops
 from jepa_dist.report.compare import difference, pairing
 from jepa_dist.report.runs import read_runs
 from jepa_dist.resume import differences
+from jepa_dist.training.records import losses, mean_flops
 from tests.tiny import tiny_config
 
 # ---------------------------------------------------------------------------- goodput

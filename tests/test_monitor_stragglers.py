@@ -13,7 +13,8 @@ from torch import nn
 from jepa_dist.config import Config
 from jepa_dist.monitor.stragglers import RankTimes, StragglerAlarm
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.listeners import SILENT
 from tests.ranks import run_ranks
 from tests.test_resume import Recorder
 from tests.tiny import tiny_config, write_corpus
@@ -34,11 +35,12 @@ class Slow(nn.Module):
 
 
 def train(rank: int, world_size: int, config: Config, slow: bool) -> list[dict[str, Any]]:
-    trainer = Trainer(config, start_world(config.parallel))
+    trainer = build_trainer(config, start_world(config.parallel))
     if slow and rank == SLOW_RANK:
-        trainer.model.head.region = Slow(trainer.model.head.region)
+        head = trainer.state.model.head
+        head.region = Slow(head.region)
     recorder = Recorder()
-    trainer.run(recorder if rank == 0 else None)  # type: ignore[arg-type]
+    trainer.run(recorder if rank == 0 else SILENT)
     return recorder.records
 
 

@@ -18,7 +18,8 @@ from jepa_dist.checkpoint import Checkpointer, Keep
 from jepa_dist.config import Config, to_dict
 from jepa_dist.parallel.world import start_world
 from jepa_dist.resume import find_start
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.listeners import SILENT
 from tests.ranks import run_ranks
 from tests.test_world_sizes import Recorder, assert_same_run
 from tests.tiny import tiny_config, write_corpus
@@ -42,16 +43,16 @@ def train(rank: int, world_size: int, config: Config, fingerprint: str = "data")
     start = find_start(config, run_dir, fingerprint, world)
     checkpointer = Checkpointer(run_dir / "checkpoints", world, Keep(last=2))
     identity = {"config": to_dict(config), "data_fingerprint": fingerprint}
-    trainer = Trainer(config, world, checkpointer, start.checkpoint, identity)
+    trainer = build_trainer(config, world, checkpointer, start.checkpoint, identity)
     recorder = Recorder()
-    summary = trainer.run(recorder if rank == 0 else None)  # type: ignore[arg-type]
+    outcome = trainer.run(recorder if rank == 0 else SILENT)
     checkpointer.close()
-    state = {name: _full(tensor) for name, tensor in trainer.tensors().items()}
+    state = {name: _full(tensor) for name, tensor in trainer.state.tensors().items()}
     return {
-        "records": [*recorder.records, summary],
+        "records": [*recorder.records, outcome.summary()],
         "state": state,
         "start": start,
-        "samples": trainer.batches.samples_consumed,
+        "samples": trainer.segment.batches.samples_consumed,
     }
 
 
@@ -186,22 +187,23 @@ def stop_while_evaluating(
     world = start_world(config.parallel)
     checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=2))
     identity = {"config": to_dict(config), "data_fingerprint": "data"}
-    trainer = Trainer(config, world, checkpointer, None, identity)
-    plain, begun = trainer.validation.run, []
+    trainer = build_trainer(config, world, checkpointer, None, identity)
+    validation, stops = trainer.evaluation.validation, trainer.evaluation.stops
+    plain, begun = validation.run, []
 
     def run(*args: Any) -> Any:
         begun.append(1)
         if len(begun) == evaluation and rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-            while trainer.stop_request is not None and trainer.stop_request.received is None:
+            while not stops.is_received:
                 time.sleep(0.01)
         return plain(*args)
 
-    trainer.validation.run = run  # type: ignore[method-assign]
+    validation.run = run  # type: ignore[method-assign]
     recorder = Recorder()
-    summary = trainer.run(recorder if rank == 0 else None)  # type: ignore[arg-type]
+    outcome = trainer.run(recorder if rank == 0 else SILENT)
     checkpointer.close()
-    return {"records": recorder.records, "summary": summary}
+    return {"records": recorder.records, "summary": outcome.summary()}
 
 
 def test_a_stop_during_an_evaluation_gives_it_up(corpus: Path, straight: dict[str, Any]) -> None:
@@ -235,22 +237,22 @@ def stop_while_compiling(rank: int, world_size: int, config: Config) -> dict[str
     torch.nn.Module.compile = lambda self, **options: plain(self, backend="eager", **options)
     world = start_world(config.parallel)
     checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=2))
-    trainer = Trainer(config, world, checkpointer)
+    warm_up = (trainer := build_trainer(config, world, checkpointer)).warm_up
     compiled: list[int] = []
-    plain_compile = trainer._compile
+    plain_compile = warm_up.compile
 
     def compile_and_stop(phase: int, weight: float) -> None:
         plain_compile(phase, weight)
         compiled.append(phase)
         if rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-            while trainer.stop_request is not None and trainer.stop_request.received is None:
+            while not warm_up.stops.is_received:
                 time.sleep(0.01)
 
-    trainer._compile = compile_and_stop  # type: ignore[method-assign]
-    summary = trainer.run(None)
+    warm_up.compile = compile_and_stop  # type: ignore[method-assign]
+    outcome = trainer.run()
     checkpointer.close()
-    return {"compiled": len(compiled), "summary": summary}
+    return {"compiled": len(compiled), "summary": outcome.summary()}
 
 
 def test_a_stop_during_the_warm_up_ends_it(corpus: Path) -> None:

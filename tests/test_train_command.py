@@ -401,7 +401,7 @@ def test_damaged_data_met_by_one_rank(tmp_path: Path, workers: int) -> None:
 RAISES_ON_RANK_1 = """
 from jepa_dist.launched import launched_rank
 from jepa_dist.train import main
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.loop import Trainer
 
 step = Trainer.step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from jepa_dist.config import Config, load, to_dict
 from jepa_dist.data.loader import Batch, make_batch
 from jepa_dist.interop import parameter_golf
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer, build_ema
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.listeners import Silent
+from jepa_dist.training.loop import Trainer
 from tests.golden_cases import Case, cases
 from tests.ranks import run_ranks
 from tests.tiny import write_corpus
@@ -63,7 +66,7 @@ class GoldenBatches:
     """Hands out the case's tokens as this rank's micro-batches."""
 
     def __init__(self, trainer: Trainer, tokens: Tensor) -> None:
-        self._layout = trainer.layout
+        self._layout = trainer.train_step.layout
         self._steps = tokens.flatten(1, 2).long().numpy()  # [steps, global batch, T+1]
         self._index = 0
 
@@ -77,35 +80,32 @@ class GoldenBatches:
         pass
 
 
-class Recorder:
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+class Recorder(Silent):
+    def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
-
-    def say(self, text: str) -> None:
-        pass
 
     def step(self, record: dict[str, Any]) -> None:
         self.records.append(record)
 
 
 def run(rank: int, world_size: int, config: Config, case: Case) -> dict[str, Any]:
-    trainer = Trainer(config, start_world(config.parallel))
+    trainer = build_trainer(config, start_world(config.parallel))
+    state = trainer.state
+    average = state.ema.state_tensors()
     with torch.no_grad():
         initial = case.tensors("param/")
-        for name, parameter in trainer.model.named_parameters():
+        for name, parameter in state.model.named_parameters():
             full = initial[parameter_golf.to_reference_name(name)].float()
             parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
-    trainer.ema = build_ema(config, trainer.model)
-    trainer.batches = GoldenBatches(trainer, case.tensors()["tokens"])  # type: ignore[assignment]
-    recorder = Recorder(trainer)
-    trainer.run(recorder)  # type: ignore[arg-type]
-    assert trainer.ema is not None
-    average = trainer.ema.state_tensors()
-    names = [name for name, _ in trainer.model.named_parameters()]
+            average[f"ema/{name}"].copy_(parameter)
+    batches = GoldenBatches(trainer, case.tensors()["tokens"])
+    trainer.segment = replace(trainer.segment, batches=batches)
+    recorder = Recorder()
+    trainer.run(recorder)
+    names = [name for name, _ in state.model.named_parameters()]
     return {
         "records": recorder.records,
-        "final": {n: p.full_tensor().detach() for n, p in trainer.model.named_parameters()},
+        "final": {n: p.full_tensor().detach() for n, p in state.model.named_parameters()},
         "ema": {n: average[f"ema/{n}"].full_tensor().detach() for n in names},
     }
 

@@ -63,5 +63,5 @@ def test_a_stopped_rank_is_named_and_cut(tmp_path: Path) -> None:
     assert f"pid {victim.pid}) gives no sign of life, last seen at step" in finished.output
     stacks = (run_dir / "logs" / "rank_0.log").read_text()
     assert "Current thread" in stacks
-    assert "trainer.py" in stacks
+    assert "training/loop.py" in stacks
     assert '"state": "failed"' in (run_dir / "status.json").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,21 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from jepa_dist.config import Config
+from jepa_dist.data.loader import Batch
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.plan import Planner, StepPlan, TrainingClock
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.listeners import Silent
+from jepa_dist.training.step import Loss
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_corpus
 
 
-class Recorder:
+class Recorder(Silent):
     """Keeps the records that a Reporter would publish."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
-
-    def say(self, text: str) -> None:
-        pass
 
     def step(self, record: dict[str, Any] | None) -> None:
         if record is not None:
@@ -34,8 +36,8 @@ class Recorder:
 def train(rank: int, world_size: int, config: Config) -> list[dict[str, Any]]:
     world = start_world(config.parallel)
     recorder = Recorder()
-    summary = Trainer(config, world).run(recorder if rank == 0 else None)
-    return [*recorder.records, summary]
+    outcome = build_trainer(config, world).run(recorder if rank == 0 else Silent())
+    return [*recorder.records, outcome.summary()]
 
 
 @pytest.fixture(scope="module")
@@ -141,17 +143,28 @@ def test_muon_and_untied_parts_agree(corpus: Path) -> None:
 # ------------------------------------------------------------------ gradients
 
 
+class JepaAlone:
+    """The objective without cross-entropy and without its weight."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+
+    def __call__(
+        self, batch: Batch, plan: StepPlan, index: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        _, parts = self._loss(batch, plan, index)
+        return parts["jepa"], parts
+
+
 def first_gradients(rank: int, world_size: int, config: Config) -> dict[str, torch.Tensor]:
     """Full gradients of the first step's loss, JEPA alone."""
-    trainer = Trainer(config, start_world(config.parallel))
-    trainer.plans.request(0)
-    plan = trainer.plans.take()
-    for index in range(trainer.layout.num_micro):
-        trainer.gathering.begin_micro_batch(is_last=index == trainer.layout.num_micro - 1)
-        _, parts = trainer.loss(next(trainer.batches), plan, index)
-        parts["jepa"].backward()
+    trainer = build_trainer(config, start_world(config.parallel))
+    plan = Planner(config, TrainingClock()).plan(0)
+    replace(trainer.train_step, loss=JepaAlone(trainer.train_step.loss)).accumulate(
+        trainer.segment.batches, plan
+    )
     full = {}
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in trainer.state.model.named_parameters():
         if parameter.grad is not None:
             assert isinstance(parameter.grad, DTensor)
             full[name] = parameter.grad.full_tensor().clone()
@@ -176,5 +189,5 @@ def test_initial_weights_do_not_depend_on_the_world_size(corpus: Path) -> None:
 
 
 def initial_weights(rank: int, world_size: int, config: Config) -> dict[str, torch.Tensor]:
-    model = Trainer(config, start_world(config.parallel)).model
+    model = build_trainer(config, start_world(config.parallel)).state.model
     return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}

@@ -44,7 +44,7 @@ from jepa_dist.optim.exchange import MAX_WAVES
 from jepa_dist.optim.groups import group_parameters
 from jepa_dist.parallel.shard import compute_dtype, fsdp_units
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 
 _GRADIENT_BYTES = 4  # gradients are reduced in float32
 
@@ -365,14 +365,15 @@ def count_steps(
 
 def _count_step(config: Config, phase: int) -> dict[str, dict[str, int]]:
     """The collectives of the second step; in the first one Muon's ranks also compare notes."""
-    trainer = Trainer(config, start_world(config.parallel))
-    trainer.plans.request(0)
-    trainer.step(trainer.plans.take())
+    trainer = build_trainer(config, start_world(config.parallel))
+    plans = trainer.segment.plans
+    plans.request(0)
+    trainer.step(plans.take())
     with CollectiveCounter() as counter:
-        trainer.plans.request(1)
-        plan = trainer.plans.take()
+        plans.request(1)
+        plan = plans.take()
         trainer.step(plan)
-    trainer.reduction.drain()
+    trainer.segment.reduction.drain()
     if plan.phase != phase:
         raise RuntimeError(f"counted phase {plan.phase} instead of {phase}")
     return {"launches": dict(counter.counts), "bytes": dict(counter.bytes)}

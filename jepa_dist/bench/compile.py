@@ -34,7 +34,8 @@ from jepa_dist.bench.common import (
 )
 from jepa_dist.config import Config
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.loop import Trainer
 
 # ---------------------------------------------------------------------------- command
 
@@ -96,7 +97,9 @@ def with_layers(config: Config, layers: int) -> Config:
     return config.model_copy(
         update={
             "model": model.model_copy(update=changes),
-            "parallel": config.parallel.model_copy(update={"compile": True}),
+            "parallel": config.parallel.model_copy(
+                update={"compile": True, "compile_warmup": True}
+            ),
             "data": config.data.model_copy(update={"workers": 0}),
         }
     )
@@ -112,7 +115,7 @@ def start(config: Config, ranks: int, cache: str, timeout: float) -> list[dict[s
 def _start(device: torch.device, config: Config, cache: str) -> dict[str, Any]:
     """On one rank: the first warm-up against the second."""
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
-    trainer = Trainer(config, start_world(config.parallel))
+    trainer = build_trainer(config, start_world(config.parallel))
     before = _cpu_seconds()
     first = _seconds_of_warm_up(trainer, device)
     cpu = _cpu_seconds() - before
@@ -120,7 +123,7 @@ def _start(device: torch.device, config: Config, cache: str) -> dict[str, Any]:
     graphs = counters["stats"]["unique_graphs"]
     inductor, autograd = counters["inductor"], counters["aot_autograd"]
     second = _seconds_of_warm_up(trainer, device)
-    trainer.batches.close()
+    trainer.segment.batches.close()
     return {
         "seconds": first - second,
         "warm_up_seconds": first,
@@ -136,7 +139,7 @@ def _start(device: torch.device, config: Config, cache: str) -> dict[str, Any]:
 def _seconds_of_warm_up(trainer: Trainer, device: torch.device) -> float:
     synchronize(device)
     begun = time.perf_counter()
-    trainer.warm_up()
+    trainer.warm_up.run(lambda _: None)
     synchronize(device)
     return time.perf_counter() - begun
 

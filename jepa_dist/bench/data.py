@@ -26,7 +26,7 @@ from jepa_dist.data.order import sample_order
 from jepa_dist.data.shards import num_windows, write_shard
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import World, start_world, stop_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 
 _MIB = 2**20
 _STEPS = 3  # of a round of training
@@ -176,7 +176,7 @@ def _shards_read(config: Config, batches: int) -> int:
 
 def _share_of_step(config: Config, world: World) -> dict[str, float]:
     """How long the trainer's step waits for its batches; medians over rounds."""
-    rounds = train_in_rounds(Trainer(config, world))
+    rounds = train_in_rounds(build_trainer(config, world))
     if rounds is None:
         return {}
     waits = [record["time/data_wait"] for record in rounds.records]

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -42,9 +42,8 @@ from jepa_dist.bench.common import (
 from jepa_dist.bench.training import steady
 from jepa_dist.config import Config
 from jepa_dist.monitor.meter import Meter
-from jepa_dist.monitor.profiler import StepProfiler
 from jepa_dist.parallel.world import start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 
 _PHASES = ("forward", "backward", "optimizer")
 _COUNTS = ("calls", "launches")
@@ -109,13 +108,13 @@ def narrowed(config: Config, ranks: int) -> Config:
 def measure(device: torch.device, config: Config) -> dict[str, Any]:
     """On one rank: train, and say what the host did."""
     torch.set_num_threads(1)  # threads that wait for each other would count as work
-    trainer = Trainer(config, start_world(config.parallel))
-    trainer.meter = meter = _HostMeter(device)
+    meter = _HostMeter(device)
+    trainer = build_trainer(config, start_world(config.parallel), meter=meter)
     stop_at = config.train.stop_at
     assert stop_at is not None
     operators = _Operators(stop_at - 2)
     with _pauses(meter) as pauses:
-        trainer.run(None, cast(StepProfiler, operators))
+        trainer.run(profiler=operators)
     first, last = _WARM_UP * config.train.log_every, stop_at - 2
     steps = [step for step in meter.steps[first:last] if not step.logs]
     phases = {name: min(step.phases[name] for step in steps) for name in _PHASES}

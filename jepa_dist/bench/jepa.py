@@ -1,7 +1,7 @@
 """What the JEPA objective costs: the same training step with it on, off, and without its code.
 
-All variants train one model in turn. ``absent`` is the trainer with the part of ``Trainer.loss``
-that knows of the objective taken out; ``off`` is the trainer at lambda 0; ``on`` samples spans,
+All variants train one model in turn. ``absent`` trains on a loss that knows
+nothing of the objective; ``off`` is the trainer at lambda 0; ``on`` samples spans,
 taps a state (the final one, or the output of a block in the middle) and adds the loss. "New graphs"
 is how many a variant compiled beyond those before it, in this order: 0 means that its graphs are
 the same.
@@ -10,7 +10,6 @@ the same.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import statistics
 import tempfile
@@ -35,7 +34,9 @@ from jepa_dist.data.loader import Batch
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.plan import StepPlan
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.global_loss import GlobalLoss
+from jepa_dist.training.loop import Trainer
 
 # Where the configuration has it off.
 _LAMBDA = 0.02
@@ -59,11 +60,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = steady(chosen_config(arguments), arguments.rounds, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
         world = start_world(config.parallel)
-        trainer = Trainer(with_random_data(config, Path(folder)), world)
+        trainer = build_trainer(with_random_data(config, Path(folder)), world)
         try:
             measured = measure(variants(trainer), arguments.rounds, arguments.steps, world.device)
         finally:
-            trainer.batches.close()
+            trainer.segment.batches.close()
             stop_world()
     return {
         "config": str(arguments.config),
@@ -143,22 +144,21 @@ def variants(trainer: Trainer) -> dict[str, Callable[[], None]]:
     """Return a step of each variant, on the same model, optimizer and data."""
     off, on = _with_objective(trainer.config, 0.0), _with_objective(trainer.config, _LAMBDA)
     middle = on.model.num_layers // 2
-    absent = _on(trainer, off)
-    absent.loss = functools.partial(_loss_without_jepa, trainer)  # type: ignore[method-assign]
-    trainers = {
-        "absent": absent,
-        "off": _on(trainer, off),
-        "on, final state": _on(trainer, _tapped(on, -1)),
-        f"on, block {middle}": _on(trainer, _tapped(on, middle)),
+    return {
+        "absent": stepper(trainer, off, functools.partial(_loss_without_jepa, trainer)),
+        "off": _stepper(trainer, off),
+        "on, final state": _stepper(trainer, _tapped(on, -1)),
+        f"on, block {middle}": _stepper(trainer, _tapped(on, middle)),
     }
-    return {name: stepper(variant) for name, variant in trainers.items()}
 
 
-def _on(trainer: Trainer, config: Config) -> Trainer:
-    """The same trainer with another configuration."""
-    variant = copy.copy(trainer)
-    variant.config = config
-    return variant
+def _stepper(trainer: Trainer, config: Config) -> Callable[[], None]:
+    """Return the trainer's step with another configuration of the objective."""
+    step, state = trainer.train_step, trainer.state
+    probe = trainer.instruments.probe
+    return stepper(
+        trainer, config, GlobalLoss(config, step.layout, state.model, state.objective, probe)
+    )
 
 
 def _with_objective(config: Config, weight: float) -> Config:
@@ -174,7 +174,7 @@ def _tapped(config: Config, layer: int) -> Config:
 def _loss_without_jepa(
     trainer: Trainer, batch: Batch, plan: StepPlan, index: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``Trainer.loss`` as it would be if there were no objective."""
-    output = trainer.model(batch.tokens, batch.targets, batch.weight, phase=plan.phase)
+    """``GlobalLoss`` as it would be if there were no objective."""
+    output = trainer.state.model(batch.tokens, batch.targets, batch.weight, phase=plan.phase)
     ce = output.loss_sum / (trainer.config.batch.sequences * batch.targets.size(1))
     return ce, {"ce": ce}

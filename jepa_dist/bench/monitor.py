@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -32,12 +32,11 @@ from jepa_dist.bench.common import (
 )
 from jepa_dist.config import Config
 from jepa_dist.errors import UserError
-from jepa_dist.monitor.profiler import StepProfiler
 from jepa_dist.monitor.reporter import Reporter
 from jepa_dist.monitor.run_dir import write_run_dir
 from jepa_dist.monitor.watchdog import Watchdog
 from jepa_dist.parallel.world import World, start_world, stop_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 
 _NEVER = 10**9
 
@@ -164,14 +163,14 @@ def _measure(
 
 
 def _train(config: Config, world: World, turns: _Turns, run_dir: Path, *, monitored: bool) -> None:
-    trainer, profiler = Trainer(config, world), cast(StepProfiler, turns)
+    trainer = build_trainer(config, world)
     if not monitored:
-        trainer.run(None, profiler)
+        trainer.run(profiler=turns)
         return
     write_run_dir(run_dir, {})
     late = config.monitor.late_seconds
-    with Watchdog(run_dir, world.rank, world.world_size, lambda: trainer.meter.place, late):
-        trainer.run(Reporter(run_dir, config), profiler)
+    with Watchdog(run_dir, world.rank, world.world_size, lambda: trainer.times.meter.place, late):
+        trainer.run(Reporter(run_dir, config), turns)
 
 
 def _stopped_at(config: Config, steps: int) -> Config:

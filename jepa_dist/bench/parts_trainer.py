@@ -30,8 +30,8 @@ from jepa_dist.checkpoint import Checkpointer, Keep
 from jepa_dist.config import Config
 from jepa_dist.parallel.world import World, build_mesh
 from jepa_dist.plan import Planner, TrainingClock
-from jepa_dist.records import compiled_graphs, mfu
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.records import compiled_graphs, mfu
 
 _PACKAGE = str(Path(jepa_dist.__file__).parent)
 _WAIT = "called a synchronizing CUDA operation"
@@ -50,11 +50,11 @@ def step(session: Session, path: str) -> Measured:
     steps = 2 if session.small else 5
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    trainer.meter.start()
+    trainer.times.meter.start()
     host = [_host_seconds(warm.step, device) for _ in range(steps)]
     seconds = _queued_seconds(warm.step, device, steps)
-    trainer.reduction.drain()
-    lap = trainer.meter.lap()
+    trainer.segment.reduction.drain()
+    lap = trainer.times.meter.lap()
     config = trainer.config
     tokens = config.batch.sequences * config.model.seq_len
     phase = Planner(config, TrainingClock()).plan(0).phase
@@ -122,7 +122,7 @@ def _shares(
     name: str, tokens: int, seconds: dict[str, float], phase: int, warm: WarmTrainer
 ) -> dict[str, float]:
     """MFU in percent, where the device's peak is known."""
-    config, world = warm.trainer.config, warm.trainer.world
+    config, world = warm.trainer.config, warm.trainer.state.world
     found = {what: mfu(tokens / took, {phase: 1}, config, world) for what, took in seconds.items()}
     return {f"{name} {what} %": 100 * m["mfu"] for what, m in found.items() if m}
 
@@ -259,7 +259,7 @@ def checkpoint(session: Session, path: str) -> Measured:
 
 def _save(saver: Checkpointer, number: int, warm: WarmTrainer, world: World) -> dict[str, float]:
     synchronize(world.device)
-    tensors = warm.trainer.tensors()
+    tensors = warm.trainer.state.tensors()
     stall = saver.save(number, tensors, {"healthy": True, "config": {}})
     began, steps = time.perf_counter(), 0
     while world.any(saver.in_flight):  # steps are collective
@@ -315,13 +315,14 @@ def _losses(config: Config, world: World, replicas: int) -> list[float]:
     parallel = config.parallel.model_copy(update=changes)
     mesh = build_mesh(parallel, world.world_size, world.device)
     torch._dynamo.reset()
-    trainer = Trainer(config.model_copy(update={"parallel": parallel}), replace(world, mesh=mesh))
+    config = config.model_copy(update={"parallel": parallel})
+    trainer = build_trainer(config, replace(world, mesh=mesh))
     planner = Planner(trainer.config, TrainingClock())
     reports = []
     for number in itertools.islice(itertools.count(), _HSDP_STEPS):
         trainer.step(planner.plan(number))
-        reports += trainer.reduction.drain()
-    trainer.batches.close()
+        reports += trainer.segment.reduction.drain()
+    trainer.segment.batches.close()
     del trainer
     gc.collect()
     if world.device.type == "cuda":

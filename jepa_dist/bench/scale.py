@@ -64,7 +64,7 @@ from jepa_dist.optim.clip import clip_grad_norm
 from jepa_dist.optim.muon import Muon
 from jepa_dist.parallel.shard import saved_operations
 from jepa_dist.parallel.world import World, build_mesh, start_world
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 
 _ELEMENT = 2  # bytes of what is computed with
 _CONFIGS = ("configs/gpt_36m.yaml", "configs/gpt_1b.yaml", "configs/gpt_7b.yaml")
@@ -83,13 +83,13 @@ def throughput(config: Config, ranks: int, rounds: int, timeout: float) -> float
 
 def _time_steps(device: torch.device, config: Config, rounds: int) -> list[float]:
     """Seconds of each step after two that warm up."""
-    trainer = Trainer(config, start_world(config.parallel))
-    steps = iter(range(config.train.steps))
+    trainer = build_trainer(config, start_world(config.parallel))
+    segment, steps = trainer.segment, iter(range(config.train.steps))
 
     def step() -> None:
-        trainer.plans.request(next(steps))
-        trainer.step(trainer.plans.take())
-        trainer.reduction.drain()
+        segment.plans.request(next(steps))
+        trainer.step(segment.plans.take())
+        segment.reduction.drain()
 
     step()
     step()
@@ -176,19 +176,17 @@ def _simulate_step(
         patch.object(Muon, "_require_equal_on_all_ranks", lambda muon, present: None),
         CollectiveCounter() as counter,
     ):
-        for index in range(micro_batches):
-            gathering.begin_micro_batch(is_last=index == micro_batches - 1)
+        for _ in gathering.micro_batches(micro_batches):
             output = model(tokens, tokens, weight, phase=LAST_PHASE)
             assert output.loss_sum is not None
             output.loss_sum.backward()
-        gathering.release()
         clip_grad_norm(model.parameters(), config.optim.grad_clip_norm)
         optimizer.step()
     held = {
         "parameters": _bytes(model.parameters()),
         "gradients": _bytes(p.grad for p in model.parameters() if p.grad is not None),
         "optimiser": _bytes(optimizer.state_tensors().values()),
-        "average": 0 if ema is None else _bytes(ema.state_tensors().values()),
+        "average": _bytes(ema.state_tensors().values()),
     }
     return counter, held
 

@@ -14,7 +14,8 @@ from jepa_dist.bench.common import synchronize, with_random_data
 from jepa_dist.bench.training import steady, stepper
 from jepa_dist.config import Config, load
 from jepa_dist.parallel.world import World
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.loop import Trainer
 
 # Micro-batches of a step: the fewest that show accumulation.
 _MICRO_BATCHES = 2
@@ -153,7 +154,7 @@ class Session:
 
     def _warm_up(self, config: Config) -> WarmTrainer:
         began = time.perf_counter()
-        trainer = Trainer(config, self.world)
+        trainer = build_trainer(config, self.world)
         built = time.perf_counter()
         step = stepper(trainer)
         step()
@@ -166,4 +167,4 @@ class Session:
     def close(self) -> None:
         """End the loaders."""
         for warm in self._warm.values():
-            warm.trainer.batches.close()
+            warm.trainer.segment.batches.close()

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from jepa_dist.bench.training import steady
 from jepa_dist.config import Config
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import World, start_world
-from jepa_dist.plan import PlanChannel, Planner, TrainingClock
-from jepa_dist.trainer import Trainer
+from jepa_dist.plan import PlanChannel, Planner, StepPlan, TrainingClock
+from jepa_dist.training.assemble import build_trainer
 
 _LAMBDA = 0.02
 _WARM_UP = 2
@@ -145,36 +146,33 @@ def _alone(config: Config, world: World) -> dict[str, Any]:
 
 
 def _in_training(config: Config, world: World) -> dict[str, Any]:
-    trainer = Trainer(config, world)
-    channel = _TimedChannel(trainer.plans)
-    trainer.plans = channel  # type: ignore[assignment]
-    trainer.run(None)
+    trainer = build_trainer(config, world)
+    channel = _TimedChannel(config, world, trainer.times.clock)
+    trainer.segment = replace(trainer.segment, plans=channel)
+    trainer.run()
     took = channel.took_of_each_step()
     return {"exposed": [e for e, _ in took[_WARM_UP:]], "steps": [s for _, s in took[_WARM_UP:]]}
 
 
-class _TimedChannel:
-    """A ``PlanChannel`` that measures how long its caller is kept."""
+class _TimedChannel(PlanChannel):
+    """Measures how long its caller is kept."""
 
-    def __init__(self, channel: PlanChannel) -> None:
-        self._channel = channel
+    def __init__(self, config: Config, world: World, clock: TrainingClock) -> None:
+        super().__init__(config, world, clock)
         self._exposed: list[float] = []
         self._taken_at: list[float] = []
         self._requesting = 0.0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._channel, name)
-
     def request(self, step: int, settle: bool = False) -> None:
         """As the channel's."""
         start = time.perf_counter()
-        self._channel.request(step, settle)
+        super().request(step, settle)
         self._requesting = time.perf_counter() - start
 
-    def take(self) -> Any:
+    def take(self) -> StepPlan:
         """As the channel's."""
         self._taken_at.append(time.perf_counter())
-        plan = self._channel.take()
+        plan = super().take()
         self._exposed.append(self._requesting + time.perf_counter() - self._taken_at[-1])
         return plan
 

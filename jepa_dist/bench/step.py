@@ -40,8 +40,8 @@ from jepa_dist.optim.clip import clip_grad_norm
 from jepa_dist.parallel.shard import compute_dtype
 from jepa_dist.parallel.world import World, start_world, stop_world
 from jepa_dist.plan import Planner, TrainingClock
-from jepa_dist.records import mfu
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
+from jepa_dist.training.records import mfu
 
 _MIB = 2**20
 
@@ -113,13 +113,13 @@ def measure(config: Config, world: World) -> dict[str, Any]:
     Returns:
         The result; an empty one on ranks other than 0.
     """
-    trainer = Trainer(config, world)
+    trainer = build_trainer(config, world)
     plan = Planner(config, TrainingClock()).plan(0)
     floor = Floor(config, world, plan.phase)
     trainer.step(plan)  # compiles
     floor.step()
     peaks = {
-        "trainer": _bytes(trainer.tensors().values())
+        "trainer": _bytes(trainer.state.tensors().values())
         + peak_bytes(lambda: trainer.step(plan), world.device),
         "floor": _bytes(floor.tensors()) + peak_bytes(floor.step, world.device),
     }
@@ -205,15 +205,13 @@ class Floor:
         clip_grad_norm(self._master.parameters(), self._config.optim.grad_clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        if self._ema is not None:
-            self._ema.update()
+        self._ema.update()
 
     def tensors(self) -> list[Tensor]:
         """What there is between steps."""
         copy = [] if self._model is self._master else list(self._model.parameters())
-        averages = {} if self._ema is None else self._ema.state_tensors()
-        state = self._optimizer.state_tensors()
-        return [*self._master.parameters(), *copy, *state.values(), *averages.values()]
+        state = self._optimizer.state_tensors() | self._ema.state_tensors()
+        return [*self._master.parameters(), *copy, *state.values()]
 
     def _hand_over_gradients(self) -> None:
         for master, parameter in zip(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from jepa_dist.bench.common import synchronize
 from jepa_dist.config import Config
-from jepa_dist.monitor.reporter import Reporter
 from jepa_dist.monitor.writer import MetricsWriter
 from jepa_dist.plan import Planner, TrainingClock
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.listeners import Silent
+from jepa_dist.training.loop import Trainer
+from jepa_dist.training.step import Loss
 
 
 def steady(config: Config, rounds: int, steps: int) -> Config:
@@ -39,19 +41,28 @@ def steady(config: Config, rounds: int, steps: int) -> Config:
     )
 
 
-def stepper(trainer: Trainer) -> Callable[[], None]:
-    """Return a function that plans and takes the trainer's next step, alike on every rank."""
-    planner = Planner(trainer.config, TrainingClock())
+def stepper(
+    trainer: Trainer, config: Config | None = None, loss: Loss | None = None
+) -> Callable[[], None]:
+    """Return a function that plans and takes the trainer's next step, alike on every rank.
+
+    Args:
+        trainer: Its state is trained, on its data.
+        config: What is planned; default the trainer's.
+        loss: What is trained on; default the trainer's.
+    """
+    planner = Planner(config or trainer.config, TrainingClock())
+    train_step = replace(trainer.train_step, loss=loss or trainer.train_step.loss)
     steps = itertools.count()
 
     def step() -> None:
-        trainer.step(planner.plan(next(steps)))
-        trainer.reduction.arrived()
+        train_step(planner.plan(next(steps)), trainer.segment)
+        trainer.segment.reduction.arrived()
 
     return step
 
 
-class Rounds:
+class Rounds(Silent):
     """Stands where a reporter does: times the rounds of a run, and those of a rival in between.
 
     Everything that the trainer does is measured, the writing of records included. What the rival
@@ -64,7 +75,7 @@ class Rounds:
         self._trainer = trainer
         self._rival = rival
         self._first = first
-        self._device = trainer.world.device
+        self._device = trainer.state.world.device
         self._writer = MetricsWriter(Path(trainer.config.run.dir))
         self._began = time.perf_counter()
         self._trainer_seconds: list[float] = []
@@ -86,9 +97,6 @@ class Rounds:
         """What the trainer says of each round."""
         return self._records[self._first :]
 
-    def say(self, text: str) -> None:
-        """Nothing is told."""
-
     def step(self, record: Mapping[str, Any] | None) -> None:
         """A step is done; a round is, if there is a record."""
         if record is None:
@@ -98,7 +106,7 @@ class Rounds:
         synchronize(self._device)
         self._trainer_seconds.append((time.perf_counter() - self._began) / steps)
         self._records.append(record)
-        with self._trainer.meter.phase("rival"), self._trainer.clock.paused():
+        with self._trainer.times.off_training("rival"):
             began = time.perf_counter()
             for _ in range(steps):
                 self._rival()
@@ -121,10 +129,10 @@ def train_in_rounds(trainer: Trainer, rival: Callable[[], object] = lambda: None
     Returns:
         The rounds on rank 0, None on others.
     """
-    if not trainer.world.is_main:
-        trainer.run(None)
+    if not trainer.state.world.is_main:
+        trainer.run()
         return None
     rounds = Rounds(trainer, rival)
-    trainer.run(cast(Reporter, rounds))
+    trainer.run(rounds)
     rounds.close()
     return rounds

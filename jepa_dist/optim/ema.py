@@ -25,6 +25,8 @@ class EMA:
         ValueError: a parameter that is not float32, which ``swap`` could not give back exactly.
     """
 
+    is_on = True
+
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
         self._decay = decay
         self._parameters = dict(named_parameters)
@@ -77,3 +79,15 @@ class EMA:
         parameters = [local(parameter) for parameter in self._parameters.values()]
         filled = [index for index, shard in enumerate(parameters) if shard.numel()]
         return [averages[i] for i in filled], [parameters[i] for i in filled]
+
+
+class NoEMA(EMA):
+    """No average: nothing to update, to save or to swap."""
+
+    is_on = False
+
+    def __init__(self) -> None:
+        super().__init__((), decay=0.0)
+
+    def update(self) -> None:
+        """Do nothing."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -171,7 +171,17 @@ class Gathering:
         self._in_parts = [block for block in reduced_in_parts if isinstance(block, FSDPModule)]
         self._shards_each = config.accumulate == "sharded"
 
-    def begin_micro_batch(self, *, is_last: bool) -> None:
+    def micro_batches(self, count: int) -> Iterator[int]:
+        """Yield the index of each micro-batch of a step, for its forward and backward.
+
+        Afterwards parameters are shards again.
+        """
+        for index in range(count):
+            self._begin_micro_batch(is_last=index == count - 1)
+            yield index
+        self.release()
+
+    def _begin_micro_batch(self, *, is_last: bool) -> None:
         """Set up forward and backward of one micro-batch."""
         is_complete = is_last or self._shards_each
         self._model.set_requires_gradient_sync(is_complete)

@@ -29,7 +29,7 @@ from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.monitor.profiler import StepProfiler
 from jepa_dist.optim.muon import Muon
 from jepa_dist.parallel.world import World, build_mesh
-from jepa_dist.trainer import Trainer
+from jepa_dist.training.assemble import build_trainer
 from tests.without_gpu import pretend
 from tests.without_gpu.waits import WaitDetector, pretend_streams
 
@@ -98,7 +98,7 @@ def watch_step(config: Config, ranks: int) -> _Watch:
         pretend.OnlyDeviceFake(),
     ):
         try:
-            Trainer(config, world).run(None, watch)
+            build_trainer(config, world).run(profiler=watch)
         except _WatchedError:
             return watch
     raise AssertionError("the run ended before the step")

@@ -19,7 +19,7 @@ from jepa_dist.parallel.world import World
 from jepa_dist.plan import StepPlan
 
 
-def losses(plan: StepPlan, values: dict[str, float], config: Config) -> dict[str, float | None]:
+def losses(plan: StepPlan, values: Mapping[str, float], config: Config) -> dict[str, float | None]:
     """Means over the global batch of this step; JEPA's are None while it is off."""
     ce, jepa = values["ce"], values["jepa"]
     if plan.num_span_rows == 0:  # the objective is off, or no row has a span: no mean to report

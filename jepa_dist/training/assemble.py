@@ -1,0 +1,212 @@
+"""The only place where a run is put together."""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jepa_dist.build import (
+    build_document_starts,
+    build_ema,
+    build_loader,
+    build_model,
+    build_objective,
+    build_optimizer,
+    build_validation,
+)
+from jepa_dist.checkpoint import Checkpointer
+from jepa_dist.config import Config
+from jepa_dist.data.check import known_bos, load_checked_tokenizer
+from jepa_dist.data.layout import BatchLayout
+from jepa_dist.jepa.probe import TapProbe
+from jepa_dist.monitor.meter import Meter
+from jepa_dist.monitor.startup import Startup
+from jepa_dist.monitor.stragglers import RankTimes
+from jepa_dist.optim.clip import GradientClip
+from jepa_dist.parallel.communication import time_communication
+from jepa_dist.parallel.reduce import MetricsReduction
+from jepa_dist.parallel.replicas import check_replicas
+from jepa_dist.parallel.world import World
+from jepa_dist.plan import PlanChannel, TrainingClock
+from jepa_dist.progress import Progress
+from jepa_dist.signals import StopRequest
+from jepa_dist.training.evaluation import Evaluation
+from jepa_dist.training.global_loss import GlobalLoss
+from jepa_dist.training.instruments import (
+    Clipping,
+    Compiles,
+    Histograms,
+    Instruments,
+    Memory,
+    Probe,
+    Speed,
+    StopRequests,
+    Stragglers,
+    UpdateRatios,
+)
+from jepa_dist.training.loop import Trainer
+from jepa_dist.training.recovery import Recovery
+from jepa_dist.training.saving import CheckpointSaving, Saving
+from jepa_dist.training.segment import Ledger, Observer, Segment
+from jepa_dist.training.state import TrainState
+from jepa_dist.training.step import TrainStep
+from jepa_dist.training.stopping import NoRequest, StopSignals
+from jepa_dist.training.times import Times
+from jepa_dist.training.warm_up import NoWarmUp, WarmUp
+
+
+def build_trainer(
+    config: Config,
+    world: World,
+    checkpointer: Checkpointer | None = None,
+    resume: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    startup: Startup | None = None,
+    on_stop: Callable[[], None] | None = None,
+    meter: Meter | None = None,
+) -> Trainer:
+    """Build everything a run needs from its configuration. Collective.
+
+    Args:
+        config: The run.
+        world: The ranks.
+        checkpointer: Where checkpoints go; None saves none, and installs no signal handlers.
+        resume: The checkpoint to resume from, known to be whole and to fit the configuration.
+        identity: What a checkpoint says of the run besides (configuration, data fingerprint).
+        startup: Measures what this start costs.
+        on_stop: Called when this process is asked to stop, by the thread that receives signals.
+        meter: Measures the phases of steps, in place of the usual one.
+    """
+    identity = dict(identity or {})
+    layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
+    state = _build_state(config, world)
+    tokenizer = load_checked_tokenizer(config, ("train", "val"))
+    bos_id = known_bos(config, tokenizer)
+    validation = build_validation(config, world, layout.micro_size, tokenizer)
+    meter = meter or Meter(config.batch.sequences * config.model.seq_len, world.device)
+    time_communication(state.model, lambda: meter.communication())
+    times = Times(meter, TrainingClock(), startup or Startup())
+    saving: Saving = (
+        Saving() if checkpointer is None else CheckpointSaving(checkpointer, state, times, identity)
+    )
+    rank_times = _compare_ranks(config, state)
+    request = (
+        NoRequest()
+        if checkpointer is None
+        else StopRequest(config.checkpoint.grace_seconds, on_stop)
+    )
+    stops = StopSignals(request, world, meter)
+    instruments = _build_instruments(config, state, bos_id, times, saving, stops, rank_times)
+    loss = GlobalLoss(config, layout, state.model, state.objective, instruments.probe)
+    train_step = TrainStep(state, layout, loss, instruments, meter)
+    warms_up = config.parallel.compile and config.parallel.compile_warmup
+    open_segment = functools.partial(build_segment, config, world, bos_id, times.clock, instruments)
+    times.startup.done("build")
+    segment = open_segment(Progress() if resume is None else state.restore(resume))
+    if config.parallel.dp_replicate > 1:
+        check_replicas(state.tensors(), world)
+    times.startup.done("restore")
+    return Trainer(
+        config,
+        state,
+        segment,
+        times,
+        train_step,
+        instruments,
+        evaluation=Evaluation(config, state, validation, tokenizer, times, stops, identity),
+        saving=saving,
+        recovery=Recovery(state, saving, times, open_segment),
+        warm_up=WarmUp(config, train_step, stops, times) if warms_up else NoWarmUp(),
+    )
+
+
+def build_segment(
+    config: Config,
+    world: World,
+    bos_id: int | None,
+    clock: TrainingClock,
+    observer: Observer,
+    progress: Progress,
+) -> Segment:
+    """Build what follows from how far the run is.
+
+    Args:
+        config: The run.
+        world: The ranks.
+        bos_id: Id that begins every document; None if it is not known.
+        clock: Training time, which rank 0's plans may depend on.
+        observer: Hears the report of every step.
+        progress: How far the run is.
+    """
+    consumed, skip = progress.samples_consumed, progress.skip
+    batches = build_loader(config, world, consumed, skip)
+    documents = build_document_starts(
+        config, world, bos_id, step=progress.step, consumed=consumed, skip=skip
+    )
+    return Segment(
+        config,
+        progress,
+        batches,
+        PlanChannel(config, world, clock, progress.phase, documents),
+        MetricsReduction(world),
+        Ledger(progress),
+        observer,
+    )
+
+
+def _build_state(config: Config, world: World) -> TrainState:
+    model, schedule = build_model(config, world)
+    return TrainState(
+        world,
+        model,
+        schedule,
+        build_objective(config),
+        build_optimizer(config, model),
+        GradientClip(model.parameters(), config.optim.grad_clip_norm),
+        build_ema(config, model),
+    )
+
+
+def _compare_ranks(config: Config, state: TrainState) -> RankTimes:
+    """Have the head timed on every rank, unless ranks are not to be compared. Collective."""
+    world, model = state.world, state.model
+    compare = config.monitor.straggler_ratio > 0
+    hosts = world.gather(socket.gethostname()) if compare else []
+    times = RankTimes(world.rank, hosts, world.device)
+    model.register_module("head", times.around(model.head))
+    return times
+
+
+def _build_instruments(
+    config: Config,
+    state: TrainState,
+    bos_id: int | None,
+    times: Times,
+    saving: Saving,
+    stops: StopSignals,
+    rank_times: RankTimes,
+) -> Instruments:
+    world = state.world
+    tap = TapProbe(config.model.seq_len, config.jepa.max_span_frac, bos_id, world.device)
+    probe = Probe(tap)
+    histograms = Histograms(state.model, config.monitor.histogram_every)
+    compiles = Compiles()
+    return Instruments(
+        probe,
+        histograms,
+        compiles,
+        everything=(
+            Speed(times.meter, saving, config, world),
+            StopRequests(stops),
+            probe,
+            Clipping(config.optim.grad_clip_norm),
+            histograms,
+            UpdateRatios(state.optimizer.parameters()),
+            Stragglers(rank_times),
+            Memory(world.device),
+            compiles,
+        ),
+    )

@@ -1,0 +1,57 @@
+"""What a run is compared with: the n-gram baselines, and what its tokenizer loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jepa_dist.config import Config
+from jepa_dist.data.baseline import MAX_VOCAB, MOST_TARGETS, MOST_TOKENS, ngram_baseline
+from jepa_dist.data.shards import find_shards
+from jepa_dist.data.tokenizer import Tokenizer
+from jepa_dist.evaluate.validation import Validation
+
+
+def introduce(
+    config: Config,
+    validation: Validation,
+    tokenizer: Tokenizer | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Say both, and return them for the closing record. On rank 0 only."""
+    if tokenizer is None:
+        return {}
+    return _baselines(config, validation, tokenizer, say) | _note(tokenizer, say)
+
+
+def _baselines(
+    config: Config, validation: Validation, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compute and print the n-gram baselines, on samples of large data."""
+    vocab_size, seq_len = config.model.vocab_size, config.model.seq_len
+    if vocab_size > MAX_VOCAB:
+        return {}
+    train = find_shards(config.data.train, "data.train")
+    windows = validation.windows(max(1, MOST_TARGETS // seq_len))
+    baseline = ngram_baseline(train, windows, vocab_size, tokenizer.byte_counter())
+    assert baseline is not None
+    bits, of = baseline.bits_per_byte, validation.num_sequences
+    samples = ""
+    if baseline.available > MOST_TOKENS or len(windows) < of:
+        samples = (
+            f" (counted on {baseline.counted:,} of {baseline.available:,} training tokens, "
+            f"scored on {len(windows):,} of {of:,} validation sequences)"
+        )
+    say(
+        f"n-gram baselines: bigram {bits['bigram']:.4f}, trigram {bits['trigram']:.4f} bits "
+        f"per byte{samples}"
+    )
+    return {f"baseline/{name}_bpb": value for name, value in bits.items()}
+
+
+def _note(tokenizer: Tokenizer, say: Callable[[str], None]) -> dict[str, str]:
+    """Say what of a text the tokenizer loses."""
+    if tokenizer.note is None:
+        return {}
+    say(tokenizer.note)
+    return {"tokenizer_note": tokenizer.note}

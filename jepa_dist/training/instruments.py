@@ -1,0 +1,271 @@
+"""What is observed of a step besides its loss, all behind one interface.
+
+A new instrument is a class here and a line in ``assemble``. Its metrics come in three ways: numbers
+of the device are contributed to the step's one reduction over ranks (``contributions``), numbers of
+the host likewise (``host_contributions``), and what concerns this rank alone goes straight into the
+record (``record``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from jepa_dist.config import Config
+from jepa_dist.jepa.probe import TapProbe
+from jepa_dist.monitor.clipped import ClippedShare
+from jepa_dist.monitor.compiles import CompileCounter
+from jepa_dist.monitor.meter import Meter
+from jepa_dist.monitor.stragglers import RankTimes
+from jepa_dist.optim.histograms import Distribution, distributions
+from jepa_dist.optim.update_ratio import UpdateRatio
+from jepa_dist.parallel.reduce import StepReport
+from jepa_dist.parallel.world import World
+from jepa_dist.plan import StepPlan
+from jepa_dist.training.listeners import Publisher
+from jepa_dist.training.records import compiled_graphs, kinds_of_work, memory, mfu
+from jepa_dist.training.saving import Saving
+from jepa_dist.training.stopping import StopSignals
+
+T = TypeVar("T")
+
+
+class Instrument:
+    """Looks at steps. Each hook is called on every rank alike; here it does nothing.
+
+    A step calls ``begin``, ``before_update``, ``contributions`` and ``host_contributions`` in this
+    order. Its report comes back to ``observe`` some steps later. Logged steps call ``record``.
+    """
+
+    def begin(self, plan: StepPlan) -> None:
+        """Note that a step begins."""
+
+    def before_update(self, plan: StepPlan) -> None:
+        """Look at the clipped gradients and at the weights, which are about to change."""
+
+    def contributions(self) -> Mapping[str, Tensor]:
+        """Return scalars on the device to be added up over ranks; the same names on all ranks."""
+        return {}
+
+    def host_contributions(self) -> Mapping[str, float]:
+        """Return numbers of the host to be added up likewise."""
+        return {}
+
+    def observe(self, report: StepReport) -> None:
+        """Take in a step's numbers, in order."""
+
+    def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return metrics for a logged step, whose sums over ranks are ``values``."""
+        return {}
+
+
+class Speed(Instrument):
+    """Tokens per second, seconds by phase, and the share of the device's peak."""
+
+    def __init__(self, meter: Meter, saving: Saving, config: Config, world: World) -> None:
+        self._meter = meter
+        self._saving = saving
+        self._config = config
+        self._world = world
+        self._phases: Counter[int] = Counter()
+        """Steps since the last record by recurrence phase: they differ in FLOPs."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """Start the step's time."""
+        self._meter.step(plan.step, saving=self._saving.in_flight, times_communication=plan.log)
+        self._phases[plan.phase] += 1
+
+    def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return means over the steps since the last record."""
+        phases, self._phases = self._phases, Counter()
+        speed = self._meter.lap()
+        return {**speed, **mfu(speed["tokens_per_second"], phases, self._config, self._world)}
+
+
+class StopRequests(Instrument):
+    """Which signals ranks have received; ``Segment`` acts on the sums."""
+
+    def __init__(self, signals: StopSignals) -> None:
+        self._signals = signals
+
+    def host_contributions(self) -> Mapping[str, float]:
+        """Return this rank's."""
+        return self._signals.host_contributions()
+
+
+class Probe(Instrument):
+    """The objective's state in the steps that the plan asks for; used explicitly by the passes."""
+
+    def __init__(self, tap: TapProbe) -> None:
+        self._tap = tap
+        self._sums: dict[str, Tensor] = {}
+
+    def watch(self, tap_BTD: Tensor, tokens_BT: Tensor, num_rows: int) -> Tensor:
+        """Return the tapped states for the objective to read; see ``TapProbe.watch``."""
+        return self._tap.watch(tap_BTD, tokens_BT, num_rows)
+
+    def measure(self) -> None:
+        """Take the numbers of what was watched; after every backward."""
+        self._sums |= self._tap.measure()
+
+    def contributions(self) -> Mapping[str, Tensor]:
+        """Return the step's numbers; none if nothing was watched."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+    def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return ``jepa/*`` metrics."""
+        return self._tap.metrics(values) if plan.probe else {}
+
+
+class Histograms(Instrument):
+    """Distributions of parameters and gradients every so many steps (0: never); for TensorBoard."""
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        self._model = model
+        self._every = every
+        self._taken: dict[str, Distribution] = {}
+
+    def before_update(self, plan: StepPlan) -> None:
+        """Count, in the steps that it is time to; collective."""
+        is_due = self._every > 0 and (plan.step + 1) % self._every == 0
+        self._taken = distributions(self._model.named_parameters()) if is_due else {}
+
+    def publish(self, publisher: Publisher, step: int) -> None:
+        """Hand out what the last step found, if it counted."""
+        if self._taken:
+            publisher.histograms(self._taken, step)
+
+
+class UpdateRatios(Instrument):
+    """Size of logged steps' updates relative to the weights, by parameter group."""
+
+    def __init__(self, groups: Mapping[str, Iterable[Tensor]]) -> None:
+        self._ratio = UpdateRatio(groups)
+
+    def before_update(self, plan: StepPlan) -> None:
+        """Keep a sample of the weights."""
+        if plan.log:
+            self._ratio.before()
+
+    def contributions(self) -> Mapping[str, Tensor]:
+        """Return squares of update and weights."""
+        return self._ratio.after()
+
+    def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return ``update_ratio/*``."""
+        return self._ratio.metrics(values)
+
+
+class Clipping(Instrument):
+    """The share of steps whose gradient was clipped."""
+
+    def __init__(self, max_norm: float) -> None:
+        self._share = ClippedShare(max_norm)
+
+    def observe(self, report: StepReport) -> None:
+        """Take in the gradient norm."""
+        self._share.observe(report.values["grad_norm"])
+
+    def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return the share over the steps since the last record."""
+        return self._share.record()
+
+
+class Stragglers(Instrument):
+    """Each rank's time for the same computation; needs at least two ranks."""
+
+    def __init__(self, times: RankTimes) -> None:
+        self._times = times
+
+    def host_contributions(self) -> Mapping[str, float]:
+        """Return this rank's seconds."""
+        return self._times.host_sums()
+
+    def observe(self, report: StepReport) -> None:
+        """Take in all ranks' seconds."""
+        self._times.observe(report.values)
+
+    def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return ``straggler/*`` once enough steps were timed."""
+        return self._times.record()
+
+
+class Compiles(Instrument):
+    """Compiled graphs, and those of them that should not have been compiled anew."""
+
+    def __init__(self) -> None:
+        self._counter = CompileCounter()
+
+    def after_step(self, plan: StepPlan) -> None:
+        """Count after a step and its evaluation."""
+        self._counter.observe(compiled_graphs(), kinds_of_work(plan))
+
+    def after_warm_up(self) -> None:
+        """Count after everything was compiled."""
+        self._counter.observe(compiled_graphs(), {"train", "jepa", "evaluate"})
+
+    def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return both numbers, of this rank."""
+        return {
+            "compile/graphs": compiled_graphs(),
+            "compile/recompiles": self._counter.recompiles,
+        }
+
+
+class Memory(Instrument):
+    """Memory of this rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return ``memory/*`` in GiB."""
+        return memory(self._device)
+
+
+@dataclass(frozen=True)
+class Instruments(Instrument):
+    """All instruments as one, in order; those that are also called by name are named."""
+
+    probe: Probe
+    histograms: Histograms
+    compiles: Compiles
+    everything: Sequence[Instrument]
+    """The named ones, too."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """Tell every instrument that a step begins."""
+        for instrument in self.everything:
+            instrument.begin(plan)
+
+    def before_update(self, plan: StepPlan) -> None:
+        """Let every instrument look at gradients and weights."""
+        for instrument in self.everything:
+            instrument.before_update(plan)
+
+    def contributions(self) -> Mapping[str, Tensor]:
+        """Return every instrument's scalars of the device."""
+        return _merged(instrument.contributions() for instrument in self.everything)
+
+    def host_contributions(self) -> Mapping[str, float]:
+        """Return every instrument's numbers of the host."""
+        return _merged(instrument.host_contributions() for instrument in self.everything)
+
+    def observe(self, report: StepReport) -> None:
+        """Let every instrument take in a step's numbers."""
+        for instrument in self.everything:
+            instrument.observe(report)
+
+    def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return every instrument's metrics for a logged step."""
+        return _merged(instrument.record(plan, values) for instrument in self.everything)
+
+
+def _merged(parts: Iterable[Mapping[str, T]]) -> dict[str, T]:
+    return {name: value for part in parts for name, value in part.items()}

@@ -1,0 +1,79 @@
+"""Compile every graph that a run will need before its first step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from jepa_dist.config import Config
+from jepa_dist.data.loader import make_batch
+from jepa_dist.model.execution import LAST_PHASE
+from jepa_dist.parallel.communication import without_communication
+from jepa_dist.plan import StepPlan
+from jepa_dist.training.step import TrainStep
+from jepa_dist.training.stopping import StopSignals
+from jepa_dist.training.times import Times
+
+
+class NoWarmUp:
+    """Graphs are compiled when they are first needed."""
+
+    def run(self, say: Callable[[str], None]) -> bool:
+        """Do nothing and return True: training may begin."""
+        return True
+
+
+class WarmUp(NoWarmUp):
+    """Compiles every graph. Weights, optimizer, data position and generators are not touched.
+
+    Where ranks of a host can share the compiler's cache, one of them fills it while the others
+    wait.
+    """
+
+    def __init__(self, config: Config, step: TrainStep, stops: StopSignals, times: Times) -> None:
+        self._config = config
+        self._step = step
+        self.stops = stops
+        self._times = times
+
+    def run(self, say: Callable[[str], None]) -> bool:
+        """Compile, and return False if a stop was asked for meanwhile. Collective."""
+        say("compiling (a minute or so, seconds once the cache is filled)")
+        fills_cache = self._step.state.world.fills_compile_cache()
+        for is_first_turn in (True, False):
+            for phase, weight in itertools.product(*_variants(self._config)):
+                if self.stops.is_asked():  # where the others wait
+                    return False
+                if is_first_turn == fills_cache:
+                    self.compile(phase, weight)
+        self._step.instruments.compiles.after_warm_up()
+        self._times.startup.done("warm_up")
+        return True
+
+    def compile(self, phase: int, jepa_weight: float) -> None:
+        """Run forward and backward on a batch of zeros, and once without gradient as validation
+        does; on this rank alone."""
+        state, config, size = self._step.state, self._config, self._step.layout.micro_size
+        rows = np.zeros((size, config.model.seq_len + 1), dtype=np.int64)
+        batch = make_batch(rows, range(size), size).to(state.world.device)
+        spans = np.ones((config.batch.sequences, config.jepa.spans_per_sequence, 2), dtype=np.int64)
+        plan = StepPlan.of_nothing(phase, jepa_weight, spans if jepa_weight else None)
+        for index in state.schedule.micro_batches(1):
+            with without_communication(state.model):
+                loss, _ = self._step.loss(batch, plan, index)
+                loss.backward()
+                state.schedule.release()
+                state.optimizer.zero_grad()
+                with torch.no_grad():
+                    state.model(batch.tokens, batch.targets, batch.weight, phase=phase)
+                state.schedule.release()
+
+
+def _variants(config: Config) -> tuple[list[int], list[float]]:
+    """Return the recurrence phases and JEPA weights (off, on) that the run will pass through."""
+    first = [1] if config.train.loop_phase2_at > 0 else []
+    phases = [0, *first, LAST_PHASE] if config.model.num_loops > 0 else [0]
+    return phases, [0.0, config.jepa.lambda_] if config.jepa.lambda_ > 0 else [0.0]
