@@ -123,6 +123,8 @@ class Wave:
         # Shard index of each rank that sends to this one (its replica), in rank order.
         self._sources = [shard for replica, shard in places if replica == my_replica]
         self._targets = [shard for _, shard in places]
+        # On the device: a list as an index would be a copy that the host waits for, in every step.
+        self._target_shards = torch.tensor(self._targets, device=device)
         # Sizes and order of all transfers, equal in every step; here: sizes of this rank's shards.
         mine_here = [self._size_of_mine(shard) for shard in range(grid.shards)]
         here = [[(m, m.size(grid.shards, my_shard)) for m in own] for own in owned]
@@ -191,8 +193,9 @@ class Wave:
         shards = self._grid.shards
         if self._is_even:
             by_shard = torch.cat([results[m.key].reshape(shards, -1) for m in self._mine], dim=1)
-            everyone = list(range(shards))
-            return (by_shard if self._targets == everyone else by_shard[self._targets]).flatten()
+            if self._targets == list(range(shards)):
+                return by_shard.flatten()
+            return by_shard.index_select(0, self._target_shards).flatten()
         pieces = [
             results[matrix.key][slice(*rows_of_shard(matrix.rows, shards, shard))]
             for shard in self._targets
