@@ -187,7 +187,7 @@ def test_an_objective_that_never_starts_is_refused(settings: list[str], starts: 
     if starts:
         load(None, overrides, {})
         return
-    with pytest.raises(UserError, match=r"the weight would be 0 in every step; begin earlier"):
+    with pytest.raises(UserError, match=r"the weight would be 0 in every step; start earlier"):
         load(None, overrides, {})
 
 
