@@ -77,16 +77,20 @@ def read_json(path: Path, limit: int) -> Any:
     return from_json(read_bytes(path, limit))
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Path, limit: int | None = None) -> Iterator[bytes]:
     """The lines of a regular file, without holding more than one of them.
 
     What is appended meanwhile is not read. A line of more than 4 MiB comes as several, none of
     which is valid JSON.
 
+    Args:
+        path: The file.
+        limit: Most bytes that it may have: for callers that keep what they read.
+
     Raises:
         OSError: as ``open_regular``.
     """
-    with open_regular(path) as file:
+    with open_regular(path, limit) as file:
         left = os.fstat(file.fileno()).st_size
         lines = io.BufferedReader(file)
         while left > 0 and (line := lines.readline(min(left, _LINE_BYTES))):

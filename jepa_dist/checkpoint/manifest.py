@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jepa_dist.checkpoint.folder import step_of
-from jepa_dist.errors import UserError
+from jepa_dist.errors import UserError, one_line
 from jepa_dist.files import MIB, check_regular, open_regular, read_json
 from jepa_dist.interop.tensor_file import TensorFile
 from jepa_dist.interop.verify import Signature, mismatches
@@ -249,12 +249,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> list[str]:
-    """Everything that is wrong with the checkpoint ``path``, one line each; reads all of it."""
+    """Everything that is wrong with the checkpoint ``path``, one printable line each; reads all of
+    it."""
     try:
         manifest = read_manifest(path)
     except UserError as error:
         return list(error.problems)
-    return check_files(path, manifest, manifest.files)
+    return [one_line(problem) for problem in check_files(path, manifest, manifest.files)]
 
 
 def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
