@@ -192,7 +192,7 @@ def launched_world_size() -> int:
 def ranks_on_this_host() -> int:
     """Return the number of ranks on this host (1 without a launcher)."""
     given = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "1")
-    return int(given) if given.isdecimal() else 1
+    return max(1, int(given)) if re.fullmatch(r"[0-9]{1,9}", given) else 1
 
 
 def tell_place() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jepa_dist.errors import UserError
-from jepa_dist.launched import adopt_launcher, check_rendezvous, is_orphan
+from jepa_dist.launched import adopt_launcher, check_rendezvous, is_orphan, ranks_on_this_host
 
 TORCHRUN = {
     "RANK": "1",
@@ -127,3 +127,12 @@ def test_orphans_are_told_from_children_of_process_one(
         (tmp_path / "comm").write_text(f"{init}\n")
     environ = {"TORCHELASTIC_RUN_ID": "x"} if elastic else {}
     assert is_orphan(environ, parent, tmp_path / "comm") is orphan
+
+
+@pytest.mark.parametrize("given", ["0", "", "-1", "8(x2)", "9" * 5000, "\u0663"])
+def test_a_number_of_local_ranks_that_is_none_counts_as_one(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", given)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    assert ranks_on_this_host() == 1

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 import jepa_dist
 from jepa_dist.config import Config, check
 from jepa_dist.errors import UserError
-from jepa_dist.files import MIB, read_bytes, write_atomically
+from jepa_dist.files import MIB, partial_name, read_bytes, write_atomically
 from jepa_dist.interop.tensor_file import DTYPES, TensorFile
 from jepa_dist.interop.verify import Signature, mismatches
 from jepa_dist.model.execution import LAST_PHASE
@@ -170,10 +170,9 @@ def publish(path: Path, write: Callable[[Path], Any]) -> None:
     Its mode is that of any new file (the umask's), whatever ``write`` gives it: safetensors keeps
     its files to their owner.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # whatever has this name is not written through
+    partial = partial_name(path)
     try:
-        partial.touch()
+        partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
         write(partial)
         partial.chmod(mode)

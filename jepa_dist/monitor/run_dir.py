@@ -21,7 +21,10 @@ from jepa_dist.run_lock import is_in_use
 # Far more than a run writes.
 _SMALL_FILE_BYTES = 64 * MIB
 _SMALL_FILES = ("config.yaml", "data.json", "status.json", "starts.jsonl")
-_LARGE_FILES = ("metrics.jsonl",)
+_LARGE_FILES = (
+    "metrics.jsonl",
+    *("model.safetensors", "model.json", "ema.safetensors", "ema.json"),
+)
 _FOLDERS = ("checkpoints", "heartbeats", "logs", "tensorboard")
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 

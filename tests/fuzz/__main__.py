@@ -1,4 +1,4 @@
-"""Feed generated and mutated files to the readers of configurations, checkpoints and run directories.
+"""Feed generated and mutated files to the readers of configurations and of what runs leave.
 
     python -m tests.fuzz [--examples N] [TARGET ...]
 
