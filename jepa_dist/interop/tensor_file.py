@@ -121,7 +121,7 @@ class TensorFile:
         tensor = torch.empty(stop - start, dtype=dtype)
         if tensor.numel() == 0:
             return tensor
-        data = memoryview(tensor.view(torch.uint8).numpy())
+        data = tensor.view(torch.uint8).numpy().data
         position = self._start + entry.data_offsets[0] + start * dtype.itemsize
         done = 0
         while done < len(data):
