@@ -6,6 +6,9 @@ import argparse
 import importlib.util
 import re
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +27,51 @@ class Parser(argparse.ArgumentParser):
             UserError: always.
         """
         raise UserError(f"command line: {message}; --help shows how to call it")
+
+
+# What input may provoke at places that no reader foresees, in words.
+_LIMITS: dict[type[Exception], str] = {
+    OverflowError: "a number is too large",
+    RecursionError: "something is nested too deeply",
+    MemoryError: "there is not enough memory",
+}
+UNFORESEEN: tuple[type[Exception], ...] = (OSError, *_LIMITS)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn what limits of the system and of Python raise into problems of one line.
+
+    For the entry points: a file name that is too long, a number that does not fit, text nested too
+    deeply. The line names the place in the code, since no reader has named the input.
+
+    Raises:
+        UserError: for OSError, OverflowError, RecursionError and MemoryError.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = str(error.filename or "the system")
+        name = name if len(name) < 200 else f"{name[:90]}...{name[-90:]}"
+        raise UserError(f"{name}: {error.strerror or error}") from error
+    except tuple(_LIMITS) as error:
+        what = next(words for kind, words in _LIMITS.items() if isinstance(error, kind))
+        told = f": {error}" if str(error) else ""
+        raise UserError(
+            f"{what} ({type(error).__name__}{told}, in {_place_of(error)}); look for such a value "
+            "in the command line and in the files that it names"
+        ) from error
+
+
+def _place_of(error: BaseException) -> str:
+    """The innermost line of this package that an error passed through, as module:line."""
+    root = Path(__file__).parent
+    place = "the command"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(root) and path != Path(__file__):
+            place = f"{path.relative_to(root.parent)}:{line}"
+    return place
 
 
 def refuse_module_without_command() -> None:

@@ -9,19 +9,31 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from jepa_dist.command_line import UNFORESEEN, errors_in_one_line
 from jepa_dist.errors import SharedError, UserError
 
 EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 128 + 2
 
 # Ranks other than 0 leave this much later, or torchrun would end rank 0 before it has spoken.
 _LET_MAIN_SPEAK_SECONDS = 2.0
+# Longest wait for a note about a failure: the file system may be what hangs.
+_NOTE_SECONDS = 5.0
+
+# What the dynamic loader says of a file of the compiler's cache that was not written to its end.
+_BROKEN_LIBRARY = re.compile(
+    r"(/[^:\n]+\.so): (?:file too short|invalid ELF header|cannot read file data|"
+    r"ELF file data encoding|object file has no|failed to map segment|ELF load command)"
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +43,12 @@ def told_by_host() -> Iterator[None]:
     """For checks before the ranks meet: the first rank of each host prints the problems of its own
     command, files and environment, all others of the host leave with the same code."""
     try:
-        yield
-    except OSError as error:
-        # What a check did not foresee, e.g. a name that is too long.
-        _tell_host(UserError(f"{error.filename or 'the system'}: {error.strerror or error}"))
+        with errors_in_one_line():
+            yield
     except UserError as error:
         _tell_host(error)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _tell_host(error: UserError) -> NoReturn:
@@ -58,11 +70,17 @@ def told_once(rank: int, on_failure: Callable[[], None] | None = None) -> Iterat
         on_failure: Called first.
     """
     try:
-        yield
+        with errors_in_one_line():
+            yield
     except UserError as error:
         if on_failure is not None:
             on_failure()
+        if isinstance(error.__cause__, UNFORESEEN) and rank != 0:  # perhaps of this rank alone
+            _print_problems(error, prefix=f"[rank {rank}] ")
         _tell_once(error, rank)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _tell_once(error: UserError, rank: int) -> NoReturn:
@@ -99,9 +117,13 @@ def told_by_this_rank(rank: int, on_failure: Callable[[str], None] | None = None
         _leave(error.exit_code)
     except KeyboardInterrupt:
         print(f"[rank {rank}] interrupted", file=sys.stderr)
-        _leave(128 + 2)
+        _leave(EXIT_INTERRUPTED)
     except Exception as error:
         _record_for_torchrun(error)
+        if (broken := _broken_library(error)) is not None:
+            log.exception("failed")
+            _print_problems(broken, prefix=f"[rank {rank}] ")
+            _leave(broken.exit_code)
         log.exception("failed")
         print(f"[rank {rank}] failed:", file=sys.stderr)
         traceback.print_exc()
@@ -121,9 +143,40 @@ def _noted(on_failure: Callable[[str], None] | None) -> Iterator[None]:
     except BaseException as error:
         if on_failure is not None:
             # The error that is under way matters more than a note that cannot be written.
-            with suppress(Exception):
-                on_failure(str(error).partition("\n")[0] or type(error).__name__)
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            _call_with_limit(on_failure, reason)
         raise
+
+
+def _call_with_limit(note: Callable[[str], None], reason: str) -> None:
+    """Call ``note``, for some seconds: a file system that hangs must not keep a rank here."""
+
+    def call() -> None:
+        with suppress(Exception):
+            note(reason)
+
+    thread = threading.Thread(target=call, name="note", daemon=True)
+    thread.start()
+    thread.join(_NOTE_SECONDS)
+
+
+def _broken_library(error: BaseException) -> UserError | None:
+    """A compiled library that was cut short, if that is what ended the run.
+
+    A process that is killed while it compiles may leave one in the cache of compiled graphs, which
+    every later start loads.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if found := _BROKEN_LIBRARY.search(str(seen)):
+            folder = os.path.dirname(found[1])
+            return UserError(
+                f"{found[1]}: not a whole library ({found[0].rpartition(': ')[2]}): a process was "
+                "killed while it compiled, or the disk was full; delete this file's folder "
+                f"({folder}) or all of the compiler's cache (TORCHINDUCTOR_CACHE_DIR)"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _print_problems(error: UserError, prefix: str) -> None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from pydantic_core import from_json
 
@@ -77,16 +80,20 @@ def read_json(path: Path, limit: int) -> Any:
     return from_json(read_bytes(path, limit))
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Path, limit: int | None = None) -> Iterator[bytes]:
     """The lines of a regular file, without holding more than one of them.
 
     What is appended meanwhile is not read. A line of more than 4 MiB comes as several, none of
     which is valid JSON.
 
+    Args:
+        path: The file.
+        limit: Most bytes that it may have: for callers that keep what they read.
+
     Raises:
         OSError: as ``open_regular``.
     """
-    with open_regular(path) as file:
+    with open_regular(path, limit) as file:
         left = os.fstat(file.fileno()).st_size
         lines = io.BufferedReader(file)
         while left > 0 and (line := lines.readline(min(left, _LINE_BYTES))):
@@ -135,6 +142,24 @@ def make_new(path: Path) -> IO[bytes]:
     return open(path, "xb")
 
 
+def partial_name(path: Path) -> Path:
+    """Return a name beside ``path`` for what is being written, that nobody can have put anything
+    in the place of."""
+    return path.with_name(f".{path.name[:200]}.{uuid4().hex[:12]}.partial")
+
+
+def delete(path: Path) -> None:
+    """Delete a file or link, or a folder and all in it; links are not followed.
+
+    Raises:
+        OSError: with a reason in words: something of it cannot be deleted.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def write_atomically(path: Path, text: str, *, sync: bool = False) -> None:
     """Let a file appear under its name when all of it is written.
 
@@ -146,13 +171,18 @@ def write_atomically(path: Path, text: str, *, sync: bool = False) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    with make_new(partial) as file:
-        file.write(text.encode())
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    partial.replace(path)
+    partial = partial_name(path)
+    try:
+        with open(partial, "xb") as file:
+            file.write(text.encode())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _check(path: Path, status: os.stat_result, limit: int | None) -> None:

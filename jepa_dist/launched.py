@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
 
 from jepa_dist.errors import UserError
 
@@ -26,6 +27,13 @@ _OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 # Ports from 32768 on are the kernel's; 10000 to 29999 are multinode.sh's.
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
 _SCONTROL_SECONDS = 60
+
+_FIRST_PARENT = os.getppid()
+# What process 1 is where it is not torchrun: programs that start no ranks themselves.
+_TAKE_IN_ORPHANS = (
+    *("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "conmon", "runit"),
+    *("s6-svscan", "supervisord", "launchd", "bash", "sh", "dash", "zsh", "sleep", "pause"),
+)
 
 
 def adopt_launcher(environ: MutableMapping[str, str], *, will_meet: bool = True) -> None:
@@ -184,7 +192,7 @@ def launched_world_size() -> int:
 def ranks_on_this_host() -> int:
     """Return the number of ranks on this host (1 without a launcher)."""
     given = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "1")
-    return int(given) if given.isdecimal() else 1
+    return max(1, int(given)) if re.fullmatch(r"[0-9]{1,9}", given) else 1
 
 
 def tell_place() -> None:
@@ -211,5 +219,27 @@ def die_with_parent() -> None:
     """Let the kernel end this process when its parent dies, even by SIGKILL (Linux)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before
+    if os.getppid() != _FIRST_PARENT or is_orphan(os.environ):  # it died before
         os._exit(128 + signal.SIGKILL)
+
+
+def is_orphan(
+    environ: Mapping[str, str], parent: int | None = None, init: Path = Path("/proc/1/comm")
+) -> bool:
+    """Return whether torchrun, which started this process, has ended by now.
+
+    Process 1 takes in orphans, but in a container it may be torchrun itself.
+
+    Args:
+        environ: Of this process; torchrun leaves its mark there.
+        parent: The parent process (default: this process's).
+        init: Says what program process 1 is.
+    """
+    parent = os.getppid() if parent is None else parent
+    if parent != 1 or "TORCHELASTIC_RUN_ID" not in environ:
+        return False
+    try:
+        name = init.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return False
+    return name in _TAKE_IN_ORPHANS

@@ -38,6 +38,7 @@ _LONG_DEAD_SECONDS = 600.0
 _LOOK_SECONDS = 0.5
 # Two starts that take over a dead owner's lock at the same moment: the later one has it.
 _SETTLE_SECONDS = 0.5
+_JOIN_SECONDS = 5.0
 _MAX_BYTES = 4096
 _EXIT_LOST = 1
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -103,7 +104,7 @@ class RunLock:
             return
         self._is_held = False
         self._end.set()
-        self._thread.join()
+        self._thread.join(_JOIN_SECONDS)  # a file system that hangs keeps it
         with suppress(OSError):
             owner, _ = _look(self._path)
             if owner is not None and owner.token == self._me.token:
@@ -243,6 +244,8 @@ def _look(path: Path) -> tuple[Owner | None, int | None]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
+        if path.is_symlink():  # it leads nowhere, and is in the way
+            return None, path.lstat().st_mtime_ns
         return None, None
     try:
         renewed = os.fstat(descriptor).st_mtime_ns

@@ -18,8 +18,11 @@ ELASTIC = (
     *(TORCHRUN, "--nnodes=1:1", "--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.5"),
     *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "jepa_dist.train"),
 )
-# Without this, restarted ranks read stale addresses and never meet.
-ENVIRON = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# What somebody types; the environment is the user's.
+STANDALONE = (
+    *(TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=3"),
+    *("-m", "jepa_dist.train"),
+)
 STEPS = 60
 
 
@@ -35,13 +38,15 @@ def last_step(run_dir: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_costs_work_but_not_the_run(tmp_path: Path, victim: int) -> None:
+@pytest.mark.parametrize(("victim", "launcher"), [(0, STANDALONE), (1, STANDALONE), (1, ELASTIC)])
+def test_a_killed_rank_costs_work_but_not_the_run(
+    tmp_path: Path, victim: int, launcher: tuple[str, ...]
+) -> None:
     write_corpus(tmp_path, train_tokens=20_000)
-    undisturbed = run_command(*ELASTIC, *arguments(tmp_path, "undisturbed"), environ=ENVIRON)
+    undisturbed = run_command(*launcher, *arguments(tmp_path, "undisturbed"))
     assert undisturbed.code == 0, undisturbed.output
     run_dir = tmp_path / "disturbed"
-    with Command([*ELASTIC, *arguments(tmp_path, "disturbed")], environ=ENVIRON) as job:
+    with Command([*launcher, *arguments(tmp_path, "disturbed")]) as job:
         job.wait_for(lambda: last_step(run_dir) >= 12, 60)
         job.rank(victim).kill()
         finished: Finished = job.wait(120)
@@ -59,7 +64,7 @@ def test_ranks_die_with_their_agent(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     run_dir = tmp_path / "run"
     endless = [*arguments(tmp_path, "run"), "train.steps=1000000"]
-    with Command([*ELASTIC, *endless], environ=ENVIRON) as job:
+    with Command([*ELASTIC, *endless]) as job:
         job.wait_for(lambda: last_step(run_dir) >= 2, 60)
         job.signal(signal.SIGKILL)
         job.wait(30)  # fails if anything is left

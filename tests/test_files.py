@@ -77,19 +77,36 @@ def test_lines_are_read_up_to_the_size_that_the_file_had(tmp_path: Path) -> None
     assert [len(line) for line in read_lines(path)] == [2**22, 2**22, 2**20 + 1, 3]
 
 
-@pytest.mark.parametrize("kind", ["fifo", "link", "dangling link"])
-def test_nothing_is_written_through_what_has_the_name(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["fifo", "link", "dangling link", "folder"])
+def test_nothing_is_written_through_what_has_the_name(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # however somebody comes to know the name
+        patch.setattr("jepa_dist.files.partial_name", lambda path: tmp_path / ".file.partial")
+        _plant(tmp_path, kind)
+        with pytest.raises(FileExistsError):
+            write_atomically(tmp_path / "file", "text")
+    _plant(tmp_path, kind)
+    write_atomically(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    other = tmp_path / "other"
+    assert other.read_text() == "as it was" if kind == "link" else not other.exists()
+    assert not list(tmp_path.glob(".file.*.partial"))
+
+
+def _plant(tmp_path: Path, kind: str) -> None:
+    """Put something where an earlier version wrote."""
     other, partial = tmp_path / "other", tmp_path / ".file.partial"
     if kind == "link":
         other.write_text("as it was")
+    if os.path.lexists(partial):
+        return
     if kind == "fifo":
         os.mkfifo(partial)
+    elif kind == "folder":
+        partial.mkdir()
     else:
         partial.symlink_to(other)
-    write_atomically(tmp_path / "file", "text")
-    assert (tmp_path / "file").read_text() == "text"
-    assert not partial.is_symlink()
-    assert other.read_text() == "as it was" if kind == "link" else not other.exists()
 
 
 # ---------------------------------------------------------------------------- metrics.jsonl

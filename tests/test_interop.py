@@ -141,7 +141,9 @@ def test_what_is_not_a_whole_export_is_refused(exported: Path) -> None:
     path, beside = exported / "model.safetensors", exported / "model.json"
     text, whole = beside.read_text(), path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=r"model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: damaged: not a whole safetensors file"
+    ):
         find_weights(exported, "live")
     path.write_bytes(whole)
     beside.write_text(text.replace('"format": 1', '"format": 2'))

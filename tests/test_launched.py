@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from jepa_dist.errors import UserError
-from jepa_dist.launched import adopt_launcher, check_rendezvous
+from jepa_dist.launched import adopt_launcher, check_rendezvous, is_orphan, ranks_on_this_host
 
 TORCHRUN = {
     "RANK": "1",
@@ -103,3 +105,34 @@ def test_a_rendezvous_that_does_not_resolve() -> None:
     check_rendezvous(TORCHRUN)
     with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid: .*--local-addr"):
         check_rendezvous({"MASTER_ADDR": "no-such-host.invalid"})
+
+
+@pytest.mark.parametrize(
+    ("parent", "elastic", "init", "orphan"),
+    [
+        (1, True, "torchrun", False),  # a container whose first process is torchrun
+        (1, True, "python3.11", False),
+        (1, True, "systemd", True),
+        (1, True, "tini", True),
+        (1, True, "bash", True),
+        (1, False, "tini", False),  # a container that starts one rank
+        (7, True, "systemd", False),
+        (1, True, None, False),
+    ],
+)
+def test_orphans_are_told_from_children_of_process_one(
+    tmp_path: Path, parent: int, elastic: bool, init: str | None, orphan: bool
+) -> None:
+    if init is not None:
+        (tmp_path / "comm").write_text(f"{init}\n")
+    environ = {"TORCHELASTIC_RUN_ID": "x"} if elastic else {}
+    assert is_orphan(environ, parent, tmp_path / "comm") is orphan
+
+
+@pytest.mark.parametrize("given", ["0", "", "-1", "8(x2)", "9" * 5000, "\u0663"])
+def test_a_number_of_local_ranks_that_is_none_counts_as_one(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", given)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    assert ranks_on_this_host() == 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
 
 from jepa_dist.bench.common import machine, versions
-from jepa_dist.failure import EXIT_FAILURE, told_once
-from jepa_dist.launched import launched_rank, ranks_on_this_host
+from jepa_dist.failure import EXIT_FAILURE, told_by_host, told_once
+from jepa_dist.launched import adopt_launcher, launched_rank, ranks_on_this_host
 from jepa_dist.process_env import set_defaults
 
 # A benchmark is a module of this package with ``add_arguments(parser)``, ``run(arguments)``, which
@@ -35,7 +36,9 @@ _BENCHES = (
 
 def main() -> None:
     """Run the named benchmark, print its table, write its JSON (rank 0, if there are several)."""
-    set_defaults(ranks_on_this_host())
+    with told_by_host():
+        adopt_launcher(os.environ)
+        set_defaults(ranks_on_this_host())
     parser = argparse.ArgumentParser(prog="python -m jepa_dist.bench", description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     benches = {name: importlib.import_module(f"jepa_dist.bench.{name}") for name in _BENCHES}

@@ -15,7 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from jepa_dist.errors import UserError
-from jepa_dist.files import make_new, write_atomically
+from jepa_dist.files import delete, make_new, write_atomically
 
 LATEST = "latest"
 
@@ -76,17 +76,25 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
         return [set_aside(path) for later, path in published(folder).items() if later > step]
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> list[str]:
     """Make the folder of checkpoints and clear what a crash left in it.
 
+    Returns:
+        One line for each thing that cannot be deleted; it takes room, and is passed over.
+
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written.
     """
+    messages = []
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             if path.name.startswith((_STAGING, _DELETING)):
-                shutil.rmtree(path)
+                try:
+                    delete(path)
+                except OSError as error:
+                    messages.append(f"{path}: cannot be deleted: {error.strerror or error}")
+    return messages
 
 
 def make_staging(folder: Path, step: int) -> Path:
@@ -135,7 +143,7 @@ def remove(path: Path) -> None:
     """
     doomed = path.with_name(f"{_DELETING}{path.name}-{uuid4().hex[:8]}")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    delete(doomed)
 
 
 def discard(staging: Path) -> None:
@@ -172,6 +180,6 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename or path
         raise UserError(
-            f"{place}: cannot be written: {error.strerror}; free the disk or name another folder "
-            "(checkpoints made before are untouched)"
+            f"{place}: cannot be written: {error.strerror or error}; free the disk or name another "
+            "folder (checkpoints made before are untouched)"
         ) from None

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from jepa_dist.checkpoint.agreement import on_every_rank, plainly
 from jepa_dist.checkpoint.folder import published
 from jepa_dist.checkpoint.manifest import Manifest, check_files, read_manifest, read_state
-from jepa_dist.checkpoint.shards import DTYPES
 from jepa_dist.checkpoint.storage import ShardReader
 from jepa_dist.errors import UserError
+from jepa_dist.interop.tensor_file import DTYPES
 from jepa_dist.interop.verify import Signature, mismatches
 from jepa_dist.parallel.world import World
 

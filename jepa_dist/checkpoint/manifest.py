@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,8 +20,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jepa_dist.checkpoint.folder import step_of
-from jepa_dist.errors import UserError
+from jepa_dist.errors import UserError, one_line
 from jepa_dist.files import MIB, check_regular, open_regular, read_json
+from jepa_dist.interop.tensor_file import TensorFile
+from jepa_dist.interop.verify import Signature, mismatches
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -247,19 +249,44 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> list[str]:
-    """Everything that is wrong with the checkpoint ``path``, one line each; reads all of it."""
+    """Everything that is wrong with the checkpoint ``path``, one printable line each; reads all of
+    it."""
     try:
         manifest = read_manifest(path)
     except UserError as error:
         return list(error.problems)
-    return check_files(path, manifest, manifest.files)
+    return [one_line(problem) for problem in check_files(path, manifest, manifest.files)]
 
 
 def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Compare some of the files that ``manifest`` lists with what it says of them."""
+    """Compare some of the files that ``manifest`` lists with what it says of them: their sizes and
+    digests, and the headers of those that hold chunks of tensors."""
+    held: dict[str, dict[str, Signature]] = {name: {} for name in manifest.files}
+    for tensor, entry in manifest.tensors.items():
+        for chunk in entry.chunks:
+            held[chunk.file][tensor] = Signature(chunk.shape, entry.dtype)
+
+    def check(name: str) -> list[str]:
+        problem = _check_file(path / name, manifest.files[name])
+        if problem is not None:
+            return [problem]
+        return _check_header(path / name, held[name]) if name != STATE else []
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda name: _check_file(path / name, manifest.files[name]), names)
-        return [problem for problem in found if problem is not None]
+        return [problem for problems in pool.map(check, names) for problem in problems]
+
+
+def _check_header(file: Path, expected: Mapping[str, Signature]) -> list[str]:
+    """Compare the tensors that a file holds with the chunks that the manifest has there."""
+    try:
+        with TensorFile(file) as opened:
+            found = opened.signatures()
+    except UserError as error:
+        return list(error.problems)
+    return _first(
+        f"{problem}, says the manifest"
+        for problem in mismatches(f"{file}: damaged", expected, found)
+    )
 
 
 def check_size(file: Path, entry: FileEntry) -> str | None:

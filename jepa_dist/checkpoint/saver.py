@@ -79,7 +79,7 @@ class Checkpointer:
         self._saves = 0
         self._reports: list[SaveReport] = []
         self._manifests: dict[Path, Manifest] = {}
-        world.decide(lambda: folders.make_folder(folder))
+        self._uncleared = world.decide(lambda: folders.make_folder(folder))
 
     def save(
         self,
@@ -183,7 +183,7 @@ class Checkpointer:
 
         The checkpoint is published: what fails here is told, but is no failure of the save.
         """
-        messages = []
+        messages, self._uncleared = self._uncleared, []
         self._manifests.pop(path, None)
         try:
             folders.point_latest_to(path)

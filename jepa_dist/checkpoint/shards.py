@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jepa_dist.checkpoint.manifest import (
@@ -32,20 +31,9 @@ from jepa_dist.checkpoint.manifest import (
     digest_of,
 )
 from jepa_dist.errors import UserError
-from jepa_dist.files import check_regular
+from jepa_dist.interop.tensor_file import DTYPES, TensorFile
+from jepa_dist.interop.verify import Signature
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 assert _TORCH_DTYPES.keys() == DTYPE_BYTES.keys()
 
@@ -113,7 +101,7 @@ class ShardFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._opened: dict[str, Any] = {}
+        self._opened: dict[str, tuple[TensorFile, Mapping[str, Signature]]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> ShardFiles:
@@ -132,28 +120,26 @@ class ShardFiles:
             box: The block, within the chunk.
 
         Raises:
-            UserError: the file is not what the manifest says.
+            UserError: the file is not what the manifest says, or was truncated meanwhile.
         """
-        file = self._folder / chunk.file
-        try:
-            stored = self._open(file).get_slice(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: damaged: {name:.80}: {error}") from None
-        # The library has compared the header with the size of the file.
-        found = stored.get_dtype(), tuple(stored.get_shape())
-        if found != (dtype, chunk.shape):
+        file, found = self._open(chunk.file)
+        if found.get(name) != Signature(chunk.shape, dtype):
             raise UserError(
-                f"{file}: damaged: {name:.80}: dtype and shape {found[0]} {found[1]}, the "
-                f"manifest says {dtype} {chunk.shape}"
+                f"{file.path}: damaged: {name:.80}: "
+                + (
+                    f"dtype and shape {found[name].dtype} {found[name].shape}"
+                    if name in found
+                    else "not there"
+                )
+                + f", the manifest says {dtype} {chunk.shape}"
             )
-        return stored[box]
+        return file.read(name, box)
 
-    def _open(self, file: Path) -> Any:
-        if file.name not in self._opened:
-            check_regular(file)
-            handle = safe_open(file, framework="pt", device="cpu")
-            self._opened[file.name] = self._stack.enter_context(handle)
-        return self._opened[file.name]
+    def _open(self, name: str) -> tuple[TensorFile, Mapping[str, Signature]]:
+        if name not in self._opened:
+            file = self._stack.enter_context(TensorFile(self._folder / name))
+            self._opened[name] = file, file.signatures()
+        return self._opened[name]
 
 
 def assemble(files: ShardFiles, name: str, entry: TensorEntry) -> Tensor:

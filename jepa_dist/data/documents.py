@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -115,6 +116,7 @@ def _pieces(file: InputFile, separator: bytes | None) -> Iterator[Piece]:
 def _line_ranges(file: InputFile, stream: BinaryIO) -> Iterator[Piece]:
     start = 0
     while start < file.size:
+        _check_size(file, stream)
         stream.seek(min(start + TASK_BYTES, file.size) - 1)
         rest = stream.readline(LINE_BYTES)
         stop = min(stream.tell(), file.size)
@@ -125,6 +127,16 @@ def _line_ranges(file: InputFile, stream: BinaryIO) -> Iterator[Piece]:
             )
         yield Piece(file, start, stop, start)
         start = stop
+
+
+def _check_size(file: InputFile, stream: BinaryIO) -> None:
+    """Raise if the file has become shorter since it was listed."""
+    if os.fstat(stream.fileno()).st_size < file.size:
+        raise _shorter(file)
+
+
+def _shorter(file: InputFile) -> UserError:
+    return UserError(f"{file.path}: became shorter while it was read; try again")
 
 
 def _documents(file: InputFile, separator: bytes | None) -> Iterator[tuple[int, int]]:
@@ -157,6 +169,7 @@ def _cut(file: InputFile, stream: BinaryIO, start: int, stop: int) -> Iterator[P
     while start < stop:
         end = min(start + TASK_BYTES, stop)
         if end < stop:
+            _check_size(file, stream)
             stream.seek(end - _CUT_WINDOW)
             end -= _excess(stream.read(_CUT_WINDOW))
         yield Piece(file, start, end, document)
@@ -202,7 +215,7 @@ class Encoder:
                 stream.seek(piece.start)
                 data = stream.read(piece.stop - piece.start)
             if len(data) != piece.stop - piece.start:
-                raise UserError(f"{piece.file.path}: became shorter while it was read; try again")
+                raise _shorter(piece.file)
             result.bytes_read += len(data)
             if piece.file.is_jsonl:
                 self._add_lines(result, piece, data)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jepa_dist.errors import UserError
-from jepa_dist.files import open_regular
+from jepa_dist.files import make_new, open_regular
 
 HEADER_WORDS = 256
 MAGIC = 20240520
@@ -54,7 +54,7 @@ class ShardWriter:
         self.count = 0
         self._partial = path.with_name(f".{path.name}.partial")
         with self._naming_the_file():
-            self._file = open(self._partial, "wb")  # noqa: SIM115 (closed by __exit__)
+            self._file = make_new(self._partial)
             self._file.write(bytes(_HEADER_BYTES))
 
     def write(self, tokens: npt.NDArray[Any]) -> None:
@@ -373,7 +373,7 @@ def fingerprint(paths: Sequence[Path]) -> dict[str, Any]:
 def _file_fingerprint(path: Path) -> dict[str, Any]:
     count = read_count(path)
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(file.read(_HEADER_BYTES))
         last = max(_HEADER_BYTES, size - _SAMPLED_BYTES)

@@ -53,10 +53,14 @@ def staged(target: Path) -> Iterator[Path]:
     by a killed process is cleared by the next call.
 
     Raises:
-        UserError: another process is writing the same target.
+        UserError: another process is writing the same target, or a link or a file has the name of
+            the folder beside it: what it leads to is not touched.
     """
     staging = target.with_name(f".{target.name}.partial")
     retired = target.with_name(f".{target.name}.replaced")
+    for path in (staging, retired):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise UserError(f"{path}: is in the way of --out {target}; remove it")
     staging.mkdir(parents=True, exist_ok=True)
     with _locked(staging, target):
         _clear(staging)
@@ -75,7 +79,7 @@ def staged(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(folder: Path, target: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when its holder dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The holder before us may just have published this very folder.
@@ -93,7 +97,7 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
 
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

@@ -6,10 +6,12 @@ python -m jepa_dist.evaluate RUN [--sliding --stride 64] [--ema] [KEY=VALUE ...]
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jepa_dist.command_line import Parser
 from jepa_dist.config import Config, as_override, check_world, flatten, load, to_dict
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.shards import find_shards
@@ -18,8 +20,15 @@ from jepa_dist.evaluate.score import Score, score
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.weights import Source, find_weights, load_model
 from jepa_dist.evaluate.windows import Windows
-from jepa_dist.failure import told_by_this_rank, told_once
-from jepa_dist.launched import launched_rank, launched_world_size, ranks_on_this_host
+from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
+from jepa_dist.launched import (
+    adopt_launcher,
+    check_rendezvous,
+    die_with_launcher,
+    launched_rank,
+    launched_world_size,
+    ranks_on_this_host,
+)
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.process_env import set_defaults
 
@@ -34,9 +43,13 @@ _DEFAULT_STRIDE = 64
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything that can be checked, then evaluate."""
-    set_defaults(ranks_on_this_host())
+    with told_by_host():
+        arguments = _parse_arguments(argv)
+        adopt_launcher(os.environ)
+        die_with_launcher()
+        set_defaults(ranks_on_this_host())
+        check_rendezvous(os.environ)
     rank = launched_rank()
-    arguments = _parse_arguments(argv)
     with told_once(rank):
         source = find_weights(arguments.path, "ema" if arguments.ema else "live")
         config = resolve(source.description.config, arguments.overrides)
@@ -63,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ``stride`` is None unless windows are to overlap."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jepa_dist.evaluate",
         description="Loss and bits per byte of a trained model; also under torchrun.",
     )

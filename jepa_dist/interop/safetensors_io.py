@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 import jepa_dist
 from jepa_dist.config import Config, check
 from jepa_dist.errors import UserError
-from jepa_dist.files import MIB, check_regular, read_bytes, write_atomically
+from jepa_dist.files import MIB, partial_name, read_bytes, write_atomically
+from jepa_dist.interop.tensor_file import DTYPES, TensorFile
 from jepa_dist.interop.verify import Signature, mismatches
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.parallel.shard import fsdp_modules, local_slices
@@ -31,12 +32,6 @@ from jepa_dist.parallel.world import World
 Weights = Literal["live", "ema"]
 
 _STEMS: dict[Weights, str] = {"live": "model", "ema": "ema"}
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
 
 
 class Description(BaseModel):
@@ -175,10 +170,9 @@ def publish(path: Path, write: Callable[[Path], Any]) -> None:
     Its mode is that of any new file (the umask's), whatever ``write`` gives it: safetensors keeps
     its files to their owner.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # whatever has this name is not written through
+    partial = partial_name(path)
     try:
-        partial.touch()
+        partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
         write(partial)
         partial.chmod(mode)
@@ -253,16 +247,11 @@ def check_tensors(path: Path, model: nn.Module) -> None:
         UserError: damaged file; tensors missing, unknown, or of another shape or dtype; all listed.
     """
     expected = {
-        name: Signature(tuple(parameter.shape), _DTYPES[parameter.dtype])
+        name: Signature(tuple(parameter.shape), DTYPES[parameter.dtype])
         for name, parameter in model.named_parameters()
     }
-    with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        found = {
-            name: Signature(tuple(part.get_shape()), part.get_dtype())
-            for name, part in slices.items()
-        }
-    problems = mismatches(str(path), expected, found)
+    with TensorFile(path) as file:
+        problems = mismatches(str(path), expected, file.signatures())
     if problems:
         raise UserError(*problems)
 
@@ -274,14 +263,14 @@ def import_weights(path: Path, model: nn.Module) -> None:
     Not collective. Parameters keep their device and must have the file's dtype.
 
     Raises:
-        UserError: as ``check_tensors``.
+        UserError: as ``check_tensors``, or the file was truncated meanwhile.
     """
     check_tensors(path, model)
-    with _opened(path) as file:
+    with TensorFile(path) as file:
         for name, parameter in model.named_parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if local.numel() > 0:
-                local.copy_(file.get_slice(name)[local_slices(parameter)])
+                local.copy_(file.read(name, local_slices(parameter)))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -290,16 +279,5 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged.
     """
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def _opened(path: Path) -> Any:
-    """The file as a context manager."""
-    try:
-        check_regular(path)
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({error}); copy or export it again"
-        ) from None
+    with TensorFile(path) as file:
+        return {name: file.read(name) for name in file.signatures()}

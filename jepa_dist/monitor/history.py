@@ -14,9 +14,11 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from jepa_dist.files import open_to_append_lines, read_lines
+from jepa_dist.files import MIB, open_to_append_lines, read_lines
 
 STARTS = "starts.jsonl"
+# A line has a few kilobytes.
+_MOST_BYTES = 64 * MIB
 
 # What a run leaves when it ends, or until then every few seconds.
 _SIGNS_OF_LIFE = ("metrics.jsonl", "status.json", "heartbeats/rank_*.json")
@@ -145,11 +147,11 @@ def read_starts(run_dir: Path) -> list[StartRecord]:
     """The starts so far; lines that a crash cut short are left out.
 
     Raises:
-        OSError: the file is there, but cannot be read or is no regular file.
+        OSError: the file is there, but cannot be read, is no regular file, or is far too large.
     """
     starts = []
     with suppress(FileNotFoundError):
-        for line in read_lines(run_dir / STARTS):
+        for line in read_lines(run_dir / STARTS, _MOST_BYTES):
             with suppress(ValueError):  # pydantic's error is one
                 starts.append(_RECORD.validate_json(line))
     return starts
@@ -157,11 +159,11 @@ def read_starts(run_dir: Path) -> list[StartRecord]:
 
 def lasting(starts: Sequence[StartRecord]) -> list[StartRecord]:
     """Those starts of which steps are left in the run: later ones went back behind none of them."""
-    return [
-        start
-        for index, start in enumerate(starts)
-        if all(later.step > start.step for later in starts[index + 1 :])
-    ]
+    kept: list[StartRecord] = []
+    for start in reversed(starts):
+        if not kept or start.step < kept[-1].step:
+            kept.append(start)
+    return kept[::-1]
 
 
 def _idle_seconds(run_dir: Path) -> float:

@@ -14,9 +14,12 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from jepa_dist.files import read_lines
+from jepa_dist.files import MIB, read_lines
 
 METRICS = "metrics.jsonl"
+HELD_BYTES = 512 * MIB
+"""Largest file whose records are held in memory, which takes several times as much: about 200,000
+records."""
 
 _NOT_FINITE = "not_finite"
 _NAMES = ("nan", "inf", "-inf")
@@ -76,13 +79,17 @@ def _parse(line: bytes) -> Any:
         return json.loads(line)  # slower, but takes the lone surrogates that json.dumps writes
 
 
-def read_records(metrics: Path) -> Iterator[dict[str, Any] | None]:
+def read_records(metrics: Path, limit: int | None = None) -> Iterator[dict[str, Any] | None]:
     """The records of a file in order; None for each line that holds none.
 
+    Args:
+        metrics: The file.
+        limit: Most bytes that it may have; for those who keep all records (``HELD_BYTES``).
+
     Raises:
-        OSError: the file is missing, cannot be read, or is no regular file.
+        OSError: the file is missing, cannot be read, is no regular file, or is larger.
     """
-    return map(decode, read_lines(metrics))
+    return map(decode, read_lines(metrics, limit))
 
 
 def number(record: Record, key: str) -> float | None:

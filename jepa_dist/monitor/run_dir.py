@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from jepa_dist.errors import UserError
-from jepa_dist.files import MIB, check_regular, read_json, write_atomically
+from jepa_dist.files import MIB, check_regular, open_to_append, read_json, write_atomically
 from jepa_dist.output import report_lost_output
 from jepa_dist.run_lock import is_in_use
 
 # Far more than a run writes.
 _SMALL_FILE_BYTES = 64 * MIB
 _SMALL_FILES = ("config.yaml", "data.json", "status.json", "starts.jsonl")
-_LARGE_FILES = ("metrics.jsonl",)
+_LARGE_FILES = (
+    "metrics.jsonl",
+    *("model.safetensors", "model.json", "ema.safetensors", "ema.json"),
+)
 _FOLDERS = ("checkpoints", "heartbeats", "logs", "tensorboard")
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 
@@ -167,6 +171,17 @@ def read_status(path: Path) -> dict[str, Any]:
 
 class _LogFile(logging.FileHandler):
     """A log file that drops what it cannot write: a full disk must not end the training."""
+
+    def _open(self) -> io.TextIOWrapper:
+        """Open it for appending; a FIFO in its place would wait for a reader.
+
+        Raises:
+            OSError: it cannot be opened, or is no regular file.
+        """
+        file = open_to_append(Path(self.baseFilename))
+        return io.TextIOWrapper(
+            io.BufferedWriter(file), encoding=self.encoding, errors=self.errors, write_through=True
+        )
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record; the file is opened by the first."""

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _BEAT_SECONDS = 5.0
 # Two looks at the files, this many beats apart, tell who is alive.
 _BEATS_BETWEEN_LOOKS = 3
+_JOIN_SECONDS = 5.0
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -95,7 +96,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_JOIN_SECONDS)  # a file system that hangs keeps it
 
     def _run(self) -> None:
         self._tick()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jepa_dist.files import make_new
+from jepa_dist.files import make_new, partial_name
 from jepa_dist.monitor.events import Appendable, EventFile
 from jepa_dist.monitor.images import cos_image
 from jepa_dist.monitor.layout import LAYOUT
@@ -126,7 +126,7 @@ def _drop_records_beyond(metrics: Path, step: int) -> None:
     """Rewrite the file in one step; a last line that was cut short goes, too."""
     if not metrics.exists():
         return
-    partial = metrics.with_suffix(".partial")
+    partial = partial_name(metrics)
     with make_new(partial) as file:
         for record in read_records(metrics):
             if record is not None and record["step"] <= step and not _ENDS & record.keys():

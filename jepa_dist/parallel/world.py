@@ -21,6 +21,7 @@ from jepa_dist.consistency import Statement, check_alike
 from jepa_dist.errors import UserError
 from jepa_dist.launched import is_launched, launched_local_rank, launched_rank, launched_world_size
 from jepa_dist.parallel.determinism import use_deterministic_algorithms
+from jepa_dist.parallel.meeting import store_of_this_start
 
 T = TypeVar("T")
 
@@ -131,12 +132,12 @@ def start_world(
 
 
 def _meet(rank: int, world_size: int, timeout: timedelta) -> Store:
-    """The store through which the ranks find each other; waits for it, not for the ranks."""
+    """The store through which the ranks of this start find each other."""
     if not is_launched():
         return HashStore()
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
-    return store
+    return store_of_this_start(store, rank, world_size, timeout)
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:

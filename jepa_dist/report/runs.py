@@ -16,7 +16,7 @@ from jepa_dist.config import flatten, read_mapping
 from jepa_dist.errors import UserError, one_line
 from jepa_dist.files import MIB, check_regular, read_json
 from jepa_dist.monitor.history import StartRecord, lasting, read_starts
-from jepa_dist.monitor.metrics_file import METRICS, number, read_records
+from jepa_dist.monitor.metrics_file import HELD_BYTES, METRICS, number, read_records
 from jepa_dist.monitor.run_dir import current_status
 
 Array = NDArray[np.float64]
@@ -224,7 +224,7 @@ def _read_records(metrics: Path) -> tuple[list[Record], Record, list[str]]:
     records: dict[int, Record] = {}
     final: Record = {}
     damaged, notes = [], []
-    for line, record in enumerate(read_records(metrics), start=1):
+    for line, record in enumerate(read_records(metrics, HELD_BYTES), start=1):
         if record is None:
             damaged.append(line)
         elif record.get("final"):

@@ -20,7 +20,7 @@ from jepa_dist.config import flatten, load
 from jepa_dist.errors import UserError
 from jepa_dist.files import MIB, check_regular, read_json
 from jepa_dist.monitor.history import StartRecord, lasting, read_starts
-from jepa_dist.monitor.metrics_file import METRICS, number, read_records
+from jepa_dist.monitor.metrics_file import HELD_BYTES, METRICS, number, read_records
 from jepa_dist.sweep.members import CONTROL, Member, Settings, settings_of
 
 # 97.5 % points of Student's t distribution with 1, 2, ... degrees of freedom; with more than
@@ -129,7 +129,8 @@ def _read(member: Member) -> Record:
     """
     run_dir = member.run_dir
     try:
-        records = [record for record in read_records(run_dir / METRICS) if record is not None]
+        found = read_records(run_dir / METRICS, HELD_BYTES)
+        records = [record for record in found if record is not None]
         starts = lasting(read_starts(run_dir))
     except FileNotFoundError:
         records, starts = [], []

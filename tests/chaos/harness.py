@@ -49,7 +49,7 @@ _TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 _SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # Without the first, restarted ranks read stale addresses and never meet. The second is how long
 # torchrun waits for ranks that it has told to end.
-_ENVIRON = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}
+_ENVIRON = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}
 
 
 class MissedError(Exception):

@@ -1,4 +1,4 @@
-"""Feed generated and mutated files to the readers of manifests, states and JSON lines.
+"""Feed generated and mutated files to the readers of configurations and of what runs leave.
 
     python -m tests.fuzz [--examples N] [TARGET ...]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from jepa_dist.checkpoint.manifest import MANIFEST, STATE, read_manifest, read_state
 from jepa_dist.checkpoint.shards import ShardFiles, assemble
+from jepa_dist.config import ENVIRONMENT, Config, flatten, load, to_dict, to_yaml
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.alarms import JepaAlarms
 from jepa_dist.monitor.history import lasting, read_starts
@@ -197,6 +198,63 @@ def status(value: Any) -> None:
     ends_well(lambda: (read_heartbeats(_root / "heartbeats", 1), read_status(_root)))
 
 
+_SETTINGS = to_dict(Config())
+_KEYS = [key for key, _ in flatten(_SETTINGS)]
+# What YAML has and JSON has not.
+_YAML_TEXT = st.sampled_from(
+    [
+        *("&a [*a]", "!!python/object:os.system x", "!!int x", "2026-02-31", "1:30", "0o99"),
+        *("010", "<<", "[" * 60, "{a: {b: {c", "\t- x", "? ?", "'", "%YAML 9.9", "---\n---"),
+        *(".inf", "1e400", "~", "!!binary =", "!!timestamp 1", "!!set {x, y}", "9" * 5000),
+        *("\x00", "\ud800", "\x85", "@x"),
+    ]
+)
+
+
+@st.composite
+def _yaml_of(draw: st.DrawFn) -> bytes:
+    """A configuration whose values, and a line of which, are not what they should be."""
+    text = json.dumps(draw(mutated(_SETTINGS)), indent=1)
+    lines = text.split("\n")
+    place = draw(st.integers(0, len(lines)))
+    if draw(st.booleans()):
+        lines.insert(place, draw(_YAML_TEXT | st.text(max_size=20)))
+    return "\n".join(lines).encode(errors="surrogatepass")
+
+
+@given(_yaml_of() | st.binary(max_size=200))
+def configuration(data: bytes) -> None:
+    """A configuration file: what is read can be written, and read again as the same."""
+    file = _root / "config.yaml"
+    file.write_bytes(data)
+
+    def read() -> None:
+        config = load(file, [], {}).config
+        file.write_text(to_yaml(config))
+        assert load(file, [], {}).config == config
+
+    ends_well(read)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(_KEYS) | st.text(max_size=20),
+            _YAML_TEXT | st.text(max_size=30) | SCALARS.map(str),
+        ),
+        max_size=3,
+    ),
+    st.booleans(),
+)
+def overrides(settings: list[tuple[str, str]], in_environment: bool) -> None:
+    """KEY=VALUE on the command line and in the environment."""
+    if in_environment:
+        texts = [text for _, text in settings]
+        ends_well(lambda: load(None, [], dict(zip(sorted(ENVIRONMENT), texts, strict=False))))
+    else:
+        ends_well(lambda: load(None, [f"{key}={value}" for key, value in settings], {}))
+
+
 def _write_lines(path: Path, lines: list[Any]) -> None:
     texts = [one if isinstance(one, bytes) else json.dumps(one).encode() for one in lines]
     path.write_bytes(b"\n".join(texts))
@@ -208,5 +266,8 @@ def _no_json(name: str) -> None:
 
 TARGETS: dict[str, Callable[[], None]] = {
     test.__name__: test  # type: ignore[dict-item]
-    for test in (manifest, manifest_bytes, shard, state, metrics, starts, status)
+    for test in (
+        *(manifest, manifest_bytes, shard, state, metrics, starts, status),
+        *(configuration, overrides),
+    )
 }

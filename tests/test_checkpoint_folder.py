@@ -1,0 +1,65 @@
+"""What lies in the folder of checkpoints beside checkpoints: cleared, or told and passed over."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jepa_dist.checkpoint import folder as folders
+from jepa_dist.run_lock import RunLock
+
+
+def test_whatever_has_the_name_of_a_staging_folder_goes(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "x").write_text("x")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / ".staging-file").write_text("x")
+    (folder / ".staging-link").symlink_to(precious)
+    (folder / ".deleting-dangling").symlink_to("nowhere")
+    os.mkfifo(folder / ".deleting-fifo")
+    (folder / ".staging-folder" / "inner").mkdir(parents=True)
+    os.mkfifo(folder / ".staging-folder" / "fifo")
+    assert folders.make_folder(folder) == []
+    assert list(folder.iterdir()) == []
+    assert (precious / "x").read_text() == "x"
+
+
+def test_what_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".staging-x").mkdir()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(folders, "delete", refuse)
+    (message,) = folders.make_folder(tmp_path)
+    assert message == f"{tmp_path / '.staging-x'}: cannot be deleted: Permission denied"
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "folder"])
+def test_a_step_is_removed_whatever_it_is(tmp_path: Path, kind: str) -> None:
+    step, precious = tmp_path / "step_00000001", tmp_path / "precious"
+    precious.mkdir()
+    if kind == "link":
+        step.symlink_to(precious)
+    elif kind == "file":
+        step.write_text("x")
+    else:
+        step.mkdir()
+    folders.remove(step)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_lock_that_leads_nowhere_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.lock").symlink_to("nowhere")
+    monkeypatch.setattr("jepa_dist.run_lock.STALE_SECONDS", 0.1)
+    lock = RunLock(tmp_path)
+    (message,) = lock.acquire()
+    assert "taken over" in message
+    lock.release()
+    assert list(tmp_path.iterdir()) == []

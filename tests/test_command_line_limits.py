@@ -1,0 +1,128 @@
+"""What Python's and the system's limits raise ends every command in one line, exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jepa_dist.checkpoint.__main__ import main as checkpoint
+from jepa_dist.command_line import errors_in_one_line
+from jepa_dist.errors import UserError
+from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
+from jepa_dist.interop.parameter_golf import main as parameter_golf
+from jepa_dist.report.__main__ import main as report
+
+
+def overflow() -> None:
+    (2**70).to_bytes(4, "little")
+
+
+def recursion() -> None:
+    recursion()
+
+
+def memory() -> None:
+    raise MemoryError
+
+
+def long_name() -> None:
+    os.stat("x" * 5000)
+
+
+RAISED: dict[str, tuple[Callable[[], None], str]] = {
+    "overflow": (overflow, "OverflowError"),
+    "recursion": (recursion, "nested too deeply"),
+    "memory": (memory, "not enough memory"),
+    "long name": (long_name, os.strerror(errno.ENAMETOOLONG)),
+}
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_limits_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call, word = RAISED[name]
+    with pytest.raises(UserError) as caught, errors_in_one_line():
+        call()
+    (problem,) = caught.value.problems
+    assert word in problem
+    assert len(problem) < 500
+    for guard in (told_by_host, lambda: told_once(0)):
+        with pytest.raises(SystemExit) as left, guard():
+            call()
+        assert left.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+
+
+def test_a_rank_that_fails_alone_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), told_once(3):
+        memory()
+    assert capsys.readouterr().err.startswith("[rank 3] error: there is not enough memory")
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (checkpoint, ["verify", LONG]),
+        (checkpoint, ["export", LONG, "out"]),
+        (checkpoint, ["prune", LONG, "--keep-last", "1"]),
+        (report, [LONG]),
+        (report, ["a/" * 3000]),
+        (parameter_golf, ["export", LONG, "--out", "x"]),
+    ],
+)
+def test_names_that_are_too_long(
+    main: Callable[[list[str]], None], arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+class _LeftError(BaseException):
+    """Instead of leaving the process."""
+
+
+@pytest.mark.parametrize("reason", ["file too short", "invalid ELF header"])
+def test_a_library_that_was_cut_short_is_named(
+    tmp_path: Path,
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "ab" / "main.so"
+
+    def leave(code: int) -> None:
+        raise _LeftError(code)
+
+    monkeypatch.setattr("jepa_dist.failure._leave", leave)
+    with pytest.raises(_LeftError) as left, told_by_this_rank(0):
+        raise RuntimeError("backend='inductor' raised") from OSError(f"{file}: {reason}")
+    assert left.value.args == (2,)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{file}: not a whole library ({reason})" in line
+    assert "TORCHINDUCTOR_CACHE_DIR" in line
+
+
+def test_a_note_that_hangs_does_not_keep_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jepa_dist.failure._NOTE_SECONDS", 0.05)
+    released = threading.Event()
+
+    def hang(reason: str) -> None:
+        released.wait(60)
+
+    def leave(code: int) -> None:
+        raise _LeftError(code)
+
+    monkeypatch.setattr("jepa_dist.failure._leave", leave)
+    with pytest.raises(_LeftError), told_by_this_rank(0, on_failure=hang):
+        raise UserError("x")
+    released.set()
