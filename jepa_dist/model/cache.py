@@ -52,6 +52,7 @@ class KVCache:
         self._buffers: list[Tensor] = []
         self._executions = len(order.encoder) + len(order.decoder)
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._attentions: list[Attention] = []  # of the model that uses the cache
         self._next = 0  # index of the execution that attends next
 
     @contextmanager
@@ -73,7 +74,9 @@ class KVCache:
             )
         if self.used and count > 1:
             raise ValueError("after the first pass, positions are added one at a time")
-        attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        if not self._attentions:
+            self._attentions = [m for m in model.modules() if isinstance(m, Attention)]
+        attentions = self._attentions
         before = [attention.attend for attention in attentions]
         self._next = 0
         try:
