@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from jepa_dist.errors import UserError
 
+_ROOT = __name__.partition(".")[0]
 _GUARD = re.compile(r"^if __name__ == \"__main__\":", re.MULTILINE)
 
 
@@ -74,6 +75,12 @@ def _place_of(error: BaseException) -> str:
     return place
 
 
+def program(module: str) -> str:
+    """Return how the running command was called: ``jepa_dist train`` or ``python -m MODULE``."""
+    called = sys.argv[0]
+    return called if called.startswith(f"{_ROOT} ") else f"python -m {module}"
+
+
 def refuse_module_without_command() -> None:
     """End the process with exit code 2 if ``python -m`` names a module that is no command.
 
@@ -83,8 +90,7 @@ def refuse_module_without_command() -> None:
     if sys.argv[:1] != ["-m"]:  # what it is while Python looks for the module
         return
     name = sys.orig_argv[-len(sys.argv)].rpartition("-m")[2].removesuffix(".__main__")
-    root = __name__.partition(".")[0]
-    if name != root and not name.startswith(f"{root}."):
+    if name != _ROOT and not name.startswith(f"{_ROOT}."):
         return
     commands = list_commands()
     if name not in commands and _exists(name):

@@ -2,11 +2,13 @@
 
 Every token is one forward pass over one row of ``seq_len`` positions, whatever has been written
 so far: always the same shape, never longer than in training (no rotary rescale), nothing cached.
-That is slow and meant for a short sample now and then. The passes run uncompiled: a graph of this
-shape would serve nothing else.
+That is slow and meant for a short sample now and then; ``inference.decoding`` is faster, with a
+whole model. The passes run uncompiled: a graph of this shape would serve nothing else.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,13 +51,14 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     with torch.compiler.set_stance("force_eager"):
         for _ in range(num_tokens):
-            logits_V = _next_logits(model, ids, phase, device)
-            ids.append(_draw(logits_V, temperature, generator))
+            logits_V = next_logits(model, ids, phase, device)
+            ids.append(draw(logits_V, temperature, generator))
     return tokenizer.decode(ids)
 
 
-def _next_logits(model: GPT, ids: list[int], phase: int, device: torch.device) -> Tensor:
-    """Logits after the last of ``ids``, float64 [V] on the CPU."""
+def next_logits(model: GPT, ids: Sequence[int], phase: int, device: torch.device) -> Tensor:
+    """Return the logits after the last of ``ids``, float64 [V] on the CPU; of more ids than
+    ``model.seq_len`` the last ones are the context."""
     length = model.config.seq_len
     context = ids[-length:]
     tokens_BT = torch.zeros(1, length, dtype=torch.int64)
@@ -64,7 +67,8 @@ def _next_logits(model: GPT, ids: list[int], phase: int, device: torch.device) -
     return logits_BTV[0, len(context) - 1].cpu().double()
 
 
-def _draw(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+def draw(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """Return a token id drawn from the softmax of logits / temperature; at 0 the likeliest id."""
     if temperature == 0:
         return int(logits_V.argmax())
     probabilities_V = torch.softmax(logits_V / temperature, dim=0)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jepa_dist.command_line import Parser
+from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
 from jepa_dist.consistency import Statement, statement
 from jepa_dist.data.check import check_data
@@ -65,8 +65,10 @@ def parse_arguments() -> argparse.Namespace:
     Raises:
         UserError: not understood.
     """
-    parser = Parser(prog="python -m jepa_dist.train", description=__doc__)
-    parser.add_argument("config", type=Path, help="YAML file, e.g. configs/debug.yaml")
+    parser = Parser(prog=program("jepa_dist.train"), description=__doc__)
+    parser.add_argument(
+        "config", type=Path, help="YAML file, or the name of a shipped one, e.g. debug"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. jepa.lambda=0.02"
     )

@@ -1,95 +1,10 @@
-"""Check a cluster before hours are wasted on it: one table, exit code 1 if anything is off.
-
-    python launch/doctor.py                                          this machine
-    srun --ntasks-per-node=8 python launch/doctor.py                 all nodes of a SLURM job
-    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d \\
-        --rdzv-endpoint=HOST:29500 launch/doctor.py                  without SLURM, on every host
-
-One process per GPU, as training has. It compares the versions of Python, torch, CUDA, driver and
-NCCL, this package's code and the devices; measures clocks, free disk, the speed of a matrix product
-and of the links, and names the ranks that are far behind; and sees whether all nodes share one
-folder.
-"""
+"""``jepa_dist doctor`` where only the path of a script can be given: docs/slurm.md."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-from collections.abc import Iterable
-from pathlib import Path
 
-from jepa_dist.config import ParallelConfig
-from jepa_dist.doctor.place import node_name, obstacles
-from jepa_dist.errors import UserError
-from jepa_dist.launched import adopt_launcher
-
-_MEET_WITHIN_SECONDS = 120.0
-
-
-def main() -> int:
-    """Examine, print on rank 0; the exit code, the same on every rank."""
-    arguments = _arguments()
-    try:
-        adopt_launcher(os.environ)
-    except UserError as error:
-        _tell([f"{node_name(os.environ)}: {error}"])
-        return 1
-    if found := list(obstacles(os.environ, arguments.same_machine)):
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            _tell(f"{node_name(os.environ)}: {line}" for line in found)
-        return 1
-
-    from jepa_dist.doctor.examine import examine  # late: torch takes its seconds
-    from jepa_dist.parallel.world import start_world, stop_world
-
-    try:
-        world = start_world(ParallelConfig(timeout_seconds=_MEET_WITHIN_SECONDS))
-    except (UserError, RuntimeError) as error:
-        first_line = str(error).partition("\n")[0]
-        _tell([f"{node_name(os.environ)}: {_where()} cannot join the others: {first_line}"])
-        return 1
-    off = examine(world, arguments.dir, arguments.need_gib)
-    if world.is_main:
-        print(f"{len(off)} off:" if off else "well: nothing is off", flush=True)
-        _tell(off)
-    stop_world()
-    return 1 if off else 0
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="launch/doctor.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--dir", type=Path, default=Path("runs"), help="where the runs will be (default: runs)"
-    )
-    parser.add_argument(
-        "--need-gib",
-        type=float,
-        default=10.0,
-        help="room that must be free there; a checkpoint takes up to 16 bytes per parameter "
-        "(default: 10)",
-    )
-    parser.add_argument(
-        "--same-machine",
-        action="store_true",
-        help='the "nodes" are one machine: a rehearsal, the only case for a loopback address',
-    )
-    return parser.parse_args()
-
-
-def _tell(problems: Iterable[str]) -> None:
-    for problem in problems:
-        print(f"off: {problem}", file=sys.stderr, flush=True)
-
-
-def _where() -> str:
-    address, port = (os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
-    return f"rank {os.environ.get('RANK', '0')} (rendezvous {address}:{port})"
-
+from jepa_dist.doctor.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -157,7 +157,7 @@ agent=(
     # torchrun kills ranks this long after a stop signal (torch 2.11: always after 30 s). They leave
     # before, by checkpoint.grace_seconds.
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-330}"
-    "$venv/bin/python" launch/agent.py
+    "$venv/bin/python" -m jepa_dist.agent
     --nnodes="$min_nodes:$nodes"
     --nproc-per-node="$ranks"
     --rdzv-backend=c10d

@@ -513,14 +513,16 @@ def test_any_bytes_of_text_or_json_are_prepared_or_one_line(
 
 
 def test_a_module_without_command_says_so() -> None:
-    for name in ("jepa_dist.generate", "jepa_dist.data.shards", "jepa_dist"):
+    for name in ("jepa_dist.generate", "jepa_dist.data.shards"):
         done = subprocess.run(
             [sys.executable, "-m", name, "RUN"], capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 2
         assert_one_line(done.stderr, f"python -m {name}: this module is no command")
     commands = list_commands()
-    assert {"jepa_dist.train", "jepa_dist.data.prepare", "jepa_dist.evaluate"} <= set(commands)
+    assert {"jepa_dist", "jepa_dist.train", "jepa_dist.data.prepare", "jepa_dist.evaluate"} <= set(
+        commands
+    )
     done = subprocess.run(
         [sys.executable, "-m", "jepa_dist.data.prepare", "--help"], capture_output=True, timeout=60
     )

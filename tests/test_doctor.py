@@ -359,4 +359,4 @@ def test_under_srun(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_help() -> None:
     finished = run_command(sys.executable, DOCTOR, "--help")
     assert finished.code == 0
-    assert "srun --ntasks-per-node=8 python launch/doctor.py" in finished.output
+    assert "srun --ntasks-per-node=8 jepa_dist doctor" in finished.output

@@ -447,9 +447,8 @@ def test_dry_run(tmp_path: Path) -> None:
     environ = {"NPROC_PER_NODE": 3, "OMP_NUM_THREADS": 2}
     finished = sweep_command("run", file, "--dry-run", "train.steps=3", **environ)
     assert finished.code == 0, finished.output
-    launch = (
-        f"{sys.executable} launch/agent.py --standalone --local-addr=127.0.0.1 --nproc-per-node=3"
-    )
+    agent = f"{sys.executable} -m jepa_dist.agent"
+    launch = f"{agent} --standalone --local-addr=127.0.0.1 --nproc-per-node=3"
     members = read_sweep(file, ["train.steps=3"])
     assert finished.output.splitlines() == [
         f"env OMP_NUM_THREADS=2 {launch} -m jepa_dist.train {' '.join(member.arguments)}"
@@ -478,7 +477,7 @@ def test_not_a_number_of_ranks(tmp_path: Path, ranks: str) -> None:
 def test_help() -> None:
     finished = run_command(*SWEEP, "--help")
     assert finished.code == 0
-    assert "python launch/sweep.py results FILE" in finished.output
+    assert "jepa_dist sweep results FILE" in finished.output
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from jepa_dist.bench.common import machine, versions
+from jepa_dist.command_line import program
 from jepa_dist.failure import EXIT_FAILURE, told_by_host, told_once
 from jepa_dist.launched import adopt_launcher, launched_rank, ranks_on_this_host
 from jepa_dist.process_env import set_defaults
@@ -39,7 +40,7 @@ def main() -> None:
     with told_by_host():
         adopt_launcher(os.environ)
         set_defaults(ranks_on_this_host())
-    parser = argparse.ArgumentParser(prog="python -m jepa_dist.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("jepa_dist.bench"), description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     benches = {name: importlib.import_module(f"jepa_dist.bench.{name}") for name in _BENCHES}
     for name, bench in benches.items():

@@ -9,7 +9,6 @@ stands for its newest whole checkpoint. Exit code 1: ``verify`` found damage, ``
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from jepa_dist.checkpoint import folder as folders
+from jepa_dist.checkpoint.extract import read_model
 from jepa_dist.checkpoint.manifest import (
     STATE,
     Manifest,
@@ -31,11 +30,11 @@ from jepa_dist.checkpoint.manifest import (
 )
 from jepa_dist.checkpoint.retention import Keep, expendable
 from jepa_dist.checkpoint.shards import ShardFiles, assemble
-from jepa_dist.config import Config, flatten
+from jepa_dist.command_line import program
+from jepa_dist.config import flatten
 from jepa_dist.errors import UserError, one_line
 from jepa_dist.failure import told_once
-from jepa_dist.interop.safetensors_io import Description, Weights, write_export
-from jepa_dist.model.execution import LAST_PHASE
+from jepa_dist.interop.safetensors_io import Weights, write_export
 
 CHECKPOINTS = "checkpoints"
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m jepa_dist.checkpoint",
+        prog=program("jepa_dist.checkpoint"),
         description="List, verify, compare, export and prune the checkpoints of a run.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -137,27 +136,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """One safetensors file and its description."""
-    path = _one(arguments.run)
-    manifest, state = read_manifest(path), read_state(path)
     weights: Weights = "ema" if arguments.ema else "live"
-    prefix = "ema/" if arguments.ema else "model/"
-    with ShardFiles(path) as files:
-        tensors = {
-            name.removeprefix(prefix): assemble(files, name, entry)
-            for name, entry in manifest.tensors.items()
-            if name.startswith(prefix)
-        }
-    if not tensors:
-        raise UserError(
-            f"{path}: holds no {prefix} tensors"
-            + ("; the run kept no average (optim.ema_decay=0)" if arguments.ema else "")
-        )
-    description = Description(
-        step=manifest.step,
-        phase=_phase(path, state),
-        weights=weights,
-        config=_config(path, state),
-    )
+    description, tensors = read_model(_one(arguments.run), weights)
     allow = arguments.not_finite
     print(write_export(arguments.out, tensors, description, allow_not_finite=allow))
     return 0
@@ -217,29 +197,6 @@ def _one(path: Path) -> Path:
             return candidate
         print(f"{candidate}: skipped, it is not whole: {problems[0]}", file=sys.stderr)
     raise UserError(f"{path}: no checkpoint is whole; python -m jepa_dist.checkpoint verify {path}")
-
-
-def _phase(path: Path, state: Mapping[str, Any]) -> int:
-    phase = state.get("phase")
-    if type(phase) is not int or not 0 <= phase <= LAST_PHASE:
-        raise UserError(
-            f"{path / STATE}: phase={phase!r:.60}: expected a recurrence phase of 0 to "
-            f"{LAST_PHASE}; it is not of a training run"
-        )
-    return phase
-
-
-def _config(path: Path, state: Mapping[str, Any]) -> Config:
-    try:
-        return Config.model_validate_json(json.dumps(state.get("config")))
-    except ValidationError as error:
-        raise UserError(
-            *(
-                f"{path}: config: {'.'.join(map(str, item['loc'])):.80}: {item['msg']:.200}; "
-                "export it with the version of jepa_dist that wrote it"
-                for item in error.errors()
-            )
-        ) from None
 
 
 # ---------------------------------------------------------------------------- telling

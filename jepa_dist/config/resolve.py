@@ -17,6 +17,7 @@ from jepa_dist.config.restricted_yaml import parse_yaml, read_with_texts
 from jepa_dist.config.rules import check
 from jepa_dist.config.schema import Config
 from jepa_dist.errors import UserError
+from jepa_dist.shipped import find_config
 
 # The environment switches of parameter-golf issue #1772.
 ENVIRONMENT = {
@@ -58,7 +59,7 @@ def load(
     """Resolve a configuration.
 
     Args:
-        path: YAML file, or None for defaults only.
+        path: YAML file, the name of a shipped one (``debug``), or None for defaults only.
         overrides: ``KEY=VALUE`` strings, e.g. ``jepa.lambda=0.02``.
         environ: Environment to read the ``JEPA_*`` switches from (default: the process's).
 
@@ -70,7 +71,7 @@ def load(
     problems: list[str] = []
     unknown = 0
     layers = [
-        *([_from_file(Path(path))] if path is not None else []),
+        *([_from_file(find_config(path))] if path is not None else []),
         _from_environment(os.environ if environ is None else environ),
         _from_command_line(overrides),
     ]

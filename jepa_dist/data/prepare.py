@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jepa_dist.command_line import Parser
+from jepa_dist.command_line import Parser, program
 from jepa_dist.data import corpus
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
 from jepa_dist.data.documents import Encoded, Encoder, split_of, tasks
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m jepa_dist.data.prepare",
+        prog=program("jepa_dist.data.prepare"),
         description="Turn text into token shards; without INPUT, the text of Python's standard "
         "library.",
     )

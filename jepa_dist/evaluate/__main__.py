@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jepa_dist.command_line import Parser
+from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config, as_override, check_world, flatten, load, to_dict
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.shards import find_shards
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ``stride`` is None unless windows are to overlap."""
     parser = Parser(
-        prog="python -m jepa_dist.evaluate",
+        prog=program("jepa_dist.evaluate"),
         description="Loss and bits per byte of a trained model; also under torchrun.",
     )
     parser.add_argument("path", type=Path, help="run directory, or an exported model")

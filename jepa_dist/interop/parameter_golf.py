@@ -270,13 +270,36 @@ def export_final_model(source: Path, out: Path, *, allow_not_finite: bool = Fals
     """
     path = find_export(source, "live")
     description = read_description(path)
-    model_settings = description.config.model
-    named = settings_of(model_settings) | {_PHASE: description.phase}
-    settings = json.dumps(named, indent=1) + "\n"
     with torch.device("meta"):
-        check_tensors(path, GPT(model_settings))
-    state = {to_reference_name(name): tensor for name, tensor in read_state(path).items()}
-    refuse_not_finite(path, state, allow_not_finite)
+        check_tensors(path, GPT(description.config.model))
+    return write_final_model(out, read_state(path), description, allow_not_finite=allow_not_finite)
+
+
+def write_final_model(
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    description: Description,
+    *,
+    allow_not_finite: bool = False,
+) -> Path:
+    """Write whole tensors as a ``final_model.pt`` and their settings as JSON beside it.
+
+    Args:
+        out: File to write.
+        tensors: The model's, by our names.
+        description: What they are.
+        allow_not_finite: Write weights that are not finite.
+
+    Returns:
+        Path of the settings.
+
+    Raises:
+        UserError: a model that the script's cannot hold, or a full disk.
+    """
+    named = settings_of(description.config.model) | {_PHASE: description.phase}
+    settings = json.dumps(named, indent=1) + "\n"
+    state = {to_reference_name(name): tensor for name, tensor in tensors.items()}
+    refuse_not_finite(out, state, allow_not_finite)
     beside = out.with_suffix(".json")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

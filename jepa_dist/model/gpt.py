@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_dist.config import ModelConfig
+from jepa_dist.model.cache import KVCache
 from jepa_dist.model.execution import LAST_PHASE, Execution, execution_order
 from jepa_dist.model.head import HeadRegion
 from jepa_dist.model.layers import Block, rms_norm, rope_tables
@@ -94,6 +95,7 @@ class GPT(nn.Module):
         *,
         phase: int = 0,
         tap: int | None = None,
+        cache: KVCache | None = None,
     ) -> Output:
         """One pass over the model.
 
@@ -105,9 +107,16 @@ class GPT(nn.Module):
             phase: Recurrence phase 0, 1 or 2.
             tap: None for no tap, -1 for the final pre-norm state (the very tensor that the head
                 reads), i for block i's output at its last execution.
+            cache: Keys and values of the positions before ``tokens_BT``; the pass appends its own.
+                For generation: eager, without gradients, on a whole model.
         """
         x_BTD = self.embed(tokens_BT, self.tok_emb.weight, _weight(self.embed_proj))
-        x_BTD, tap_BTD = self._run_blocks(x_BTD, phase, tap)
+        if cache is None:
+            tables = self._rope_tables(x_BTD.size(1), x_BTD.device)
+            x_BTD, tap_BTD = self._run_blocks(x_BTD, tables, phase, tap)
+        else:
+            with cache.extended(self, x_BTD.size(1), phase) as tables:
+                x_BTD, tap_BTD = self._run_blocks(x_BTD, tables, phase, tap)
         head_VE = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         result = self.head(x_BTD, head_VE, _weight(self.head_proj), targets_BT, weight)
         if targets_BT is None:
@@ -115,12 +124,11 @@ class GPT(nn.Module):
         return Output(loss_sum=result, tap_BTD=tap_BTD)
 
     def _run_blocks(
-        self, x_BTD: Tensor, phase: int, tap: int | None
+        self, x_BTD: Tensor, tables: tuple[Tensor, Tensor], phase: int, tap: int | None
     ) -> tuple[Tensor, Tensor | None]:
         """Encoder, decoder with skips; returns the final state and the tapped one."""
         order = execution_order(self.config, phase)
         x0_BTD = _distinct(x_BTD) if self.config.x0_mix else None
-        tables = self._rope_tables(x_BTD.size(1), x_BTD.device)
         tap_BTD: Tensor | None = None
 
         def run(x_BTD: Tensor, execution: Execution) -> Tensor:

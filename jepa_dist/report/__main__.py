@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from jepa_dist.command_line import program
 from jepa_dist.errors import UserError
 from jepa_dist.failure import told_once
 from jepa_dist.report.runs import Run, read_runs
@@ -65,7 +66,7 @@ def write_report(runs: Sequence[Run], page: Path) -> None:
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m jepa_dist.report",
+        prog=program("jepa_dist.report"),
         description="One self-contained HTML page, and a PNG, that show and compare runs.",
     )
     parser.add_argument(

@@ -29,6 +29,7 @@ from jepa_dist.config import (
     to_dict,
 )
 from jepa_dist.errors import UserError
+from jepa_dist.shipped import find_sweep
 
 CONTROL = "control"
 # What a member has of its own: an arm must not set it.
@@ -110,7 +111,8 @@ def read_sweep(path: Path, overrides: Iterable[str] = ()) -> list[Member]:
     """Read and check a sweep; members of one seed stand together.
 
     Args:
-        path: The YAML file. Relative paths in it are seen from the working directory.
+        path: The YAML file, or the name of a shipped one. Relative paths in it are seen from the
+            working directory.
         overrides: ``KEY=VALUE``, added to what all arms have in common; ``run.dir`` is the folder
             that holds the members' run directories (default: ``runs/`` and the file's name).
 
@@ -118,6 +120,7 @@ def read_sweep(path: Path, overrides: Iterable[str] = ()) -> list[Member]:
         UserError: everything that is wrong with it, at once.
     """
     _refuse_switches(os.environ)
+    path = find_sweep(path)
     sweep = _parse(path)
     common = dict(flatten(sweep.common or {})) | _split(overrides)
     arms = {name: dict(flatten(settings or {})) for name, settings in sweep.arms.items()}

@@ -1,7 +1,8 @@
 """torchrun, except that it ends with what happened to the ranks, not with a traceback of its own.
 
-Called by multinode.sh on every host; takes torchrun's arguments. Exit code 128 + n after signal n
-(the ranks have had their time to save by then), 1 if ranks failed.
+Called by launch/multinode.sh on every host, and for each run of a sweep; takes torchrun's
+arguments: ``python -m jepa_dist.agent --nproc-per-node=2 -m jepa_dist.train ...``. Exit code
+128 + n after signal n (the ranks have had their time to save by then), 1 if ranks failed.
 """
 
 from __future__ import annotations

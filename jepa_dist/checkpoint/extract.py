@@ -1,0 +1,75 @@
+"""The model in a checkpoint: one set of whole tensors and what they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
+from jepa_dist.checkpoint.shards import ShardFiles, assemble
+from jepa_dist.config import Config
+from jepa_dist.errors import UserError
+from jepa_dist.interop.safetensors_io import Description, Weights
+from jepa_dist.model.execution import LAST_PHASE
+
+_PREFIXES: dict[Weights, str] = {"live": "model/", "ema": "ema/"}
+
+
+def read_model(path: Path, weights: Weights) -> tuple[Description, dict[str, Tensor]]:
+    """Return the model of a whole checkpoint, saved by any number of ranks.
+
+    Args:
+        path: The checkpoint, already verified.
+        weights: The parameters themselves or their moving average.
+
+    Returns:
+        What the tensors are, and the tensors by parameter name, on the CPU.
+
+    Raises:
+        UserError: it holds no such weights, or its state is not of a training run.
+    """
+    manifest, state = read_manifest(path), read_state(path)
+    prefix = _PREFIXES[weights]
+    with ShardFiles(path) as files:
+        tensors = {
+            name.removeprefix(prefix): assemble(files, name, entry)
+            for name, entry in manifest.tensors.items()
+            if name.startswith(prefix)
+        }
+    if not tensors:
+        raise UserError(
+            f"{path}: holds no {prefix} tensors"
+            + ("; the run kept no average (optim.ema_decay=0)" if weights == "ema" else "")
+        )
+    description = Description(
+        step=manifest.step, phase=_phase(path, state), weights=weights, config=_config(path, state)
+    )
+    return description, tensors
+
+
+def _phase(path: Path, state: Mapping[str, Any]) -> int:
+    phase = state.get("phase")
+    if type(phase) is not int or not 0 <= phase <= LAST_PHASE:
+        raise UserError(
+            f"{path / STATE}: phase={phase!r:.60}: expected a recurrence phase of 0 to "
+            f"{LAST_PHASE}; it is not of a training run"
+        )
+    return phase
+
+
+def _config(path: Path, state: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate_json(json.dumps(state.get("config")))
+    except ValidationError as error:
+        raise UserError(
+            *(
+                f"{path}: config: {'.'.join(map(str, item['loc'])):.80}: {item['msg']:.200}; "
+                "export it with the version of jepa_dist that wrote it"
+                for item in error.errors()
+            )
+        ) from None

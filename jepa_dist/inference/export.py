@@ -1,0 +1,87 @@
+"""Write the weights of a run in a format for other programs: ``jepa_dist export RUN OUT``.
+
+OUT is a folder. What is written beside the weights says what they are.
+
+    safetensors      model.safetensors (ema.safetensors with --ema), model.json
+    torch            model.pt (ema.pt), a state dict for torch.load(weights_only=True), model.json
+    parameter_golf   final_model.pt and final_model.json, as the challenge's script names them
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from jepa_dist.command_line import Parser, program
+from jepa_dist.errors import UserError
+from jepa_dist.failure import told_once
+from jepa_dist.files import write_atomically
+from jepa_dist.inference.stored import Stored, read_stored
+from jepa_dist.interop.parameter_golf import write_final_model
+from jepa_dist.interop.safetensors_io import Weights, publish, refuse_not_finite, write_export
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the files and print the name of the one with the weights; the exit code."""
+    with told_once(rank=0):
+        arguments = _parse_arguments(argv)
+        weights: Weights = "ema" if arguments.ema else "live"
+        stored = read_stored(arguments.run, arguments.checkpoint, weights)
+        for note in stored.notes:
+            print(note, file=sys.stderr)
+        print(_FORMATS[arguments.format](stored, arguments.out, arguments.not_finite))
+    return 0
+
+
+def _write_safetensors(stored: Stored, out: Path, not_finite: bool) -> Path:
+    return write_export(out, stored.tensors, stored.description, allow_not_finite=not_finite)
+
+
+def _write_torch(stored: Stored, out: Path, not_finite: bool) -> Path:
+    path = out / ("ema.pt" if stored.description.weights == "ema" else "model.pt")
+    refuse_not_finite(path, stored.tensors, not_finite)
+    description = stored.description.model_dump_json(by_alias=True, indent=1) + "\n"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        publish(path, lambda partial: torch.save(stored.tensors, partial))
+        write_atomically(path.with_suffix(".json"), description, sync=True)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        raise UserError(f"{path}: cannot be written: {error}; name another folder") from None
+    return path
+
+
+def _write_parameter_golf(stored: Stored, out: Path, not_finite: bool) -> Path:
+    path = out / "final_model.pt"
+    write_final_model(path, stored.tensors, stored.description, allow_not_finite=not_finite)
+    return path
+
+
+_FORMATS: dict[str, Callable[[Stored, Path, bool], Path]] = {
+    "safetensors": _write_safetensors,
+    "torch": _write_torch,
+    "parameter_golf": _write_parameter_golf,
+}
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog=program("jepa_dist.inference.export"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run directory, exported model, or one checkpoint")
+    add("out", type=Path, metavar="OUT", help="folder to write into; made if need be")
+    add("--format", choices=_FORMATS, default="safetensors", help="default: safetensors")
+    add("--ema", action="store_true", help="the averaged weights (optim.ema_decay)")
+    add("--checkpoint", type=int, metavar="STEP", help="weights of this step (default: the newest)")
+    add("--not-finite", action="store_true", help="even if weights are not finite")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

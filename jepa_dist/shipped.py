@@ -1,0 +1,48 @@
+"""Configurations and sweeps that come with the package, found by name from any folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jepa_dist.errors import UserError
+
+_CONFIGS = Path(__file__).parent / "configs"
+_SWEEPS = _CONFIGS / "sweeps"
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the configuration file that ``name`` stands for.
+
+    Args:
+        name: A path, or the name of a shipped file: ``debug``, ``debug.yaml`` or
+            ``configs/debug.yaml``. A file that exists takes precedence.
+
+    Raises:
+        UserError: no such file, and ``name`` is not a path.
+    """
+    return _find(name, _CONFIGS, "configs")
+
+
+def find_sweep(name: str | Path) -> Path:
+    """Return the sweep file that ``name`` stands for, as ``find_config`` does.
+
+    Raises:
+        UserError: no such file, and ``name`` is not a path.
+    """
+    return _find(name, _SWEEPS, "configs/sweeps")
+
+
+def _find(name: str | Path, folder: Path, prefix: str) -> Path:
+    path = Path(name)
+    if "\0" in str(path) or (path.exists() and not path.is_dir()):
+        return path
+    shipped = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    for stem, file in shipped.items():
+        if str(path) in (stem, file.name, f"{prefix}/{file.name}"):
+            return file
+    if path.suffix or len(path.parts) != 1 or path.exists():
+        return path  # reading it says what is wrong
+    raise UserError(
+        f"{path}: no such file, and no configuration of this name comes with the package; expected "
+        f"a YAML file or one of {', '.join(shipped)}"
+    )

@@ -1,0 +1,165 @@
+"""A sweep: the arms and seeds of one YAML file, run one after the other and read in pairs.
+
+    jepa_dist sweep list FILE              one line per member, after all checks
+    jepa_dist sweep run FILE [--dry-run]   train every member here; continue where it stopped
+    jepa_dist sweep results FILE           the answer: differences to the control
+    jepa_dist sweep member FILE INDEX      what one member gives to jepa_dist train
+
+FILE is a YAML file, or the name of one that comes with the package (jepa_debug, jepa_36m). Each
+command takes KEY=VALUE at the end, for all members alike (data.train=..., train.steps=...); run.dir
+is the folder of the members' run directories. Relative paths start from the working directory (with
+python launch/sweep.py, from the top folder of the checkout). On SLURM: slurm/jepa_sweep.sh. The
+format of FILE: docs/sweeps.md.
+
+    NPROC_PER_NODE=N   ranks (default: the GPUs of this machine, or 2 without any)
+    OMP_NUM_THREADS=N  threads per rank (default: the cores, shared out)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from jepa_dist.command_line import program
+from jepa_dist.errors import UserError
+from jepa_dist.sweep.members import Member, read_sweep
+from jepa_dist.sweep.results import describe, read_results
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def main() -> int:
+    """Run a subcommand; the exit code."""
+    arguments = _arguments()
+    try:
+        members = read_sweep(arguments.file, arguments.overrides)
+        if arguments.command == "list":
+            print(*map(_line, members), sep="\n")
+        elif arguments.command == "member":
+            print(*_pick(members, arguments.index).arguments, sep="\n")
+        elif arguments.command == "results":
+            print(*describe(read_results(members)), sep="\n")
+        else:
+            return _run_all(members, arguments.dry_run)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    """The command line; options may stand anywhere."""
+    parser = argparse.ArgumentParser(
+        prog=program("jepa_dist.sweep"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=("list", "run", "results", "member"))
+    parser.add_argument("file", type=Path, metavar="FILE", help="e.g. jepa_debug")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all members")
+    parser.add_argument("--dry-run", action="store_true", help="run: print the commands only")
+    arguments = parser.parse_intermixed_args()
+    if arguments.command == "member":
+        index, *arguments.overrides = arguments.overrides or [""]
+        if not index.isdecimal():
+            parser.error("member: expected FILE INDEX, with an INDEX of 0, 1, ... as listed")
+        arguments.index = int(index)
+    return arguments
+
+
+def _line(member: Member) -> str:
+    return f"{member.index}  {shlex.join(member.arguments)}"
+
+
+def _pick(members: Sequence[Member], index: int) -> Member:
+    if index >= len(members):
+        raise UserError(f"INDEX={index}: this sweep's members are 0..{len(members) - 1}")
+    return members[index]
+
+
+# ---------------------------------------------------------------------------- running
+
+
+def _run_all(members: Sequence[Member], dry_run: bool) -> int:
+    """Train the members in turn; a finished one finds nothing to do.
+
+    Returns:
+        0: all are finished. 1: at least one failed. 128 + n: stopped by signal n.
+    """
+    ranks = _num_ranks()
+    commands = [_command(member, ranks) for member in members]
+    if dry_run:
+        print(*map(shlex.join, commands), sep="\n")
+        return 0
+    failed = []
+    for member, command in zip(members, commands, strict=True):
+        print(f"member {member.index} of {len(members)}: {member.run_dir}", flush=True)
+        code, stopped_by = _run(command)
+        if stopped_by is not None:
+            print("stopped; the same command goes on from there")
+            return 128 + stopped_by
+        if code != 0 or _state(member) != "finished":
+            failed.append(f"{member.run_dir} (exit code {code}, state {_state(member)})")
+    for name in failed:
+        print(f"error: {name}: not finished; its own messages say why", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _num_ranks() -> int:
+    given = os.environ.get("NPROC_PER_NODE")
+    if given is None:
+        import torch  # late: it takes seconds
+
+        return torch.cuda.device_count() or 2
+    if not given.isdecimal() or int(given) == 0:
+        raise UserError(f"NPROC_PER_NODE={given}: expected a number of ranks")
+    return int(given)
+
+
+def _command(member: Member, ranks: int) -> list[str]:
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
+    return [
+        *("env", f"OMP_NUM_THREADS={threads}"),
+        *(sys.executable, "-m", "jepa_dist.agent", "--standalone", "--local-addr=127.0.0.1"),
+        *(f"--nproc-per-node={ranks}", "-m", "jepa_dist.train", *member.arguments),
+    ]
+
+
+def _run(command: Sequence[str]) -> tuple[int, int | None]:
+    """Run to the end, handing on requests to stop: the exit code, and the signal, if there was one.
+
+    In a session of its own, or Ctrl-C would reach torchrun twice: from the terminal and from here.
+    """
+    process = subprocess.Popen(command, start_new_session=True)
+    requests: list[int] = []
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        requests.append(number)
+        process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, hand_on) for number in _STOP_SIGNALS}
+    code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return code, requests[0] if requests else None
+
+
+def _state(member: Member) -> str:
+    """How its run ended, as its status.json says; torchrun's exit code does not tell."""
+    try:
+        return str(json.loads((member.run_dir / "status.json").read_text())["state"])
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
