@@ -52,6 +52,7 @@ model: {num_layers: 2, model_dim: 32, num_heads: 2, num_kv_heads: 1, mlp_mult: 2
 """
 
 
+@pytest.mark.slow
 def test_command(tmp_path) -> None:
     config, report = tmp_path / "tiny.yaml", tmp_path / "result.json"
     config.write_text(TINY_MODEL)

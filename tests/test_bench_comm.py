@@ -49,6 +49,7 @@ def counted(config: Config) -> dict[str, Any]:
     return of_two[0] | of_four[0]
 
 
+@pytest.mark.slow
 def test_every_setting_is_at_its_minimum(counted: dict[str, Any], config: Config) -> None:
     assert counted.keys() == settings(config).keys()
     for name, setting in settings(config).items():

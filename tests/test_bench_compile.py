@@ -32,6 +32,7 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_simulated_cluster_sends_what_the_formulas_say(tiny: Path, tmp_path: Path) -> None:
     report = tmp_path / "result.json"
     options = ("--simulate", tiny, "--simulated-ranks", 2, 8, 64, "--json", report)

@@ -127,6 +127,7 @@ def _collectives(rank: int, world_size: int, folder: Path) -> tuple[float, str]:
     return seconds, "nothing found"
 
 
+@pytest.mark.slow
 def test_collectives_are_checked(tmp_path: Path) -> None:
     for rank, (seconds, problem) in enumerate(run_ranks(_collectives, 3, tmp_path)):
         assert 0 < seconds < 60
@@ -251,6 +252,7 @@ def test_no_time(tmp_path: Path) -> None:
     assert (outcome.status, outcome.reason) == ("left out", "no time left")
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     finished, result = bench(tmp_path, "step")
     assert finished.code == 0, finished.output

@@ -176,6 +176,7 @@ def bench(name: str, *arguments: Any, folder: Path) -> dict[str, Any]:
     return json.loads(report.read_text())
 
 
+@pytest.mark.slow
 def test_data_command(tmp_path: Path) -> None:
     result = bench(
         "data",
@@ -190,6 +191,7 @@ def test_data_command(tmp_path: Path) -> None:
     assert 0 < result["training"]["share"] < 1
 
 
+@pytest.mark.slow
 def test_spans_command(tmp_path: Path) -> None:
     result = bench("spans", "--sequences", 8, "--steps", 3, folder=tmp_path)
     header = result["plan_bytes"] - 8 * 8 * 2

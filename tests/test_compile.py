@@ -62,6 +62,7 @@ def compiled(corpus: Path, **changes: Any) -> Config:
     return tiny_config(corpus, parallel__compile=True, **changes)
 
 
+@pytest.mark.slow
 def test_no_recompiles_over_changing_spans_lambda_and_phases(corpus: Path) -> None:
     config = compiled(corpus, train__steps=50, jepa__ramp_frac=0.9)
     records, graphs = run_ranks(count, 2, config)[0]
@@ -82,6 +83,7 @@ def test_untied_loop_mlps_share_the_graph(corpus: Path) -> None:
     assert records[-1]["compile/recompiles"] == 0
 
 
+@pytest.mark.slow
 def test_jepa_off_compiles_what_a_build_without_it_does(corpus: Path) -> None:
     off = run_ranks(count, 1, compiled(corpus, jepa__lambda=0))[0][1]
     absent = run_ranks(count, 1, compiled(corpus, jepa__lambda=0), True)[0][1]
@@ -111,6 +113,7 @@ def test_checkpointing_keeps_one_graph_per_region(corpus: Path, mode: str) -> No
     assert records[-1]["compile/recompiles"] == 0
 
 
+@pytest.mark.slow
 def test_graphs_do_not_grow_with_depth(corpus: Path) -> None:
     shape = {"model__xsa_last_n": 99, "model__parallel_residual_start": -1, "train__steps": 2}
     four, twelve = (

@@ -81,6 +81,7 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
         ngram_baseline([tmp_path / "a.bin"], np.zeros((1, 3), int), 257)
 
 
+@pytest.mark.slow
 def test_thirty_megabytes_take_seconds(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     write_shard(tmp_path / "a.bin", np.minimum(rng.geometric(0.05, 30_000_000), 256))

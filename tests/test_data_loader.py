@@ -117,6 +117,7 @@ def test_any_ids_in_any_order(
     assert dataset.read(ids).tolist() == [windows[i] for i in ids]
 
 
+@pytest.mark.slow
 def test_thousands_of_shards_fit_in_few_file_handles(tmp_path: Path) -> None:
     for i in range(1500):
         write_shard(tmp_path / f"{i:04d}.bin", np.full(2 * SEQ_LEN + 1, i))
@@ -390,6 +391,7 @@ def wait_until_gone(marker: str, seconds: float) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "how", ["exit without close", signal.SIGINT, signal.SIGTERM, signal.SIGKILL]

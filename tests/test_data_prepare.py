@@ -199,6 +199,7 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_result_does_not_depend_on_the_processes(mixed: Path, tmp_path: Path) -> None:
     results = []
@@ -409,6 +410,7 @@ def wait_for(condition: Any, seconds: float) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_nothing_half_done(tmp_path: Path, how: signal.Signals) -> None:
@@ -460,6 +462,7 @@ def test_a_killed_helper_is_one_error(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_two_at_once_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(tmp_path / "a.jsonl", texts(100_000))

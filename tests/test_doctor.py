@@ -170,6 +170,7 @@ def _offset(rank: int, world_size: int) -> tuple[float, float]:
     return clock_offset(world(), lambda: time.time() + shift)
 
 
+@pytest.mark.slow
 def test_clocks_are_compared() -> None:
     offsets = run_ranks(_offset, 4)
     for (ahead, error), shift in zip(offsets, [0.0, 5.0, -0.25, 0.0], strict=True):
@@ -255,6 +256,7 @@ def doctor(*arguments: object, **environ: object) -> Finished:
     return run_command(*command, environ=environ, timeout=200)
 
 
+@pytest.mark.slow
 def test_alone_on_this_machine(tmp_path: Path) -> None:
     finished = doctor("--dir", tmp_path)
     assert (finished.code, off(finished)) == (0, [])

@@ -60,6 +60,7 @@ def test_a_killed_rank_costs_work_but_not_the_run(
         assert ours[-1][key] == expected[-1][key], key
 
 
+@pytest.mark.slow
 def test_ranks_die_with_their_agent(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     run_dir = tmp_path / "run"

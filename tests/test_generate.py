@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from jepa_dist.config import Config
@@ -98,6 +99,7 @@ def train_and_sample(rank: int, world_size: int, config: Config) -> tuple[str, i
     return text, len(graphs) - before
 
 
+@pytest.mark.slow
 def test_a_sharded_model_writes_the_same_and_compiles_nothing(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     config = tiny_config(tmp_path, parallel__compile=True, train__steps=2)

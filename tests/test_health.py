@@ -192,6 +192,7 @@ def resumed(rank: int, world_size: int, config: Config, at: str, samples: range)
     }
 
 
+@pytest.mark.slow
 def test_a_row_of_bad_steps_outlasts_interruptions(tmp_path: Path) -> None:
     """Two bad steps before the interruption and two after it are four in a row."""
     settings = config(tmp_path, train__max_bad_steps=4, train__stop_at=8)

@@ -286,6 +286,7 @@ def test_ranks_look_together(corpus: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing_and_happens_when_due(corpus: Path) -> None:
     """Also with padding rows and several micro-batches; looked-at steps are logged."""
     changes = {"train__log_every": 7, "jepa__start_frac": 0.2}
@@ -302,6 +303,7 @@ def test_looking_changes_nothing_and_happens_when_due(corpus: Path) -> None:
     assert all(len(json.dumps(record)) < 4000 for record in looked)
 
 
+@pytest.mark.slow
 def test_compiled_graphs_are_the_same(corpus: Path) -> None:
     records, on = run_ranks(count, 2, compiled(corpus, monitor__jepa_every=2))[0]
     off = run_ranks(count, 2, compiled(corpus, monitor__jepa_every=0))[0][1]

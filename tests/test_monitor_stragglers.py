@@ -81,6 +81,7 @@ def test_waiting_for_a_slow_rank_is_communication(corpus: Path) -> None:
     assert 0 < min(worked[1:]) < min(waited) - 0.1
 
 
+@pytest.mark.slow
 def test_comparing_changes_no_number(corpus: Path) -> None:
     """Bit for bit, and nothing is said where nobody is compared."""
     short = {"train__steps": 12, "monitor__jepa_every": 0}

@@ -111,6 +111,7 @@ def test_what_a_start_chose_is_told_and_recorded(alone: Finished, run_dir: Path)
     assert any(name in start["environment"] for name in ("PYTORCH_ALLOC_CONF", OLD_ALLOCATOR))
 
 
+@pytest.mark.slow
 def test_a_kernel_that_the_device_lacks_is_refused(corpus: Path) -> None:
     settings_of_cudnn = settings(corpus, run__dir=corpus / "x", parallel__attention="cudnn")
     finished = run_command(*TRAIN, *settings_of_cudnn)
@@ -180,6 +181,7 @@ def test_two_ranks_do_the_same(alone: Finished, corpus: Path, run_dir: Path) -> 
                 assert record[key] == pytest.approx(expected[key], rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_without_the_objective_and_in_the_home_folder(corpus: Path) -> None:
     changes = {"run__dir": "~/plain", "train__steps": 2, "jepa__lambda": 0}
     finished = run_command(*TRAIN, *settings(corpus, **changes), environ={"HOME": corpus})
@@ -199,6 +201,7 @@ def no_torch(tmp_path: Path) -> dict[str, Any]:
     return {"PYTHONPATH": tmp_path}
 
 
+@pytest.mark.slow
 def test_without_a_tokenizer_there_are_no_bits_per_byte(corpus: Path) -> None:
     run_dir = corpus / "no_tokenizer"
     arguments = settings(corpus, run__dir=run_dir, train__steps=2, data__tokenizer="null")
@@ -502,6 +505,7 @@ def test_asked_to_stop(corpus: Path, tmp_path: Path, command: tuple[str, ...], n
     assert [record["step"] for record in records(run_dir)] == list(range(1, saved + 4))
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_numbers_that_are_not_finite(corpus: Path, tmp_path: Path) -> None:
     """Not finished, exit code 3, nothing exported; the record says why; the same again after it."""
     # Each step multiplies the matrices by -1e6, until they overflow.
