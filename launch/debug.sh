@@ -73,8 +73,9 @@ train=(
 run bash launch/setup.sh
 [[ -e data/stdlib/meta.json ]] || run "$venv/bin/python" -m jepa_dist.data.prepare
 if [[ ! $dry_run ]]; then
-    # Mistakes in the configuration are told here, in one line each, not amid torchrun's words.
-    "$venv/bin/python" -m jepa_dist.train "$config" "${overrides[@]}" --print-config >/dev/null
+    # Errors in configuration, data and run directory are one line each here, without torchrun's
+    # report around them.
+    WORLD_SIZE="$ranks" "$venv/bin/python" -m jepa_dist.train "$config" "${overrides[@]}" --check
     exec "${train[@]}"
 fi
 run "${train[@]}"

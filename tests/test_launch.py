@@ -286,6 +286,24 @@ def test_mistakes_are_told_before_torchrun_starts(trainable: Path) -> None:
     assert not (trainable / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("batch.sequences=1", "error: batch.sequences=1: the global batch needs at least one"),
+        ("data.train=/nowhere/*.bin", "error: data.train='/nowhere/*.bin': no token shard"),
+    ],
+)
+def test_faults_beyond_the_configuration_are_reported_before_torchrun(
+    trainable: Path, setting: str, problem: str
+) -> None:
+    finished = debug(trainable, setting, VENV=sys.prefix)
+    assert finished.code == 2
+    reports = [line for line in finished.output.splitlines() if line.startswith("error: ")]
+    assert len(reports) == 1, finished.output
+    assert reports[0].startswith(problem)
+    assert "torchrun" not in finished.output
+
+
 # ---------------------------------------------------------------------------- test.sh
 
 
