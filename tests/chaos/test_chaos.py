@@ -9,6 +9,8 @@ from tests.chaos.harness import Session, play
 
 # For machines that are busy, or slow; it only takes longer if something is wrong.
 PATIENCE = 3.0
+# A moment of milliseconds may pass unnoticed, above all on a busy machine.
+ATTEMPTS = 4
 CHOSEN = (
     "kill a rank between rename and latest",
     "kill the agent",
@@ -27,5 +29,9 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("scenario", CHOSEN)
 def test_a_disturbed_run_ends_as_an_undisturbed_one(session: Session, scenario: str) -> None:
-    result = play(session, CHOSEN.index(scenario), scenario, FAULTS[scenario], seed="short form")
+    for attempt in range(ATTEMPTS):
+        number = attempt * len(CHOSEN) + CHOSEN.index(scenario)
+        result = play(session, number, scenario, FAULTS[scenario], seed=f"short form {attempt}")
+        if result.outcome != "missed":
+            break
     assert result.outcome == "survived", f"{'; '.join(result.details)}: {result.problem}"
