@@ -94,7 +94,7 @@ class Command:
         (found,) = [
             process
             for process in psutil.Process(self._process.pid).children()
-            if process.environ().get("RANK") == str(rank)
+            if environment_of(process).get("RANK") == str(rank)
         ]
         return found
 
@@ -114,10 +114,7 @@ class Command:
             time.sleep(0.05)
 
     def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get(_TAG) == self._tag
-        except (psutil.Error, OSError):  # gone, a zombie, or somebody else's
-            return False
+        return environment_of(process).get(_TAG) == self._tag
 
     def __enter__(self) -> Self:
         return self
@@ -139,6 +136,22 @@ def run_command(
     """Run a command to its end."""
     with Command(command, cwd, environ) as running:
         return running.wait(timeout)
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """Return a process's environment; empty if it is gone, a zombie, or somebody else's."""
+    try:
+        return process.environ()
+    except (psutil.Error, OSError):
+        return {}
+
+
+def command_line_of(process: psutil.Process) -> list[str]:
+    """Return a process's command line; empty if it is gone, a zombie, or somebody else's."""
+    try:
+        return process.cmdline()
+    except (psutil.Error, OSError):
+        return []
 
 
 def _heed_hangups() -> None:

@@ -30,7 +30,7 @@ from jepa_dist.bench.session import Measured, Session, Settings, Task
 from jepa_dist.bench.supervisor import Outcome, Supervisor, meet
 from jepa_dist.config import ParallelConfig
 from jepa_dist.parallel.world import start_world
-from tests.commands import TORCHRUN, Command, Finished, run_command
+from tests.commands import TORCHRUN, Command, Finished, command_line_of, environment_of, run_command
 from tests.ranks import run_ranks
 from tests.tiny import REPOSITORY
 
@@ -227,7 +227,7 @@ def test_only_what_hangs_is_lost(tmp_path: Path) -> None:
                 (child,) = (
                     process
                     for process in psutil.Process().children()
-                    if "jepa_dist.bench.child" in process.cmdline()
+                    if "jepa_dist.bench.child" in command_line_of(process)
                 )
                 child.send_signal(signal.SIGSTOP)
                 return
@@ -311,8 +311,8 @@ def test_under_torchrun_a_rank_that_dies_costs_its_part_alone(tmp_path: Path) ->
             return [
                 process
                 for process in running.processes()
-                if "jepa_dist.bench.child" in process.cmdline()
-                and process.environ()["RANK"] == "1"
+                if "jepa_dist.bench.child" in command_line_of(process)
+                and environment_of(process).get("RANK") == "1"
                 and any(e["kind"] == "begin" and e["task"][0] == "step" for e in events())
             ]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import Command, Finished, run_command
+from tests.commands import Command, Finished, environment_of, run_command
 from tests.test_elastic import last_step
 from tests.test_train_command import settings
 from tests.tiny import REPOSITORY, write_corpus
@@ -123,7 +123,7 @@ def test_a_port_in_use_is_told_at_once() -> None:
 
 
 def ranks_of(host: Command) -> list[psutil.Process]:
-    return [process for process in host.processes() if "RANK" in process.environ()]
+    return [process for process in host.processes() if "RANK" in environment_of(process)]
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import psutil
 
+from tests.commands import environment_of
 from tests.contention import slowdown
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
@@ -273,7 +274,7 @@ class Cluster:
 
     def _kill_tasks(self, job: str) -> None:
         for process in self.processes():
-            if _environment_of(process).get("SLURM_JOB_ID") == job:
+            if environment_of(process).get("SLURM_JOB_ID") == job:
                 _kill(process)
 
     def wait_until_idle(self, timeout: float) -> None:
@@ -301,7 +302,7 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """As if its power failed: slurmd, the step daemons and all that runs there are gone."""
         daemon = self._daemons[f"slurmd.{name}"]
-        tasks = [p for p in self.processes() if _environment_of(p).get("SLURMD_NODENAME") == name]
+        tasks = [p for p in self.processes() if environment_of(p).get("SLURMD_NODENAME") == name]
         steps = {parent.pid: parent for task in tasks for parent in _step_daemons(task)}
         assert steps, f"nothing runs on {name}"
         daemon.kill()
@@ -381,13 +382,6 @@ def _step_daemons(task: psutil.Process) -> Iterable[psutil.Process]:
     with contextlib.suppress(psutil.Error):
         return [parent for parent in task.parents() if parent.name() == "slurmstepd"]
     return []
-
-
-def _environment_of(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except (psutil.Error, OSError):
-        return {}
 
 
 def _kill(process: psutil.Process) -> None:
