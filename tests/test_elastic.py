@@ -38,7 +38,7 @@ def last_step(run_dir: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "launcher"), [(0, STANDALONE), (1, STANDALONE), (1, ELASTIC)])
+@pytest.mark.parametrize(("victim", "launcher"), [(0, STANDALONE), (1, ELASTIC)])
 def test_a_killed_rank_costs_work_but_not_the_run(
     tmp_path: Path, victim: int, launcher: tuple[str, ...]
 ) -> None:
