@@ -139,7 +139,7 @@ def run_command(
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:
-    """Return a process's environment; empty if it is gone, a zombie, or somebody else's."""
+    """Return a process's environment; empty if it cannot be read (ended, or another user's)."""
     try:
         return process.environ()
     except (psutil.Error, OSError):
@@ -147,7 +147,7 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
 
 
 def command_line_of(process: psutil.Process) -> list[str]:
-    """Return a process's command line; empty if it is gone, a zombie, or somebody else's."""
+    """Return a process's command line; empty if it cannot be read (ended, or another user's)."""
     try:
         return process.cmdline()
     except (psutil.Error, OSError):

@@ -260,7 +260,7 @@ def doctor(*arguments: object, **environ: object) -> Finished:
 def test_alone_on_this_machine(tmp_path: Path) -> None:
     finished = doctor("--dir", tmp_path)
     assert (finished.code, off(finished)) == (0, [])
-    assert "well: nothing is off" in finished.output
+    assert "ok: no problems found" in finished.output
 
 
 @pytest.mark.gpu
@@ -354,7 +354,7 @@ def test_under_srun(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
         output = cluster.run(*command, timeout=250)
     rows = [line.split() for line in output.splitlines()]
     assert [row[:2] for row in rows[1:5]] == [["0", "n1"], ["1", "n1"], ["2", "n2"], ["3", "n2"]]
-    code = 0 if "well: nothing is off" in output else 1
+    code = 0 if "ok: no problems found" in output else 1
     assert f"code {code}" in output
 
 

@@ -503,7 +503,7 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path) -> None:
         command.wait_for(lambda: (slow / "metrics.jsonl").exists(), 300)
         command.signal(signal.SIGINT)
         stopped = command.wait(120)
-    assert "stopped; the same command goes on from there" in stopped.output
+    assert "stopped; the same command resumes the sweep" in stopped.output
     assert stopped.code == 128 + signal.SIGINT
     assert "final" in records(runs / "control-seed1")[-1]
     assert not (runs / "control-seed2").exists()

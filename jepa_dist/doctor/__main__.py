@@ -52,7 +52,7 @@ def main() -> int:
         return 1
     off = examine(world, arguments.dir, arguments.need_gib)
     if world.is_main:
-        print(f"{len(off)} off:" if off else "well: nothing is off", flush=True)
+        print(f"{len(off)} off:" if off else "ok: no problems found", flush=True)
         _tell(off)
     stop_world()
     return 1 if off else 0

@@ -174,17 +174,7 @@ def load(
     ema: bool = False,
     device: str | torch.device | None = None,
 ) -> TrainedModel:
-    """Load the model of a run, whatever number of ranks made it.
-
-    Args:
-        run: Run directory, exported model, or one checkpoint.
-        step: Optimizer steps that the weights have seen; None takes the newest whole ones.
-        ema: Take the moving average of the weights (``optim.ema_decay``).
-        device: Where to put the model; None takes the GPU if there is one.
-
-    Raises:
-        UserError: nothing there, not at this step, no average, or damaged.
-    """
+    """Load the model of a run: ``jepa_dist.load``, which documents arguments and errors."""
     stored = read_stored(Path(run).expanduser(), step, "ema" if ema else "live")
     for note in stored.notes:
         warnings.warn(note, stacklevel=3)

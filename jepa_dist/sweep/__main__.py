@@ -105,7 +105,7 @@ def _run_all(members: Sequence[Member], dry_run: bool) -> int:
         print(f"member {member.index} of {len(members)}: {member.run_dir}", flush=True)
         code, stopped_by = _run(command)
         if stopped_by is not None:
-            print("stopped; the same command goes on from there")
+            print("stopped; the same command resumes the sweep")
             return 128 + stopped_by
         if code != 0 or _state(member) != "finished":
             failed.append(f"{member.run_dir} (exit code {code}, state {_state(member)})")

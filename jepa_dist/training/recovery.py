@@ -88,8 +88,8 @@ def refuse_bad_end(plan: StepPlan, segment: Segment, validation: Mapping[str, An
     if not plan.last:
         return
     advice = (
-        "nothing was exported (python -m jepa_dist.checkpoint export RUN OUT --not-finite does "
-        "so all the same); go on from an earlier checkpoint in another run.dir "
+        "nothing was exported (python -m jepa_dist.checkpoint export RUN OUT --not-finite exports "
+        "it anyway); resume from an earlier checkpoint in another run.dir "
         "(checkpoint.resume=PATH) with lower learning rates (optim.*_lr)"
     )
     in_row = segment.ledger.bad_steps.in_row
@@ -114,6 +114,6 @@ def _advice(problem: str, window: range, why_not: str) -> tuple[str, ...]:
     return (
         f"{problem}, and {why_not}",
         f"the data they came with: samples {window.start} to {window.stop - 1} of the run's order",
-        "lower the learning rates (optim.*_lr) or optim.grad_clip_norm, look at the data, or go on "
+        "lower the learning rates (optim.*_lr) or optim.grad_clip_norm, check the data, or resume "
         "from an earlier checkpoint in another run.dir (checkpoint.resume=PATH)",
     )
