@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jepa_dist.errors import UserError
 from jepa_dist.files import (
+    MIB,
     check_regular,
     open_to_append,
     read_bytes,
@@ -21,7 +23,8 @@ from jepa_dist.files import (
     read_lines,
     write_atomically,
 )
-from jepa_dist.monitor.metrics_file import decode, encode, number, read_records
+from jepa_dist.monitor.history import read_starts
+from jepa_dist.monitor.metrics_file import HELD_BYTES, decode, encode, number, read_records
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -166,3 +169,22 @@ def test_records_survive_the_file(step: int, values: dict[str, Any]) -> None:
             assert back[key] == value or (math.isnan(back[key]) and math.isnan(value))
         elif not isinstance(value, dict | list):
             assert back[key] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "read"),
+    [
+        ("metrics.jsonl", HELD_BYTES, lambda path: list(read_records(path, HELD_BYTES))),
+        ("starts.jsonl", 64 * MIB, lambda path: read_starts(path.parent)),
+    ],
+)
+def test_lines_of_more_than_the_limit_are_refused_unread(
+    tmp_path: Path, name: str, limit: int, read: Callable[[Path], object]
+) -> None:
+    """The file is sparse: reading its zeros as lines would take gigabytes."""
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.truncate(limit + 1)
+    with pytest.raises((OSError, UserError)) as caught:
+        read(path)
+    assert name in str(caught.value)
