@@ -86,7 +86,6 @@ def one_step(rank: int, world_size: int, config: Config) -> dict[str, float]:
     trainer = build_trainer(config, world)
     plan = Planner(config, TrainingClock()).plan(0)
     floor = Floor(config, world, plan.phase)
-    floor._forward = floor._model
     batch = next(trainer.segment.batches)
     floor._tokens_BT, floor._targets_BT = batch.tokens, batch.targets
     trainer.segment.batches.close()
@@ -192,17 +191,7 @@ def test_data_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_spans_command(tmp_path: Path) -> None:
-    result = bench("spans", "--sequences", 8, "--steps", 3, folder=tmp_path)
-    header = result["plan_bytes"] - 8 * 8 * 2
-    assert 0 < header < 200
-    assert len(result["exposed_of_each_step"]) == 3
-    assert 0 < result["exposed"] < result["step"]
-
-
-@pytest.mark.slow
 def test_step_command(tmp_path: Path) -> None:
-    """Compiles the floor."""
     result = bench("step", "--rounds", 2, "--steps", 2, folder=tmp_path)
     trainer, floor = (result["loops"][name] for name in ("trainer", "floor"))
     assert len(result["ratios"]) == len(trainer["seconds_of_each_round"]) == 2

@@ -480,9 +480,7 @@ def test_asked_to_stop_while_it_waits_for_data(corpus: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("command", "number"),
     [
-        pytest.param(TRAIN, signal.SIGINT, id="alone"),
-        pytest.param(TRAIN, signal.SIGUSR1, id="alone-usr1"),
-        pytest.param(TRAIN, signal.SIGHUP, id="alone-hup"),
+        pytest.param(TRAIN, signal.SIGINT, id="alone"),  # the other signals: test_signals.py
         pytest.param(UNDER_TORCHRUN, signal.SIGTERM, id="torchrun"),
     ],
 )

@@ -21,7 +21,6 @@ from jepa_dist.process_env import set_defaults
 # result has under ``off`` is wrong with the machine.
 _BENCHES = (
     "comm",
-    "compile",
     "data",
     "gpu",
     "head",
@@ -30,7 +29,6 @@ _BENCHES = (
     "monitor",
     "muon",
     "scale",
-    "spans",
     "step",
 )
 

@@ -1,11 +1,11 @@
 """A training step against its floor, on random tokens: interleaved rounds of some steps each.
 
 ``trainer`` is the real loop: loader, plan, FSDP2, compiled regions, metrics. ``floor`` is the same
-plain model, compiled as a whole, in a bare PyTorch loop on one batch that is always there: same
-recipe, same mixed precision, no FSDP, no trainer, no monitoring, no communication. The JEPA
-objective is off (see bench jepa). Under torchrun the floor is rank 0 alone, on its share of the
-batch and with all of the optimiser's work. Memory is what parameters, optimiser and a step's
-tensors take together; libraries and fragmentation are not counted.
+plain model, compiled as a whole (if ``parallel.compile``), in a bare PyTorch loop on one batch that
+is always there: same recipe, same mixed precision, no FSDP, no trainer, no monitoring, no
+communication. The JEPA objective is off (see bench jepa). Under torchrun the floor is rank 0 alone,
+on its share of the batch and with all of the optimizer's work. Memory is what parameters, optimizer
+and a step's tensors take together; libraries and fragmentation are not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,9 @@ class Floor:
         dtype = compute_dtype(config.parallel, world.device)
         same = dtype == torch.float32
         self._model = self._master if same else _plain_model(config, dtype, world.device)
-        self._forward = torch.compile(self._model, dynamic=False)
+        self._forward: Callable[..., Any] = self._model
+        if config.parallel.compile:
+            self._forward = torch.compile(self._model, dynamic=False)
         self._optimizer = build_optimizer(config, self._master)
         self._ema = build_ema(config, self._master)
         self._layout = BatchLayout(config.batch.sequences, config.batch.micro, 0, world.world_size)

@@ -27,28 +27,25 @@ IDLE = {"PYTHONPATH": Path(__file__).parent / "pace"}
 
 
 @pytest.mark.timeout(1800)
-def test_the_debug_run_on_eight_nodes_is_the_run_of_one_process(
-    checkout: Checkout, tmp_path: Path
-) -> None:
+def test_the_debug_run_on_eight_nodes_is_the_run_of_one_process(checkout: Checkout) -> None:
     """configs/debug.yaml, but short and not compiled: 6 steps, and less to validate on.
 
-    The job prepares the corpus; the single process has one of its own.
+    The job prepares the corpus.
     """
     share = "batch.micro=2"  # what each of the eight has
     few = ("train.steps=6", "train.log_every=1", "eval.sequences=16", "eval.sample_tokens=0")
     short = (*few, share, "parallel.compile=false")
     settings = ["configs/debug.yaml", *short]
-    alone, prepare = tmp_path / "alone", (sys.executable, "-m", "jepa_dist.data.prepare")
-    alone.mkdir()
-    for command in (prepare, (*TRAIN, checkout.folder / settings[0], *short, "run.dir=run")):
-        finished = run_command(*command, timeout=PATIENCE, cwd=alone)
-        assert finished.code == 0, finished.output
     job = checkout.submit(*settings)
     assert job.wait(2 * PATIENCE) == "COMPLETED", job.output()
     assert job.field("NumNodes") == "8"
-    run_dir = checkout.run_dir(job, "debug")
+    run_dir, alone = checkout.run_dir(job, "debug"), checkout.folder / "alone"
     assert world_sizes(run_dir) == [8]
-    ours, expected = json_lines(run_dir / "metrics.jsonl"), json_lines(alone / "run/metrics.jsonl")
+    finished = run_command(
+        *TRAIN, *settings, f"run.dir={alone}", cwd=checkout.folder, timeout=PATIENCE
+    )
+    assert finished.code == 0, finished.output
+    ours, expected = json_lines(run_dir / "metrics.jsonl"), json_lines(alone / "metrics.jsonl")
     assert [record["step"] for record in ours] == [*range(1, 7), 6]
     assert ours[-1]["tokens_digest"] == expected[-1]["tokens_digest"]
     for key in ("loss/total", "loss/jepa"):
