@@ -49,7 +49,7 @@ class Command:
         self._process = subprocess.Popen(
             [str(part) for part in command],
             cwd=cwd,
-            env=_environment({**(environ or {}), _TAG: self._tag}),
+            env=environment({**(environ or {}), _TAG: self._tag}),
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -159,7 +159,7 @@ def _heed_hangups() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def _environment(changes: dict[str, Any]) -> dict[str, str]:
+def environment(changes: dict[str, Any]) -> dict[str, str]:
     """Ours without switches that change what is run; on the CPU whatever the machine has."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JEPA_")}
     fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

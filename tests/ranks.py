@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.contention import slowdown
 
-_context = mp.get_context("forkserver")
+fork_context = mp.get_context("forkserver")
 
 
 def choose_imports_of_server() -> None:
@@ -30,7 +30,7 @@ def choose_imports_of_server() -> None:
     it is imported: then each rank would import the trainer by itself, for seconds.
     """
     torch_parts = ["torch.distributed.fsdp", "torch.distributed.tensor"]
-    _context.set_forkserver_preload(
+    fork_context.set_forkserver_preload(
         [*torch_parts, "jepa_dist.training.assemble", "hypothesis", "pytest"]
     )
 
@@ -43,7 +43,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _context.Process(
+            fork_context.Process(
                 target=_worker, args=(fn, rank, world_size, folder, args), daemon=False
             )
             for rank in range(world_size)

@@ -22,6 +22,7 @@ from jepa_dist.doctor.measure import allreduce_gbps, check_files, clock_offset, 
 from jepa_dist.doctor.place import interface_to, obstacles
 from jepa_dist.parallel.world import World, start_world
 from tests.commands import TORCHRUN, Finished, run_command
+from tests.forked import run_module
 from tests.ranks import run_ranks
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.tiny import REPOSITORY
@@ -252,8 +253,7 @@ def off(finished: Finished) -> list[str]:
 
 
 def doctor(*arguments: object, **environ: object) -> Finished:
-    command = [sys.executable, DOCTOR, "--need-gib", 0, *arguments]
-    return run_command(*command, environ=environ, timeout=200)
+    return run_module("jepa_dist.doctor", "--need-gib", 0, *arguments, environ=environ, timeout=200)
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ from jepa_dist.monitor.events import EventFile
 from jepa_dist.monitor.layout import LAYOUT
 from jepa_dist.monitor.writer import MetricsWriter
 from jepa_dist.optim.update_ratio import UpdateRatio
-from tests.commands import TRAIN, run_command
+from tests.commands import run_command
+from tests.forked import run_module
 from tests.tiny import tiny_overrides, write_corpus
 
 PATTERNS = [
@@ -71,7 +72,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes |= {"checkpoint__every": 4}
     settings = tiny_overrides(folder, eval__every=6, eval__sample_tokens=8, **changes)
     for more in (["train.stop_at=7"], []):
-        done = run_command(*TRAIN, config, *settings, *more, timeout=280)
+        done = run_module("jepa_dist.train", config, *settings, *more, timeout=280)
         assert done.code == 0, done.output
     return folder / "run"
 

@@ -17,7 +17,8 @@ import pytest
 from jepa_dist.report.__main__ import main
 from jepa_dist.report.draw import run_colors, thinned
 from jepa_dist.report.runs import read_runs
-from tests.commands import TRAIN, run_command
+from tests.commands import run_command
+from tests.forked import run_module
 from tests.tiny import tiny_overrides, write_corpus
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -42,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings = tiny_overrides(
             folder, run__dir=folder / name, eval__every=5, jepa__lambda=weight, optim__ema_decay=0.9
         )
-        done = run_command(*TRAIN, folder / "config.yaml", *settings, timeout=280)
+        done = run_module("jepa_dist.train", folder / "config.yaml", *settings, timeout=280)
         assert done.code == 0, done.output
     return folder
 

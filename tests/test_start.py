@@ -20,6 +20,7 @@ from jepa_dist.host import check_host
 from jepa_dist.model.gpt import GPT
 from jepa_dist.run_lock import RunLock
 from tests.commands import TRAIN, Command, run_command
+from tests.forked import run_module
 from tests.tiny import tiny_config, tiny_overrides, write_corpus
 
 
@@ -82,7 +83,7 @@ def test_a_directory_in_use(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "run")
     lock.acquire()
     try:
-        finished = run_command(*command(tmp_path), timeout=200)
+        finished = run_module(*command(tmp_path)[2:], timeout=200)
     finally:
         lock.release()
     assert finished.code == 2
@@ -126,7 +127,7 @@ def test_a_model_larger_than_the_host(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     sizes = {"model__model_dim": 2**17, "model__num_layers": 64, "model__num_heads": 1024}
     words = command(tmp_path, **sizes, model__num_kv_heads=1024, model__rope_dims=0)
-    finished = run_command(*words, timeout=200)
+    finished = run_module(*words[2:], timeout=200)
     assert finished.code == 2
     (line,) = finished.output.splitlines()
     assert line.startswith("error: memory: each rank needs at least ")

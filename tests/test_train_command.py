@@ -20,6 +20,7 @@ from jepa_dist.data.order import sample_order
 from jepa_dist.data.shards import find_shards, num_windows, read_count
 from tests.commands import TORCHRUN, TRAIN, Command, Finished, run_command
 from tests.contention import slowdown
+from tests.forked import run_module
 from tests.tiny import tiny_overrides, write_corpus
 
 UNDER_TORCHRUN = (*TORCHRUN, "-m", "jepa_dist.train")
@@ -114,7 +115,7 @@ def test_what_a_start_chose_is_told_and_recorded(alone: Finished, run_dir: Path)
 @pytest.mark.slow
 def test_a_kernel_that_the_device_lacks_is_refused(corpus: Path) -> None:
     settings_of_cudnn = settings(corpus, run__dir=corpus / "x", parallel__attention="cudnn")
-    finished = run_command(*TRAIN, *settings_of_cudnn)
+    finished = run_module("jepa_dist.train", *settings_of_cudnn)
     assert finished.code == 2
     (line,) = finished.output.splitlines()
     assert line.startswith("error: parallel.attention=cudnn: cannot run on the CPU")
@@ -184,7 +185,7 @@ def test_two_ranks_do_the_same(alone: Finished, corpus: Path, run_dir: Path) -> 
 @pytest.mark.slow
 def test_without_the_objective_and_in_the_home_folder(corpus: Path) -> None:
     changes = {"run__dir": "~/plain", "train__steps": 2, "jepa__lambda": 0}
-    finished = run_command(*TRAIN, *settings(corpus, **changes), environ={"HOME": corpus})
+    finished = run_module("jepa_dist.train", *settings(corpus, **changes), environ={"HOME": corpus})
     assert finished.code == 0, finished.output
     for record in records(corpus / "plain"):
         assert record["loss/jepa"] is None
@@ -205,7 +206,7 @@ def no_torch(tmp_path: Path) -> dict[str, Any]:
 def test_without_a_tokenizer_there_are_no_bits_per_byte(corpus: Path) -> None:
     run_dir = corpus / "no_tokenizer"
     arguments = settings(corpus, run__dir=run_dir, train__steps=2, data__tokenizer="null")
-    finished = run_command(*TRAIN, *arguments)
+    finished = run_module("jepa_dist.train", *arguments)
     assert finished.code == 0, finished.output
     assert "nats per token\n" in finished.output
     assert records(run_dir)[-1]["val/bpb"] is None
@@ -305,7 +306,7 @@ def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
 
 def test_a_finished_run_is_not_touched(alone: Finished, corpus: Path, run_dir: Path) -> None:
     before = contents(run_dir)
-    finished = run_command(*TRAIN, *settings(corpus, run__dir=run_dir, **SHORT))
+    finished = run_module("jepa_dist.train", *settings(corpus, run__dir=run_dir, **SHORT))
     assert finished.code == 0
     assert f"{run_dir}: finished already, after step 9; nothing to do" in finished.output
     assert contents(run_dir) == before
@@ -315,7 +316,9 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(
     alone: Finished, corpus: Path, run_dir: Path
 ) -> None:
     changes = SHORT | {"train__steps": 10, "checkpoint__resume": run_dir}
-    finished = run_command(*TRAIN, *settings(corpus, run__dir=corpus / "branch", **changes))
+    finished = run_module(
+        "jepa_dist.train", *settings(corpus, run__dir=corpus / "branch", **changes)
+    )
     assert finished.code == 0, finished.output
     assert f"going on from {run_dir}/checkpoints/step_00000009, after step 9" in finished.output
 
@@ -334,7 +337,7 @@ def test_what_cannot_be_continued_from(
     other = settings(
         corpus, run__dir=corpus / "other", checkpoint__resume=run_dir / name, **SHORT, **changes
     )
-    finished = run_command(*TRAIN, *other)
+    finished = run_module("jepa_dist.train", *other)
     assert finished.code == 2
     (line, *advice) = finished.output.splitlines()
     assert line.startswith("error: ")
@@ -346,7 +349,7 @@ def test_what_cannot_be_continued_from(
 def test_an_existing_run_is_not_overwritten(alone: Finished, corpus: Path, run_dir: Path) -> None:
     before = contents(run_dir)
     again = settings(corpus, run__dir=run_dir, checkpoint__resume="never", **SHORT)
-    finished = run_command(*TRAIN, *again)
+    finished = run_module("jepa_dist.train", *again)
     assert finished.code == 2
     (line,) = finished.output.splitlines()
     assert line.startswith(f"error: run.dir={run_dir}: exists already and is not overwritten")
@@ -355,7 +358,7 @@ def test_an_existing_run_is_not_overwritten(alone: Finished, corpus: Path, run_d
 
 def test_unwritable_run_directory(corpus: Path) -> None:
     (corpus / "file").write_text("not a folder")
-    finished = run_command(*TRAIN, *settings(corpus, run__dir=corpus / "file" / "run"))
+    finished = run_module("jepa_dist.train", *settings(corpus, run__dir=corpus / "file" / "run"))
     assert finished.code == 2
     (line,) = finished.output.splitlines()
     assert line.startswith(f"error: run.dir={corpus}/file/run: cannot be written: Not a directory")
@@ -498,7 +501,7 @@ def test_asked_to_stop(corpus: Path, tmp_path: Path, command: tuple[str, ...], n
     saved = status["step"]
     assert (run_dir / "checkpoints" / f"step_{saved:08d}" / "manifest.json").is_file()
     # The same command goes on, and the record is that of one run.
-    rest = run_command(*TRAIN, *arguments, f"train.stop_at={saved + 3}")
+    rest = run_module("jepa_dist.train", *arguments, f"train.stop_at={saved + 3}")
     assert rest.code == 0, rest.output
     assert [record["step"] for record in records(run_dir)] == list(range(1, saved + 4))
 
@@ -512,7 +515,7 @@ def test_a_run_that_ends_in_numbers_that_are_not_finite(corpus: Path, tmp_path: 
         corpus, run__dir=tmp_path / "run", train__steps=8, optim__grad_clip_norm=0, **growth
     )
     for _ in range(2):
-        finished = run_command(*TRAIN, *options)
+        finished = run_module("jepa_dist.train", *options)
         assert finished.code == 3, finished.output
         assert re.search(r"error: the last \d step\(s\) of the run were skipped", finished.output)
         assert "Traceback" not in finished.output
