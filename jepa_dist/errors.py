@@ -6,7 +6,15 @@ The entry points print them without a traceback, one line per problem, and exit 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 _LONGEST_PROBLEM = 2000
+
+_LONGEST_FIELD = 80
+_LONGEST_MESSAGE = 200
 
 
 class UserError(Exception):
@@ -27,6 +35,16 @@ class TrainingError(SharedError):
     """The run itself cannot continue."""
 
     exit_code = 3
+
+
+def invalid_fields(error: ValidationError) -> list[str]:
+    """Return ``a.b: what was expected`` for each field that pydantic refuses."""
+    return [_invalid_field(item["loc"], item["msg"]) for item in error.errors()]
+
+
+def _invalid_field(location: tuple[int | str, ...], message: str) -> str:
+    field = ".".join(map(str, location))[:_LONGEST_FIELD]
+    return f"{field}: {message[:_LONGEST_MESSAGE]}" if field else message[:_LONGEST_MESSAGE]
 
 
 def one_line(text: str) -> str:

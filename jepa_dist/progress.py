@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from jepa_dist.errors import UserError
+from jepa_dist.errors import UserError, invalid_fields
 
 # A step plan carries integers as float64.
 _Whole = Annotated[int, Field(ge=0, lt=2**53)]
@@ -84,7 +84,7 @@ def progress_of(file: Path, state: Mapping[str, Any]) -> Progress:
     try:
         return Progress(**known)
     except ValidationError as error:
-        raise UserError(*_explain(file, error)) from None
+        raise UserError(*_told(file, error)) from None
 
 
 def run_state(file: Path, state: Mapping[str, Any]) -> RunState:
@@ -97,7 +97,7 @@ def run_state(file: Path, state: Mapping[str, Any]) -> RunState:
     try:
         identity = _Identity.model_validate(state)
     except ValidationError as error:
-        raise UserError(*_explain(file, error)) from None
+        raise UserError(*_told(file, error)) from None
     return RunState(
         progress, identity.config, identity.data_fingerprint, identity.validation_fingerprint
     )
@@ -106,8 +106,5 @@ def run_state(file: Path, state: Mapping[str, Any]) -> RunState:
 _REMEDY = "not the state of a training run; use another checkpoint"
 
 
-def _explain(file: Path, error: ValidationError) -> list[str]:
-    return [
-        f"{file}: {'.'.join(map(str, item['loc']))}={item['input']!r:.60}: {item['msg']}; {_REMEDY}"
-        for item in error.errors()
-    ]
+def _told(file: Path, error: ValidationError) -> list[str]:
+    return [f"{file}: {field}; {_REMEDY}" for field in invalid_fields(error)]

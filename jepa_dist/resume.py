@@ -18,6 +18,7 @@ from jepa_dist.checkpoint.folder import LATEST, published
 from jepa_dist.checkpoint.loader import verify_together
 from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
 from jepa_dist.config import Config, flatten, read_mapping, to_dict, to_yaml
+from jepa_dist.config.kinds import MEASURING, WATCHING
 from jepa_dist.errors import UserError, one_line
 from jepa_dist.monitor.run_dir import check_run_files, read_status, write_run_dir
 from jepa_dist.parallel.world import World
@@ -26,11 +27,6 @@ from jepa_dist.run_lock import LOCK_NAME
 
 # Keys that a checkpoint cannot go on without being the same, by the beginning of their names.
 _ESSENTIAL = ("seed", "model.", "optim.matrix", "data.tokenizer")
-# Keys that say where things are and when to save or stop, not what the run is.
-_INCIDENTAL = (
-    *("run.", "checkpoint.", "data.", "eval.", "monitor."),
-    *("train.stop_at", "train.log_every", "train.max_bad_steps"),
-)
 
 
 @dataclass(frozen=True)
@@ -207,7 +203,7 @@ def differences(
             *(f"{checkpoint}: cannot go on from it: {line}" for line in refused),
             "give it the run's own settings, or begin anew in another run.dir",
         )
-    told = [x for x in changed if not _starts(x, _INCIDENTAL)]
+    told = [x for x in changed if not x.startswith(WATCHING + MEASURING + ("data.",))]
     if None not in (state.validation_fingerprint, validation_fingerprint) and (
         state.validation_fingerprint != validation_fingerprint
     ):

@@ -13,7 +13,7 @@ from torch import Tensor
 from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
 from jepa_dist.checkpoint.shards import ShardFiles, assemble
 from jepa_dist.config import Config
-from jepa_dist.errors import UserError
+from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.interop.safetensors_io import Description, Weights
 from jepa_dist.model.execution import LAST_PHASE
 
@@ -68,8 +68,7 @@ def _config(path: Path, state: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise UserError(
             *(
-                f"{path}: config: {'.'.join(map(str, item['loc'])):.80}: {item['msg']:.200}; "
-                "export it with the version of jepa_dist that wrote it"
-                for item in error.errors()
+                f"{path}: config: {field}; export it with the version of jepa_dist that wrote it"
+                for field in invalid_fields(error)
             )
         ) from None

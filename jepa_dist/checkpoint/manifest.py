@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jepa_dist.checkpoint.folder import step_of
-from jepa_dist.errors import UserError, one_line
+from jepa_dist.errors import UserError, invalid_fields, one_line
 from jepa_dist.files import MIB, check_regular, open_regular, read_json
 from jepa_dist.interop.tensor_file import TensorFile
 from jepa_dist.interop.verify import Signature, mismatches
@@ -151,7 +151,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(json.dumps(body))
     except ValidationError as error:
-        raise UserError(*_first(_explain(file, item) for item in error.errors())) from None
+        raise UserError(*_first(f"{file}: {field}" for field in invalid_fields(error))) from None
     if step_of(path) not in (None, manifest.step):
         raise UserError(f"{file}: is of step {manifest.step}, not of this folder's")
     problems = _first(f"{file}: {problem}" for problem in _contradictions(manifest))
@@ -325,8 +325,3 @@ def _check_file(file: Path, entry: FileEntry) -> str | None:
     if digest.hexdigest() != entry.blake2b:
         return f"{file}: damaged: its digest does not hold"
     return None
-
-
-def _explain(file: Path, item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"]) or "file"
-    return f"{file}: {place:.80}: {item['msg']:.200}"

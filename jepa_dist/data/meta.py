@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from jepa_dist.errors import UserError
+from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.files import read_bytes
 
 META_NAME = "meta.json"
@@ -81,9 +81,7 @@ def read_meta(folder: Path) -> Meta | None:
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))[:80]
-        raise _damaged(path, f"{place!r}: {first['msg']}" if place else first["msg"]) from None
+        raise _damaged(path, invalid_fields(error)[0]) from None
     inside = folder.resolve()
     for name in meta.shards:
         if (folder / name).resolve().parent != inside:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import jepa_dist
 from jepa_dist.config import Config, check
-from jepa_dist.errors import UserError
+from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.files import MIB, partial_name, read_bytes, write_atomically
 from jepa_dist.interop.tensor_file import DTYPES, TensorFile
 from jepa_dist.interop.verify import Signature, mismatches
@@ -228,16 +228,13 @@ def read_description(path: Path) -> Description:
             "export the model again"
         ) from None
     except ValidationError as error:
-        raise UserError(*(_explain(beside, item) for item in error.errors())) from None
+        raise UserError(
+            *(f"{beside}: {field}; export the model again" for field in invalid_fields(error))
+        ) from None
     problems = check(description.config)
     if problems:
         raise UserError(*(f"{beside}: config: {problem}" for problem in problems))
     return description
-
-
-def _explain(beside: Path, item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"]) or "file"
-    return f"{beside}: {place}: {item['msg']}; export the model again"
 
 
 def check_tensors(path: Path, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from jepa_dist.errors import UserError
+from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.files import MIB, open_regular
 from jepa_dist.interop.verify import Signature
 
@@ -147,8 +147,7 @@ class TensorFile:
         try:
             found = _HEADER.validate_json(self._bytes_at(_LENGTH_BYTES, length))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise self._damaged(f"header: {_place(first['loc'])}{first['msg']:.200}") from None
+            raise self._damaged(f"header: {invalid_fields(error)[0]}") from None
         entries = {n: e for n, e in found.items() if n != "__metadata__" and isinstance(e, _Entry)}
         if len(entries) + ("__metadata__" in found) != len(found):
             raise self._damaged("header: a tensor without dtype, shape and data_offsets")
@@ -187,7 +186,3 @@ class TensorFile:
             f"{self.path}: damaged: not a whole safetensors file ({reason}); copy or export it "
             "again"
         )
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    return f"{'.'.join(map(str, location)):.80}: " if location else ""

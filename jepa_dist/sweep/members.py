@@ -28,7 +28,8 @@ from jepa_dist.config import (
     read_mapping,
     to_dict,
 )
-from jepa_dist.errors import UserError
+from jepa_dist.config.kinds import LAYOUT, MEASURING, WATCHING
+from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.shipped import find_sweep
 
 CONTROL = "control"
@@ -37,16 +38,6 @@ _OF_THE_MEMBER = ("seed", "run.dir")
 
 Settings = dict[str, Any]
 
-# Beginnings of keys that change nothing of the weights that are trained: what is measured, watched
-# and saved, and how the work is laid out over processes. The precision does, and compiling (in the
-# last bits).
-_NOT_TRAINING = (
-    *("eval.", "monitor.", "checkpoint.", "run.", "data.val", "data.workers", "data.prefetch"),
-    *("train.log_every", "train.stop_at", "train.max_bad_steps", "batch.micro"),
-    *("parallel.dp_", "parallel.activation_checkpointing", "parallel.reshard_after_forward"),
-    *("parallel.keep_looped_gathered", "parallel.accumulate", "parallel.timeout_seconds"),
-    *("parallel.compile_warmup", "parallel.blocks_per_unit", "train.gc_every"),
-)
 # What a setting makes idle: if the key has this value, the keys with these beginnings do nothing.
 _IDLE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("jepa.lambda", 0, ("jepa.",)),
@@ -162,10 +153,7 @@ def _parse(path: Path) -> _SweepFile:
         return _SweepFile.model_validate(read_mapping(path))
     except ValidationError as error:
         known = ", ".join(_SweepFile.model_fields)
-        told = [
-            f"{path}: {'.'.join(map(str, item['loc']))}: {item['msg']} (a sweep has {known})"
-            for item in error.errors()
-        ]
+        told = [f"{path}: {field} (a sweep has {known})" for field in invalid_fields(error)]
         raise UserError(*told) from None
 
 
@@ -252,11 +240,16 @@ def _alike(resolved: Mapping[str, Settings]) -> Iterable[str]:
 
 def _effective(settings: Settings) -> Settings:
     """Without what trains nothing."""
-    idle = _NOT_TRAINING + tuple(
-        beginning
-        for key, value, beginnings in _IDLE
-        if settings[key] == value
-        for beginning in beginnings
+    idle = (
+        WATCHING
+        + MEASURING
+        + LAYOUT
+        + tuple(
+            beginning
+            for key, value, beginnings in _IDLE
+            if settings[key] == value
+            for beginning in beginnings
+        )
     )
     kept = {key: value for key, value in settings.items() if not key.startswith(idle)}
     return {**kept, "jepa.lambda": settings["jepa.lambda"]}

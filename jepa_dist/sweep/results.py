@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_dist.config import flatten, load
+from jepa_dist.config.kinds import LAYOUT, WATCHING
 from jepa_dist.errors import UserError
 from jepa_dist.files import MIB, check_regular, read_json
 from jepa_dist.monitor.history import StartRecord, lasting, read_starts
@@ -26,8 +27,6 @@ from jepa_dist.sweep.members import CONTROL, Member, Settings, settings_of
 # 97.5 % points of Student's t distribution with 1, 2, ... degrees of freedom; with more than
 # listed, the last one errs on the side of caution.
 _STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Keys that do not change what is trained.
-_INCIDENTAL = ("parallel.", "checkpoint.", "monitor.", "data.workers", "data.prefetch")
 
 _DATA_BYTES = 64 * MIB
 _METRICS = ("val/bpb", "val/loss")
@@ -195,7 +194,7 @@ def _refuse_other_settings(member: Member, starts: Iterable[StartRecord]) -> Non
         other = [
             f"{key} was {settings.get(key)!r:.80} and is {value!r} in the list"
             for key, value in wanted.items()
-            if key in settings and settings[key] != value and not key.startswith(_INCIDENTAL)
+            if key in settings and settings[key] != value and not key.startswith(WATCHING + LAYOUT)
         ]
         if other:
             raise UserError(f"{member.run_dir}: made with other settings{when}: {'; '.join(other)}")
