@@ -124,11 +124,12 @@ def test_graphs_do_not_grow_with_depth(corpus: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_equals_eager(corpus: Path) -> None:
     """With the real compiler."""
     eager = run_ranks(train, 1, tiny_config(corpus))[0]
     warmed_up = compiled(corpus, parallel__compile_warmup=True)  # so rank 1 takes rank 0's graphs
-    records = run_ranks(train, 2, warmed_up, timeout=240)[0]
+    records = run_ranks(train, 2, warmed_up, timeout=600)[0]
     assert records[-1]["compile/recompiles"] == 0
     assert_same_run(records, eager)
 
