@@ -144,11 +144,11 @@ def _noted(on_failure: Callable[[str], None] | None) -> Iterator[None]:
         if on_failure is not None:
             # The error that is under way matters more than a note that cannot be written.
             reason = str(error).partition("\n")[0] or type(error).__name__
-            _call_with_limit(on_failure, reason)
+            call_with_limit(on_failure, reason)
         raise
 
 
-def _call_with_limit(note: Callable[[str], None], reason: str) -> None:
+def call_with_limit(note: Callable[[str], None], reason: str) -> None:
     """Call ``note``, for some seconds: a file system that hangs must not keep a rank here."""
 
     def call() -> None:

@@ -28,6 +28,8 @@ _OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
 _SCONTROL_SECONDS = 60
 
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
+
 _FIRST_PARENT = os.getppid()
 # What process 1 is where it is not torchrun: programs that start no ranks themselves.
 _TAKE_IN_ORPHANS = (
@@ -217,10 +219,26 @@ def die_with_launcher() -> None:
 
 def die_with_parent() -> None:
     """Let the kernel end this process when its parent dies, even by SIGKILL (Linux)."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != _FIRST_PARENT or is_orphan(os.environ):  # it died before
         os._exit(128 + signal.SIGKILL)
+
+
+def set_parent_death_signal(number: int) -> None:
+    """Have the kernel send this process a signal when its parent dies; 0: none (Linux).
+
+    The kernel keeps one number for each thread, and sends all of them.
+    """
+    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
+        prctl(_PR_SET_PDEATHSIG, number)
+
+
+def parent_death_signal() -> int:
+    """Return what ``set_parent_death_signal`` set last in this thread."""
+    number = ctypes.c_int(0)
+    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
+        prctl(_PR_GET_PDEATHSIG, ctypes.byref(number))
+    return number.value
 
 
 def is_orphan(

@@ -1,15 +1,23 @@
-"""Standard output and error that never end a run: a closed pipe, a full disk, an ASCII terminal."""
+"""Standard output and error that never end a run, and hand no control codes to a terminal.
+
+They survive a closed pipe, a full disk and an ASCII terminal. What a run prints may come from files
+of others (names, text samples); a terminal would obey the escape sequences in it.
+"""
 
 from __future__ import annotations
 
 import io
 import logging
 import os
+import re
 import sys
 import threading
 from typing import TextIO
 
 log = logging.getLogger(__name__)
+
+# All control characters of ASCII and Latin-1 but tab, line feed and carriage return (of the bar).
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def keep_output_alive() -> None:
@@ -36,10 +44,16 @@ def report_lost_output() -> None:
             stream.report()
 
 
+def escape_controls(text: str) -> str:
+    """Return ``text`` with control characters as escapes, such as ``\\x1b``."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 class LossyStream(io.TextIOBase):
     """A line-buffered text stream over a file descriptor that drops what cannot be written.
 
-    Characters that its encoding does not have are written as escapes. The first loss is logged.
+    Control characters, and those that its encoding does not have, are written as escapes. The first
+    loss is logged.
     """
 
     def __init__(self, name: str, stream: TextIO | None) -> None:
@@ -80,7 +94,7 @@ class LossyStream(io.TextIOBase):
     def write(self, text: str) -> int:
         """Write whole lines, keep the rest for later; never raises OSError."""
         with self._lock:
-            self._pending += text
+            self._pending += escape_controls(text)
             if "\n" in text or "\r" in text:
                 self.flush()
         return len(text)

@@ -10,8 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 
+from jepa_dist.failure import call_with_limit
+from jepa_dist.launched import parent_death_signal, set_parent_death_signal
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 EXIT_GRACE_OVER = 4
+
+# Keys on a terminal: who presses one again does not want to wait. Other senders (schedulers,
+# launchers) repeat themselves, and have SIGKILL.
+_IMPATIENT = (signal.SIGINT, signal.SIGQUIT)
 
 # Where nohup (or a shell, for a job in the background) has these ignored, they stay so.
 _OF_TERMINALS = (signal.SIGHUP, signal.SIGQUIT)
@@ -22,24 +29,37 @@ _ECHO_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop. Installs handlers; a second signal, if it is no echo
-    of the first (within two seconds), exits at once.
+    """Whether this process was asked to stop. Installs handlers.
+
+    Further signals change nothing, except that a SIGINT or SIGQUIT that is no echo of the first
+    signal (within two seconds) exits at once.
 
     The step is finished, a checkpoint saved, and every rank stops at the same step, because rank 0
     puts it into the plan (contract C2). A thread receives the signals: Python would not run a
     handler while the main thread waits in a collective, and that is where a rank that must be
     ended is stuck.
 
+    That thread also takes over the wish to end with the parent process (``die_with_launcher``), and
+    gives it up at the first signal: torchrun exits when it is asked to stop a second time, while
+    its ranks still save.
+
     Args:
         grace_seconds: From the first signal on; a process that still runs then exits (code 4).
         on_stop: Called once, at the first signal, by the thread that receives it.
+        on_give_up: Called with the reason, in one line, before that exit.
     """
 
-    def __init__(self, grace_seconds: float, on_stop: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        grace_seconds: float,
+        on_stop: Callable[[], None] | None = None,
+        on_give_up: Callable[[str], None] | None = None,
+    ) -> None:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._grace_seconds = grace_seconds
         self._on_stop = on_stop
+        self._on_give_up = on_give_up
         self._inbox, outbox = socket.socketpair()
         outbox.setblocking(False)
         self._outbox = outbox  # keeps it open
@@ -48,9 +68,17 @@ class StopRequest:
             if not (is_ignored and number in _OF_TERMINALS):
                 signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        is_listening = threading.Event()
+        death_signal = parent_death_signal()
+        threading.Thread(
+            target=self._listen, args=(death_signal, is_listening), name="signals", daemon=True
+        ).start()
+        is_listening.wait()
+        set_parent_death_signal(0)
 
-    def _listen(self) -> None:
+    def _listen(self, death_signal: int, is_listening: threading.Event) -> None:
+        set_parent_death_signal(death_signal)
+        is_listening.set()
         while True:
             for number in self._inbox.recv(64):
                 if number in STOP_SIGNALS:
@@ -59,10 +87,11 @@ class StopRequest:
     def _receive(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if self.received is not None:
-            if now - self._received_at > _ECHO_SECONDS:
+            if number in _IMPATIENT and now - self._received_at > _ECHO_SECONDS:
                 os._exit(128 + number)
             return
         self.received, self._received_at = number, now
+        set_parent_death_signal(0)
         timer = threading.Timer(self._grace_seconds, self._give_up, [number.name])
         timer.daemon = True
         timer.start()
@@ -70,10 +99,11 @@ class StopRequest:
             self._on_stop()
 
     def _give_up(self, name: str) -> None:
-        print(
-            f"error: not stopped {self._grace_seconds:g} s after {name}: leaving "
-            "without a checkpoint (checkpoint.grace_seconds)",
-            file=sys.stderr,
-            flush=True,
+        reason = (
+            f"not stopped {self._grace_seconds:g} s after {name}: leaving without a checkpoint "
+            "(checkpoint.grace_seconds)"
         )
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        if self._on_give_up is not None:
+            call_with_limit(self._on_give_up, reason)
         os._exit(EXIT_GRACE_OVER)

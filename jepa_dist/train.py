@@ -110,7 +110,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     from jepa_dist.parallel.world import record_collectives, start_world, stop_world
     from jepa_dist.resume import find_start, open_run_dir
     from jepa_dist.training.assemble import build_trainer
-    from jepa_dist.training.baselines import introduce
+    from jepa_dist.training.baselines import Introduction
     from jepa_dist.training.listeners import SILENT
     from jepa_dist.training.records import facts
 
@@ -178,6 +178,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                 identity,
                 startup,
                 on_stop=peers.leave_if_local_rank_ended,
+                on_give_up=note,
             )
             if reporter is not None:
                 parameters = trainer.state.model.named_parameters()
@@ -194,10 +195,9 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                 ),
                 StepProfiler(config.monitor.profile, run_dir, rank) as profiler,
             ):
-                introduction = {}
                 if reporter is not None:
                     evaluation = trainer.evaluation
-                    introduction = introduce(
+                    introduction = Introduction(
                         config, evaluation.validation, evaluation.tokenizer, reporter.say
                     )
                 try:
@@ -210,7 +210,8 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                 if outcome.finished:
                     trainer.export(run_dir, outcome)
             if reporter is not None:
-                reporter.finish(outcome.summary() | introduction)
+                compared = introduction.values() if outcome.finished else {}
+                reporter.finish(outcome.summary() | compared)
     lock.release()
     stop_world()
 

@@ -152,8 +152,6 @@ agent=(
     env
     OMP_NUM_THREADS="$OMP_NUM_THREADS"
     PYTHONUNBUFFERED=1
-    # Otherwise restarted ranks read stale addresses from the store and never meet.
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # torchrun kills ranks this long after a stop signal (torch 2.11: always after 30 s). They leave
     # before, by checkpoint.grace_seconds.
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-330}"

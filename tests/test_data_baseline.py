@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from jepa_dist.data.baseline import ngram_baseline
 from jepa_dist.data.shards import write_shard
-from jepa_dist.data.tokenizer import ByteCounter
+from jepa_dist.data.tokenizer import BYTES, ByteCounter, load_tokenizer
 from jepa_dist.errors import UserError
+from jepa_dist.evaluate.validation import Validation
+from jepa_dist.training import baselines
+from jepa_dist.training.baselines import Introduction
+from tests.tiny import tiny_config
 
 
 def test_equals_a_count_with_dictionaries(tmp_path: Path) -> None:
@@ -79,6 +85,30 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.bin", np.array([1, 2, 300, 4]))
     with pytest.raises(UserError, match=r"a\.bin: holds token id 300"):
         ngram_baseline([tmp_path / "a.bin"], np.zeros((1, 3), int), 257)
+
+
+def test_training_does_not_wait_for_the_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_count = threading.Event()
+
+    def count(*_: object) -> dict[str, float]:
+        assert may_count.wait(60)
+        return {"baseline/bigram_bpb": 2.0}
+
+    monkeypatch.setattr(baselines, "compute_baselines", count)
+    config, tokenizer = tiny_config(), load_tokenizer(BYTES)
+    introduction = Introduction(config, cast(Validation, None), tokenizer, print)
+    may_count.set()
+    assert introduction.values() == {"baseline/bigram_bpb": 2.0}
+
+
+def test_baselines_that_cannot_be_counted_do_not_end_the_run() -> None:
+    said: list[str] = []
+    config = tiny_config(data__train="/nowhere/*.bin")
+    tokenizer = load_tokenizer(BYTES)
+    introduction = Introduction(config, cast(Validation, None), tokenizer, said.append)
+    assert introduction.values() == {}
+    (line,) = said
+    assert line.startswith("warning: no n-gram baselines: UserError: data.train=/nowhere/*.bin")
 
 
 @pytest.mark.slow

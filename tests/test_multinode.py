@@ -39,7 +39,6 @@ def test_dry_run() -> None:
         "--nnodes=4:8",
         "--nproc-per-node=1",
         "--rdzv-endpoint=h1:29500",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     ):
         assert word in words
     assert words[-4:] == ["-m", "jepa_dist.train", "x.yaml", "run.dir=my run"]

@@ -1,12 +1,18 @@
-"""A request to stop that arrives twice is one request; a second one ends the process at once."""
+"""Requests to stop: which of them are one, which exit at once, and what happens to the launcher."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
+from multiprocessing.resource_tracker import ResourceTracker
+from pathlib import Path
 
-from tests.commands import Command
+import pytest
+
+from jepa_dist.data import workers
+from tests.commands import Command, Finished
 
 PROGRAM = """
 import time
@@ -20,8 +26,41 @@ print(f"received {request.received.name}", flush=True)
 time.sleep(50)
 """
 
+SLOW_TO_STOP = """
+import time
+from jepa_dist.signals import StopRequest
 
-def test_echoes_are_not_second_requests() -> None:
+StopRequest(0.1, on_give_up=lambda reason: print(f"noted: {reason}", flush=True))
+print("ready", flush=True)
+time.sleep(50)
+"""
+
+LAUNCHER = """
+import os
+import subprocess
+import sys
+import time
+
+RANK = '''
+import time
+from jepa_dist.launched import die_with_parent
+from jepa_dist.signals import StopRequest
+
+die_with_parent()
+request = StopRequest(grace_seconds=60)
+print("ready", flush=True)
+while request.received is None:
+    time.sleep(0.01)
+print("saving", flush=True)
+time.sleep(1)
+print("saved", flush=True)
+'''
+child = subprocess.Popen([sys.executable, "-c", RANK])
+time.sleep(50)
+"""
+
+
+def test_echoes_and_repetitions_are_one_request_and_keys_are_not() -> None:
     with Command([sys.executable, "-c", PROGRAM]) as process:
         process.wait_for(lambda: "ready" in process.output(), 60)
         # As SLURM to every process of the step, and torchrun to its ranks. (Of equal ones that are
@@ -30,8 +69,11 @@ def test_echoes_are_not_second_requests() -> None:
             process.signal(number)
         process.wait_for(lambda: "received SIG" in process.output(), 30)
         time.sleep(2.5)
-        process.signal(signal.SIGTERM)
-        assert process.wait(30).code == 128 + signal.SIGTERM
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM) * 5:
+            process.signal(number)
+            time.sleep(0.02)
+        process.signal(signal.SIGINT)
+        assert process.wait(30).code == 128 + signal.SIGINT
 
 
 def test_what_nohup_ignores_is_not_a_request() -> None:
@@ -41,3 +83,52 @@ def test_what_nohup_ignores_is_not_a_request() -> None:
         process.signal(signal.SIGTERM)
         process.wait_for(lambda: "received" in process.output(), 30)
         assert "received SIGTERM" in process.output()
+
+
+def test_who_does_not_stop_in_time_says_so_before_the_exit() -> None:
+    with Command([sys.executable, "-c", SLOW_TO_STOP]) as process:
+        process.wait_for(lambda: "ready" in process.output(), 60)
+        process.signal(signal.SIGTERM)
+        finished = process.wait(30)
+    assert finished.code == 4
+    assert "noted: not stopped 0.1 s after SIGTERM: leaving without" in finished.output
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked to stop", "not asked"])
+def test_a_rank_ends_with_its_launcher_unless_it_saves(asked: bool) -> None:
+    finished = _end_launcher(asked=asked)
+    assert finished.code == -signal.SIGKILL
+    assert ("saved" in finished.output) == asked
+
+
+def _end_launcher(*, asked: bool) -> Finished:
+    with Command([sys.executable, "-c", LAUNCHER]) as launcher:
+        launcher.wait_for(lambda: "ready" in launcher.output(), 60)
+        process = launcher.process()
+        assert process is not None
+        if asked:
+            (rank,) = process.children()
+            rank.send_signal(signal.SIGTERM)
+            launcher.wait_for(lambda: "saving" in launcher.output(), 30)
+        launcher.signal(signal.SIGKILL)
+        return launcher.wait(30)  # which sees that no process is left
+
+
+def test_the_tracker_of_semaphores_outlives_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the process group that a terminal or SLURM signals."""
+    tracker = ResourceTracker()
+    monkeypatch.setattr(workers, "resource_tracker", tracker)
+    with workers.signals_left_to_parent():
+        pass
+    try:
+        blocked = _blocked_signals(tracker._pid)  # type: ignore[attr-defined]
+    finally:
+        os.close(tracker._fd)  # type: ignore[attr-defined]
+        os.waitpid(tracker._pid, 0)  # type: ignore[attr-defined]
+    assert {signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2} <= blocked
+
+
+def _blocked_signals(process: int) -> set[int]:
+    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
+    (mask,) = [int(line.split()[1], 16) for line in lines if line.startswith("SigBlk:")]
+    return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}

@@ -18,6 +18,7 @@ from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
 from jepa_dist.host import check_host
 from jepa_dist.model.gpt import GPT
+from jepa_dist.output import LossyStream
 from jepa_dist.run_lock import RunLock
 from tests.commands import TRAIN, Command, run_command
 from tests.forked import run_module
@@ -151,6 +152,14 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     assert status["saved"] is True
     assert status["reason"] == "all steps are done"
     assert status["tokens_per_second"] > 0
+
+
+def test_control_codes_of_names_and_texts_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    with (tmp_path / "terminal").open("w+", encoding="utf-8") as file:
+        stream = LossyStream("stdout", file)
+        stream.write("\ra\tname \x1b[2J\x07 \x9b2J \x7f\u00fc\n")
+        file.seek(0)
+        assert file.read().encode() == "\ra\tname \\x1b[2J\\x07 \\x9b2J \\x7f\u00fc\n".encode()
 
 
 PRINTS = """

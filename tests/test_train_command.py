@@ -391,7 +391,7 @@ def test_damaged_data_met_by_one_rank(tmp_path: Path, workers: int) -> None:
     tokens = np.memmap(shard, dtype="<u2", mode="r+", offset=1024)
     arguments = settings(tmp_path, train__steps=5000, data__workers=workers)
     with Command([*UNDER_TORCHRUN, *arguments]) as job:
-        # While it runs: the baselines count all tokens first, on rank 0.
+        # While it runs: before training, the check of the data would find it.
         job.wait_for(lambda: has_logged(tmp_path / "run"), 60)
         tokens[token] = 9999
         finished = job.wait(120)

@@ -75,10 +75,12 @@ def _exit_after_parent() -> None:
 def signals_left_to_parent() -> Iterator[None]:
     """Processes started inside, a fork server too, are deaf to their parent's signals at once."""
     # A blocked signal stays blocked in whatever a process starts. The resource tracker goes first:
-    # starting it unblocks SIGTERM again.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORK_SERVERS_SIGNALS)
+    # starting it unblocks SIGTERM again. (Without one, semaphores that are freed when the parent
+    # stops are unknown to the tracker that takes its place, which prints a traceback for each.)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORK_SERVERS_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -18,6 +18,7 @@ from jepa_dist.failure import told_once
 from jepa_dist.files import MIB, read_bytes
 from jepa_dist.inference.decoding import Sampling
 from jepa_dist.inference.trained import TrainedModel, load
+from jepa_dist.output import escape_controls
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -133,10 +134,13 @@ def _lines() -> Iterator[str]:
 
 
 def _write(pieces: Iterable[str]) -> None:
-    """Write each piece at once, in UTF-8 whatever the locale says."""
+    """Write each piece at once, in UTF-8 whatever the locale says; exactly, but to a terminal
+    without control characters, which it would obey."""
+    is_terminal = sys.stdout.isatty()
     for piece in pieces:
         if piece:
-            sys.stdout.buffer.write(piece.encode())
+            text = escape_controls(piece) if is_terminal else piece
+            sys.stdout.buffer.write(text.encode())
             sys.stdout.buffer.flush()
 
 

@@ -66,6 +66,7 @@ def build_trainer(
     identity: Mapping[str, Any] | None = None,
     startup: Startup | None = None,
     on_stop: Callable[[], None] | None = None,
+    on_give_up: Callable[[str], None] | None = None,
     meter: Meter | None = None,
 ) -> Trainer:
     """Build everything a run needs from its configuration. Collective.
@@ -78,6 +79,7 @@ def build_trainer(
         identity: What a checkpoint says of the run besides (configuration, data fingerprint).
         startup: Measures what this start costs.
         on_stop: Called when this process is asked to stop, by the thread that receives signals.
+        on_give_up: Called with the reason before an exit because of checkpoint.grace_seconds.
         meter: Measures the phases of steps, in place of the usual one.
     """
     identity = dict(identity or {})
@@ -96,7 +98,7 @@ def build_trainer(
     request = (
         NoRequest()
         if checkpointer is None
-        else StopRequest(config.checkpoint.grace_seconds, on_stop)
+        else StopRequest(config.checkpoint.grace_seconds, on_stop, on_give_up)
     )
     stops = StopSignals(request, world, meter)
     instruments = _build_instruments(config, state, bos_id, times, saving, stops, rank_times)

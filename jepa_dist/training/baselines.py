@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,20 +12,54 @@ from jepa_dist.data.shards import find_shards
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.evaluate.validation import Validation
 
-
-def introduce(
-    config: Config,
-    validation: Validation,
-    tokenizer: Tokenizer | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Say both, and return them for the closing record. On rank 0 only."""
-    if tokenizer is None:
-        return {}
-    return _baselines(config, validation, tokenizer, say) | _note(tokenizer, say)
+# Longest wait at the end of a run that is shorter than the count, or whose file system hangs.
+_MOST_SECONDS = 60.0
 
 
-def _baselines(
+class Introduction:
+    """Both, said and kept for the closing record. On rank 0 only.
+
+    The baselines are computed by a thread while training begins: the other ranks would wait.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        validation: Validation,
+        tokenizer: Tokenizer | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._values: dict[str, Any] = {}
+        self._thread = threading.Thread(
+            target=self._compute,
+            args=(config, validation, tokenizer, say),
+            name="baselines",
+            daemon=True,
+        )
+        if tokenizer is not None:
+            self._values = _note(tokenizer, say)
+            self._thread.start()
+
+    def values(self) -> dict[str, Any]:
+        """Return what is known, after some seconds at most if the baselines are not complete."""
+        if self._thread.is_alive():
+            self._thread.join(_MOST_SECONDS)
+        return dict(self._values)
+
+    def _compute(
+        self,
+        config: Config,
+        validation: Validation,
+        tokenizer: Tokenizer,
+        say: Callable[[str], None],
+    ) -> None:
+        try:
+            self._values |= compute_baselines(config, validation, tokenizer, say)
+        except Exception as error:  # of no consequence for what is trained
+            say(f"warning: no n-gram baselines: {type(error).__name__}: {error}")
+
+
+def compute_baselines(
     config: Config, validation: Validation, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Compute and print the n-gram baselines, on samples of large data."""
