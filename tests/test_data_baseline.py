@@ -87,7 +87,9 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
         ngram_baseline([tmp_path / "a.bin"], np.zeros((1, 3), int), 257)
 
 
-def test_training_does_not_wait_for_the_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_does_not_wait_for_the_baselines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     may_count = threading.Event()
 
     def count(*_: object) -> dict[str, float]:
@@ -95,20 +97,20 @@ def test_training_does_not_wait_for_the_baselines(monkeypatch: pytest.MonkeyPatc
         return {"baseline/bigram_bpb": 2.0}
 
     monkeypatch.setattr(baselines, "compute_baselines", count)
-    config, tokenizer = tiny_config(), load_tokenizer(BYTES)
+    config, tokenizer = tiny_config(tmp_path), load_tokenizer(BYTES)
     introduction = Introduction(config, cast(Validation, None), tokenizer, print)
     may_count.set()
     assert introduction.values() == {"baseline/bigram_bpb": 2.0}
 
 
-def test_baselines_that_cannot_be_counted_do_not_end_the_run() -> None:
+def test_baselines_that_cannot_be_counted_do_not_end_the_run(tmp_path: Path) -> None:
     said: list[str] = []
-    config = tiny_config(data__train="/nowhere/*.bin")
+    config = tiny_config(tmp_path, data__train="/nowhere/*.bin", model__vocab_size=257)
     tokenizer = load_tokenizer(BYTES)
     introduction = Introduction(config, cast(Validation, None), tokenizer, said.append)
     assert introduction.values() == {}
     (line,) = said
-    assert line.startswith("warning: no n-gram baselines: UserError: data.train=/nowhere/*.bin")
+    assert line.startswith("warning: no n-gram baselines: UserError: data.train='/nowhere/*.bin'")
 
 
 @pytest.mark.slow
