@@ -99,7 +99,10 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
     for path in _all_of(arguments.run):
         problems = verify(path)
         try:
-            print(_described(read_manifest(path)), "no: " + problems[0] if problems else "yes")
+            print(
+                _described(read_manifest(path)),
+                "no: " + one_line(problems[0]) if problems else "yes",
+            )
         except UserError:
             print(f"{folders.step_of(path):>10} {'?':>10} {'?':>8} {'?':>6} {'?':>9}", end="")
             print(f"  no: {one_line(problems[0])}")
@@ -195,7 +198,7 @@ def _one(path: Path) -> Path:
         problems = verify(candidate)
         if not problems:
             return candidate
-        print(f"{candidate}: skipped, it is not whole: {problems[0]}", file=sys.stderr)
+        print(f"{candidate}: skipped, it is not whole: {one_line(problems[0])}", file=sys.stderr)
     raise UserError(f"{path}: no checkpoint is whole; python -m jepa_dist.checkpoint verify {path}")
 
 
