@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from jepa_dist.config import Config
-from jepa_dist.jepa.loss import JepaLoss, JepaSums
+from jepa_dist.objectives.objective import Objective, Sums
+from jepa_dist.objectives.registry import OBJECTIVES
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
 from tests.ranks import run_ranks
@@ -48,13 +49,14 @@ def count(
     plain = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self, **options: plain(self, backend=backend, **options)
     if without_jepa_code:
-        JepaLoss.forward = _no_such_code  # type: ignore[method-assign]
+        for objective in OBJECTIVES.values():
+            objective.forward = _no_such_code  # type: ignore[method-assign]
     recorder = Recorder()
     build_trainer(config, start_world(config.parallel)).run(recorder)
     return recorder.records, backend.graphs
 
 
-def _no_such_code(self: JepaLoss, *args: torch.Tensor) -> JepaSums:
+def _no_such_code(self: Objective, *args: torch.Tensor) -> Sums:
     raise AssertionError("the JEPA code must not run")
 
 

@@ -202,7 +202,7 @@ def test_paired_arms_draw_the_same_spans(tmp_path: Path) -> None:
     def spans(member: Member) -> list[Any]:
         config = member.resolve()
         planner = Planner(config, TrainingClock())
-        return [planner.plan(step).spans for step in range(config.train.steps)]
+        return [planner.plan(step).samples for step in range(config.train.steps)]
 
     changed = arms(delayed={"jepa.lambda": 0.05, "jepa.start_frac": 0.3, "jepa.layer": 2})
     sweep = write_sweep(tmp_path, arms=changed, common={"train.steps": 20})

@@ -16,12 +16,13 @@ from jepa_dist.config import Config
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.interop.safetensors_io import Description, Weights
 from jepa_dist.model.execution import LAST_PHASE
+from jepa_dist.objectives.objective import is_objectives
 
 _PREFIXES: dict[Weights, str] = {"live": "model/", "ema": "ema/"}
 
 
 def read_model(path: Path, weights: Weights) -> tuple[Description, dict[str, Tensor]]:
-    """Return the model of a whole checkpoint, saved by any number of ranks.
+    """Return the model of a whole checkpoint, saved by any number of ranks, without objective.
 
     Args:
         path: The checkpoint, already verified.
@@ -39,7 +40,7 @@ def read_model(path: Path, weights: Weights) -> tuple[Description, dict[str, Ten
         tensors = {
             name.removeprefix(prefix): assemble(files, name, entry)
             for name, entry in manifest.tensors.items()
-            if name.startswith(prefix)
+            if name.startswith(prefix) and not is_objectives(name)
         }
     if not tensors:
         raise UserError(

@@ -243,6 +243,8 @@ class JepaConfig(Section):
 
     lambda_: NonNegative = Field(default=0.0, alias="lambda")
     """Weight of the JEPA loss; 0 disables the objective."""
+    objective: Literal["span"] = "span"
+    """The auxiliary loss. span: hidden states at the ends of a span move linearly (#1772)."""
     max_span_frac: Fraction = 0.5
     """Length of the longest span, as a fraction of the sequence."""
     start_frac: Fraction = 0.0

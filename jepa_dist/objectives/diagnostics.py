@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jepa_dist.jepa.loss import span_cosines
+from jepa_dist.objectives.span_loss import span_cosines
 
 _TINY = 1e-30
 # States that differ by less than this share of their norm differ by rounding.
