@@ -192,7 +192,7 @@ class Planner:
             train.enable_looping_at,
             train.loop_phase2_at,
         )
-        weight = jepa_weight(frac, jepa.lambda_, jepa.start_frac, jepa.ramp_frac)
+        weight = jepa_weight(frac, jepa.lambda_, jepa.start_frac, jepa.ramp_frac, jepa.stop_frac)
         last = step == train.steps - 1 or (limit is not None and elapsed >= limit)
         last = last and not self.roll_back
         if step + 1 == train.stop_at:

@@ -79,7 +79,8 @@ def test_known_counts(counted: dict[str, Any]) -> None:
 
 def test_the_objective_adds_no_collective(counted: dict[str, Any]) -> None:
     plain = counted["plain"]
-    assert counted["JEPA"]["launches"] == plain["launches"]
+    for objective in ("JEPA", "next state"):
+        assert counted[objective]["launches"] == plain["launches"]
     for kind in ("all_gather", "reduce_scatter"):
         assert counted["JEPA"]["bytes"][kind] == plain["bytes"][kind]
     assert counted["JEPA"]["launches"]["broadcast"] == 1  # the plan

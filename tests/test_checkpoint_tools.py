@@ -23,7 +23,9 @@ from tests.tiny import tiny_config
 
 
 def run_config(folder: str) -> Config:
-    return tiny_config(Path(folder), optim__ema_decay=0.9, optim__matrix="muon")
+    """With an objective that holds parameters: no export has them."""
+    changes = {"optim__ema_decay": 0.9, "optim__matrix": "muon", "jepa__objective": "next_state"}
+    return tiny_config(Path(folder), **changes)
 
 
 def build_state(config: Config, world: World) -> dict[str, Tensor]:
@@ -97,8 +99,9 @@ def load_whole(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
 def test_model_optimiser_and_average_load_at_another_world_size(trained):
     run, expected = trained
     found = run_ranks(load_whole, 3, str(run.parent))[0]
-    kinds = {"model", "ema", "exp_avg", "momentum"}
+    kinds = {"model", "objective", "ema", "exp_avg", "momentum"}
     assert {name.split("/")[0] for name in found} >= kinds
+    assert {"objective/gate.weight", "ema/objective.gate.weight"} <= found.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
