@@ -206,7 +206,6 @@ def test_wrong_types_and_values(override: str, complaint: str) -> None:
         (["model.untie_loop_mlps=true"], "model.untie_loop_mlps=true: needs model.num_loops"),
         (["model.skip_gates=true"], "model.skip_gates=true: needs model.unet_skips"),
         (["model.parallel_residual_start=4"], "model.parallel_residual_start=4: must be"),
-        (["model.vocab_size=65537"], "model.vocab_size=65537: token shards hold uint16"),
         (["jepa.layer=4"], "jepa.layer=4: must be in -1..3 (model.num_layers=4)"),
         (["jepa.layer=-2"], "jepa.layer=-2: must be in -1..3"),
         (["jepa.lambda=1", "model.seq_len=2"], "model.seq_len=2: the JEPA objective needs"),

@@ -90,7 +90,7 @@ SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: sparse(p, HEADER + 2 * (2**31 + 7), header(20240520, 1, -(2**31) + 7)),
         "more than the int32 of a header can count",
     ),
-    "llama 3": (contents(header(20240801, 7, 4) + bytes(16)), "uint32"),
+    "llama 3": (contents(header(20240801, 7, 4) + bytes(8)), "promises 4 tokens"),
     "version": (contents(header(20240520, 2, 0)), "version 2, expected 1"),
     "nanoGPT": (contents(np.arange(2000, dtype="<u2").tobytes()), "bare uint16 ids"),
     "LFS pointer": (contents(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),

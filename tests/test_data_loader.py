@@ -426,3 +426,14 @@ def test_no_loader_process_outlives_its_trainer(
     finally:
         for pid in marked_processes(marker):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_batches_and_their_digests_hold_ids_above_16_bits() -> None:
+    ids = np.array([[70_000, 1, 2], [3, 4, 65_535], [131_071, 65_536, 0]])
+    batch = make_batch(ids, range(5, 8), 4)
+    sent = pickle.loads(pickle.dumps(batch))
+    assert sent.tokens[:3].tolist() == ids[:, :-1].tolist()
+    assert sent.targets[:3].tolist() == ids[:, 1:].tolist()
+    alone = [make_batch(ids[i : i + 1], range(5 + i, 6 + i), 1).digest for i in range(3)]
+    assert sent.digest == batch.digest == sum(alone) % 2**64
+    assert make_batch(ids % 2**16, range(5, 8), 4).digest != batch.digest

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jepa_dist.data.shards import (
+    Shard,
     ShardWriter,
     find_shards,
     fingerprint,
@@ -52,7 +53,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     [
         (b"", "0 bytes are too few"),
         (shard_bytes([1, 2])[:1000], "1000 bytes are too few"),
-        (shard_bytes([1, 2], magic=7), "expected magic 20240520, found 7"),
+        (shard_bytes([1, 2], magic=7), "expected magic 20240520 or 20240801, found 7"),
         (shard_bytes([1, 2], version=2), "version 2, expected 1"),
         (shard_bytes([1, 2])[:-1], r"promises 2 tokens \(1028 bytes\), the file has 1027"),
         (shard_bytes([1, 2]) + b"x", r"promises 2 tokens \(1028 bytes\), the file has 1029"),
@@ -92,7 +93,95 @@ def test_an_empty_glob_names_the_key_the_pattern_and_the_way_out(tmp_path: Path)
         assert part in str(error.value)
 
 
+def wide_bytes(tokens: list[int]) -> bytes:
+    """The format of llm.c for Llama 3, written out by hand."""
+    header = struct.pack("<256i", 20240801, 7, len(tokens), *[0] * 253)
+    return header + struct.pack(f"<{len(tokens)}I", *tokens)
+
+
+class TestWideShards:
+    @pytest.mark.parametrize("vocab_size", [65_537, 128_256])
+    def test_ids_above_16_bits_are_the_format_of_llm_c(
+        self, tmp_path: Path, vocab_size: int
+    ) -> None:
+        path = tmp_path / "a.bin"
+        tokens = [0, 65_535, 65_536, vocab_size - 1]
+        write_shard(path, np.array(tokens), vocab_size)
+        assert path.read_bytes() == wide_bytes(tokens)
+        assert read_shard(path).tolist() == tokens
+        assert Shard(path).read(1, 3).tolist() == tokens[1:3]
+
+    def test_a_damaged_one_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.bin"
+        path.write_bytes(wide_bytes([1, 2])[:-2])
+        with pytest.raises(UserError, match=r"promises 2 tokens \(1032 bytes\), the file has 1030"):
+            read_shard(path)
+
+    @pytest.mark.parametrize(("ids", "vocab_size"), [([65_536], 65_536), ([-1], 70_000)])
+    def test_an_id_that_does_not_fit_is_refused(
+        self, tmp_path: Path, ids: list[int], vocab_size: int
+    ) -> None:
+        with pytest.raises(UserError, match="do not fit into"):
+            write_shard(tmp_path / "a.bin", np.array(ids), vocab_size)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_more_tokens_than_a_header_counts_are_refused(self, tmp_path: Path) -> None:
+        many = np.broadcast_to(np.uint16(7), (2**31,))  # takes no memory
+        with pytest.raises(UserError, match="2147483648 tokens are more than the int32"):
+            write_shard(tmp_path / "a.bin", many)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestMegatron:
+    def write(self, folder: Path, documents: list[list[int]], code: int, kind: str) -> Path:
+        """As Megatron's builder writes them, by the description of the format."""
+        width = np.dtype(kind).itemsize
+        lengths = [len(document) for document in documents]
+        starts = [width * sum(lengths[:i]) for i in range(len(lengths))]
+        index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(lengths) + 1)
+        index += struct.pack(f"<{len(lengths)}i", *lengths)
+        index += struct.pack(f"<{len(lengths)}q", *starts)
+        index += struct.pack(f"<{len(lengths) + 1}q", *range(len(lengths) + 1))
+        (folder / "corpus.idx").write_bytes(index)
+        path = folder / "corpus.bin"
+        path.write_bytes(np.concatenate(documents).astype(kind).tobytes())
+        return path
+
+    @pytest.mark.parametrize(("code", "kind"), [(1, "u1"), (4, "<i4"), (8, "<u2")])
+    def test_is_read_by_its_index(self, tmp_path: Path, code: int, kind: str) -> None:
+        path = self.write(tmp_path, [[1, 2, 3], [200], list(range(90))], code, kind)
+        assert read_shard(path).tolist() == [1, 2, 3, 200, *range(90)]
+        assert fingerprint([path])["tokens"] == 94
+
+    def test_float_ids_are_refused(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, [[1, 2]], 7, "<f4")
+        with pytest.raises(UserError, match="version 1 and type 7"):
+            read_shard(path)
+
+    def test_a_cut_file_is_refused(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, [[1, 2, 3], [4]], 4, "<i4")
+        path.write_bytes(path.read_bytes()[:-4])
+        with pytest.raises(UserError, match=r"corpus\.idx describes 16 bytes .*, the file has 12"):
+            read_shard(path)
+
+    def test_a_cut_index_is_refused(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, [[1, 2, 3], [4]], 4, "<i4")
+        index = path.with_suffix(".idx")
+        index.write_bytes(index.read_bytes()[:-1])
+        with pytest.raises(UserError, match="expected 82 for 2 sequences"):
+            read_shard(path)
+
+    def test_an_index_named_as_a_shard_is_refused(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, [[1, 2, 3], [4]], 4, "<i4")
+        with pytest.raises(UserError, match="an index of Megatron; name"):
+            read_shard(path.with_suffix(".idx"))
+
+
 class TestFingerprint:
+    def test_of_narrow_shards_never_changes(self, tmp_path: Path) -> None:
+        write_shard(tmp_path / "a.bin", np.arange(50_000) % 257)
+        assert fingerprint([tmp_path / "a.bin"])["digest"] == "5bd243d9ae685bbb2dfd32afa9fd36fe"
+
     @pytest.fixture
     def paths(self, tmp_path: Path) -> list[Path]:
         for i in range(3):

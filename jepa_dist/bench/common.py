@@ -98,7 +98,7 @@ def with_random_data(config: Config, folder: Path, sequences: int | None = None)
     generator = np.random.Generator(np.random.PCG64(config.seed))
     for split, rows in (("train", count), ("val", config.batch.sequences)):
         ids = generator.integers(0, config.model.vocab_size, rows * config.model.seq_len + 1)
-        write_shard(folder / f"{split}_0.bin", ids.astype(np.uint16))
+        write_shard(folder / f"{split}_0.bin", ids, config.model.vocab_size)
     data = {
         "train": str(folder / "train_*.bin"),
         "val": str(folder / "val_*.bin"),

@@ -112,9 +112,9 @@ def _on_shards(config: Config, folder: Path, shards: int, windows: int) -> Confi
     """The configuration on this many shards, for training and validation alike."""
     model = config.model
     generator = np.random.Generator(np.random.PCG64(config.seed))
-    ids = generator.integers(0, model.vocab_size, windows * model.seq_len + 1).astype(np.uint16)
+    ids = generator.integers(0, model.vocab_size, windows * model.seq_len + 1)
     for index in range(shards):
-        write_shard(folder / f"tokens_{index:06d}.bin", np.roll(ids, index))
+        write_shard(folder / f"tokens_{index:06d}.bin", np.roll(ids, index), model.vocab_size)
     data = {"train": f"{folder}/*.bin", "val": f"{folder}/tokens_000000.bin", "tokenizer": None}
     return config.model_copy(
         update={

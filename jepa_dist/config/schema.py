@@ -209,10 +209,6 @@ class ModelConfig(Section):
                 f"model.parallel_residual_start={self.parallel_residual_start}: must be -1 (none) "
                 f"or a block 0..{self.num_layers - 1}"
             )
-        if self.vocab_size > 2**16:
-            yield (
-                f"model.vocab_size={self.vocab_size}: token shards hold uint16 ids, at most 65536"
-            )
         if self.num_loops and self.executions > _MOST_EXECUTIONS:
             yield (
                 f"model.num_loops={self.num_loops}: at most {_MOST_EXECUTIONS} blocks can be "
@@ -221,15 +217,16 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Token shards: a header of 256 int32 words, then uint16 ids (docs/data.md)."""
+    """Token shards: a header of 256 int32 words, then uint16 or uint32 ids (docs/data.md)."""
 
     train: PathText = "data/stdlib/train_*.bin"
     """Glob pattern of the training shards, in sorted order."""
     val: PathText = "data/stdlib/val_*.bin"
     """Glob pattern of the validation shards."""
     tokenizer: PathText | None = "bytes"
-    """'bytes', or the path of a SentencePiece .model (extra [sentencepiece]); null: unknown, so
-    neither bits per byte nor text samples are available."""
+    """'bytes', or the path of a SentencePiece .model (extra [sentencepiece]), a byte-level
+    tokenizer.json (extra [hf]) or a .tiktoken file (extra [tiktoken]); null: unknown, so neither
+    bits per byte nor text samples are available."""
     bos_id: Count | None = None
     """Token id at the beginning of every document; null: from meta.json or the tokenizer."""
     workers: Annotated[int, Field(ge=0, le=256)] = 2

@@ -172,7 +172,8 @@ def _overlap_problems(config: Config) -> Iterator[str]:
 def _start_of(path: Path) -> tuple[int, bytes]:
     """Number of tokens, and the first of them."""
     shard = Shard(path)
-    return shard.count, shard.read(0, min(shard.count, 1024)).tobytes()
+    start = shard.read(0, min(shard.count, 1024)).astype(np.int64)  # shards may differ in type
+    return shard.count, start.tobytes()
 
 
 def _byte_problems(config: Config) -> Iterator[str]:

@@ -155,10 +155,13 @@ class Batch:
         return self
 
     def _rows(self) -> torch.Tensor:
-        """Tokens and last targets of the real rows, int16 [rows, T+1] (uint16 cannot be sent)."""
+        """Tokens and last targets of the real rows, [rows, T+1].
+
+        int16 if all ids fit in uint16 (which cannot be sent), else int32.
+        """
         real = int(self.weight.sum())
         rows = torch.cat([self.tokens[:real], self.targets[:real, -1:]], dim=1)
-        return rows.to(torch.int16)
+        return rows.to(torch.int16 if not real or int(rows.max()) < 2**16 else torch.int32)
 
     def __reduce__(self) -> Any:
         # Between processes a batch is one small tensor in shared memory. Sent through the pipe
@@ -184,7 +187,7 @@ def make_batch(rows: npt.NDArray[np.int64], places: range, size: int) -> Batch:
 
 
 def _rebuild(rows: torch.Tensor, first_place: int, size: int, digest: int) -> Batch:
-    tokens = rows.numpy().view(np.uint16)
+    tokens = rows.numpy().view(np.uint16 if rows.dtype == torch.int16 else np.uint32)
     return _assemble(tokens, range(first_place, first_place + len(rows)), size, digest)
 
 
@@ -206,8 +209,10 @@ def _assemble(rows: npt.NDArray[Any], places: range, size: int, digest: int) -> 
 def _digest(rows: npt.NDArray[np.int64], places: range) -> int:
     """Sum over rows of a hash of (place, tokens): additive, yet it sees the order."""
     total = 0
-    for place, row in zip(places, rows.astype("<u2"), strict=True):
-        data = place.to_bytes(8, "little") + row.tobytes()
+    # The type depends on the row alone, so that the digest depends on no neighbor.
+    is_narrow = rows.max(axis=1, initial=0) < 2**16
+    for place, row, narrow in zip(places, rows, is_narrow.tolist(), strict=True):
+        data = place.to_bytes(8, "little") + row.astype("<u2" if narrow else "<u4").tobytes()
         total += int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     return total % 2**64
 

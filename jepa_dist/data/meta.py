@@ -34,7 +34,7 @@ class Meta(BaseModel):
 
     tokenizer: str
     """Identity of the tokenizer (``Tokenizer.name``)."""
-    vocab_size: int = Field(ge=1, le=2**16)
+    vocab_size: int = Field(ge=1, le=2**24)
     shards: dict[Annotated[str, AfterValidator(_bare)], Count]
     """Tokens of each shard, by the name of its file in this folder."""
     bos_id: int | None = Field(default=None, ge=0)

@@ -1,8 +1,8 @@
-"""Token shards in the field's .bin format.
+"""Token shards in the field's .bin formats.
 
 A shard is 256 little-endian int32 words (magic, version, number of tokens, zeros) followed by
-that many little-endian uint16 token ids. Shards made for modded-nanogpt, llm.c or parameter-golf
-are read as they are.
+that many little-endian token ids, uint16 or uint32 (``shard_format``). Shards made for
+modded-nanogpt, llm.c or parameter-golf, and Megatron's .bin with its .idx, are read as they are.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from jepa_dist.data.shard_format import (
+    HEADER_BYTES,
+    MOST_TOKENS,
+    header,
+    read_layout,
+    token_dtype,
+)
 from jepa_dist.errors import UserError
 from jepa_dist.files import make_new, open_regular
 
-HEADER_WORDS = 256
-MAGIC = 20240520
-VERSION = 1
-LLAMA3_MAGIC = 20240801
-MOST_TOKENS = 2**31 - 1  # of a shard: its header counts in int32
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
-Tokens = npt.NDArray[np.uint16]
-
-_HEADER_BYTES = HEADER_WORDS * 4
-_TOKEN_BYTES = 2
 _SAMPLED_BLOCKS = 8
 _SAMPLED_BYTES = 4096
 _COMPARED_TOKENS = 1 << 20
@@ -45,24 +44,49 @@ class ShardWriter:
     A context manager: leaving it normally publishes the shard, an exception removes the
     temporary file beside it.
 
+    Args:
+        path: The shard.
+        vocab_size: Number of legal ids; they are written as uint16 up to 65,536, else as uint32.
+
     Raises:
         UserError: the file cannot be written, e.g. because the disk is full.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocab_size: int = 2**16) -> None:
         self.path = path
         self.count = 0
+        self._dtype = token_dtype(vocab_size)
         self._partial = path.with_name(f".{path.name}.partial")
         with self._naming_the_file():
             self._file = make_new(self._partial)
-            self._file.write(bytes(_HEADER_BYTES))
+            self._file.write(bytes(HEADER_BYTES))
 
     def write(self, tokens: npt.NDArray[Any]) -> None:
-        """Append token ids (integers in 0..65535); at most ``MOST_TOKENS`` in all."""
-        data = tokens.astype("<u2", copy=False).tobytes()
+        """Append token ids, integers of any type.
+
+        Raises:
+            UserError: an id that the shard's type cannot hold, more than ``MOST_TOKENS`` in all,
+                or the file cannot be written.
+        """
+        data = self._cast(tokens).tobytes()
         with self._naming_the_file():
             self._file.write(data)
         self.count += len(tokens)
+
+    def _cast(self, tokens: npt.NDArray[Any]) -> Tokens:
+        most = np.iinfo(self._dtype).max
+        if len(tokens) > MOST_TOKENS - self.count:
+            raise UserError(
+                f"{self.path}: {self.count + len(tokens)} tokens are more than the int32 of a "
+                f"header can count; write several shards of at most {MOST_TOKENS}"
+            )
+        fits = np.can_cast(tokens.dtype, self._dtype) or not len(tokens)
+        if not fits and not 0 <= tokens.min() <= tokens.max() <= most:
+            raise UserError(
+                f"{self.path}: token ids {tokens.min()}..{tokens.max()} do not fit into "
+                f"{self._dtype.name} (0..{most}); give the size of their vocabulary (vocab_size)"
+            )
+        return tokens.astype(self._dtype, copy=False)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -78,10 +102,8 @@ class ShardWriter:
             self._partial.unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        header = np.zeros(HEADER_WORDS, dtype="<i4")
-        header[:3] = MAGIC, VERSION, self.count
         self._file.seek(0)
-        self._file.write(header.tobytes())
+        self._file.write(header(self._dtype, self.count))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._partial.rename(self.path)
@@ -97,9 +119,13 @@ class ShardWriter:
             ) from None
 
 
-def write_shard(path: Path, tokens: npt.NDArray[Any]) -> None:
-    """Write ``tokens`` (integers in 0..65535) as one shard, atomically."""
-    with ShardWriter(path) as writer:
+def write_shard(path: Path, tokens: npt.NDArray[Any], vocab_size: int = 2**16) -> None:
+    """Write ``tokens`` (integers, any type) as one shard, atomically.
+
+    Raises:
+        UserError: as ``ShardWriter`` and its ``write``.
+    """
+    with ShardWriter(path, vocab_size) as writer:
         writer.write(tokens)
 
 
@@ -120,18 +146,22 @@ class Shard:
         self.path = path
         try:
             self._file = open_regular(path)
-            self.count = _count_in_header(self._file, path)
+            self._layout = read_layout(self._file, path)
         except (OSError, ValueError) as error:  # the latter: a NUL in the name
             raise _unreadable(path, error) from None
+        self.count = self._layout.count
 
     def read(self, start: int, stop: int) -> Tokens:
-        """Tokens start..stop-1 of the shard, uint16 [stop - start]; ``stop`` is at most ``count``.
+        """Tokens start..stop-1 of the shard, as it holds them (uint16, uint32 or uint8).
+
+        ``stop`` is at most ``count``; the result has the shape [stop - start].
 
         Raises:
             UserError: the file has become shorter, or cannot be read.
         """
-        wanted = _TOKEN_BYTES * (stop - start)
-        offset = _HEADER_BYTES + _TOKEN_BYTES * start
+        width = self._layout.dtype.itemsize
+        wanted = width * (stop - start)
+        offset = self._layout.offset + width * start
         data = b""
         while len(data) < wanted:
             try:
@@ -140,12 +170,12 @@ class Shard:
                 raise _unreadable(self.path, error) from None
             if not part:
                 raise UserError(
-                    f"{self.path}: truncated while in use: token {start + len(data) // 2} of "
+                    f"{self.path}: truncated while in use: token {start + len(data) // width} of "
                     f"{self.count} is gone; restore the file, and replace shards by renaming a "
                     "new file over the old one"
                 )
             data = data + part if data else part
-        return np.frombuffer(data, dtype="<u2")
+        return np.frombuffer(data, dtype=self._layout.dtype)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -162,7 +192,7 @@ def read_count(path: Path) -> int:
 
 
 def read_shard(path: Path) -> Tokens:
-    """All tokens of a shard, uint16 [count], in memory.
+    """All tokens of a shard, [count], in memory, of the type that it holds.
 
     Raises:
         UserError: as ``Shard``.
@@ -174,68 +204,6 @@ def read_shard(path: Path) -> Tokens:
 def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
     reason = getattr(error, "strerror", None) or error
     return UserError(f"{path}: cannot read the token shard: {reason}")
-
-
-def _count_in_header(file: IO[bytes], path: Path) -> int:
-    size = os.fstat(file.fileno()).st_size
-    start = os.pread(file.fileno(), _HEADER_BYTES, 0)
-    problem = _header_problem(start, size)
-    if problem:
-        raise UserError(f"{path}: {problem}")
-    return int.from_bytes(start[8:12], "little")
-
-
-# What people name as shards that are none, by how the files begin.
-_OTHER_FILES = {
-    b"version https://git-lfs": "a Git LFS pointer, not the data; fetch it with: git lfs pull",
-    b"\x93NUMPY": "a NumPy file; write it again with jepa_dist.data.shards.write_shard",
-    b"\x1f\x8b": "a gzip file; unpack it with: gunzip",
-    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it with: unzstd",
-    b"PK\x03\x04": "a zip file; unpack it first",
-}
-
-
-def _header_problem(start: bytes, size: int) -> str | None:
-    """Why a file of ``size`` bytes that begins with ``start`` is no shard, and the way out."""
-    other = next((text for magic, text in _OTHER_FILES.items() if start.startswith(magic)), None)
-    if other:
-        return f"not a token shard, but {other}"
-    way_out = (
-        "prepare the data again (python -m jepa_dist.data.prepare) or replace this file with an "
-        "intact copy"
-    )
-    if min(size, len(start)) < _HEADER_BYTES:
-        return (
-            f"{size} bytes are too few for a token shard, whose header has {_HEADER_BYTES}; "
-            f"{way_out}"
-        )
-    magic, version, count = (int(word) for word in np.frombuffer(start, "<i4", count=3))
-    if magic == LLAMA3_MAGIC:
-        return (
-            f"a shard of llm.c for Llama 3 (magic {magic}): its ids are uint32, but this program "
-            "reads uint16 ids; use a tokenizer of at most 65,536 ids"
-        )
-    if magic != MAGIC:
-        return (
-            f"not a token shard: expected magic {MAGIC}, found {magic}; if these are bare uint16 "
-            "ids without a header (nanoGPT's train.bin), add one with "
-            f"jepa_dist.data.shards.write_shard; otherwise {way_out}"
-        )
-    if version != VERSION:
-        return f"token shard of version {version}, expected {VERSION}; {way_out}"
-    found = (size - _HEADER_BYTES) // _TOKEN_BYTES
-    if found > MOST_TOKENS and (found - count) % 2**32 == 0:
-        return (
-            f"holds {found} tokens, more than the int32 of a header can count; write it as "
-            f"several shards of at most {MOST_TOKENS}"
-        )
-    expected = _HEADER_BYTES + _TOKEN_BYTES * count
-    if count < 0 or size != expected:
-        return (
-            f"the header promises {count} tokens ({expected} bytes), the file has {size} bytes; "
-            f"{way_out}"
-        )
-    return None
 
 
 def num_windows(count: int, seq_len: int) -> int:
@@ -375,9 +343,9 @@ def _file_fingerprint(path: Path) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        digest.update(file.read(_HEADER_BYTES))
-        last = max(_HEADER_BYTES, size - _SAMPLED_BYTES)
+        digest.update(file.read(HEADER_BYTES))
+        last = max(HEADER_BYTES, size - _SAMPLED_BYTES)
         for block in range(_SAMPLED_BLOCKS):
-            file.seek(_HEADER_BYTES + (last - _HEADER_BYTES) * block // (_SAMPLED_BLOCKS - 1))
+            file.seek(HEADER_BYTES + (last - HEADER_BYTES) * block // (_SAMPLED_BLOCKS - 1))
             digest.update(file.read(_SAMPLED_BYTES))
     return {"name": path.name, "bytes": size, "tokens": count, "digest": digest.hexdigest()}
