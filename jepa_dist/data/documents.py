@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
+from jepa_dist.data.shard_format import token_dtype
 from jepa_dist.data.shards import Tokens
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.errors import UserError
@@ -202,6 +203,8 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self._counter = self.tokenizer.byte_counter()
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        self._bos = np.array([self.tokenizer.bos_id], dtype=dtype)
 
     def __call__(self, task: Iterable[Piece]) -> Encoded:
         """Read and encode the pieces of a task.
@@ -237,7 +240,7 @@ class Encoder:
         split = split_of(file, document, self.val_fraction)
         if begins:
             text = text.removeprefix(_BYTE_ORDER_MARK)
-            result.tokens[split].append(np.array([self.tokenizer.bos_id], dtype=np.uint16))
+            result.tokens[split].append(self._bos)
             result.documents[split] += 1
         ids = self.tokenizer.encode(text)
         result.tokens[split].append(ids)

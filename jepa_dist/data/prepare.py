@@ -254,8 +254,9 @@ def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
 class _ShardSet:
     """Writes one split as train_000000.bin, train_000001.bin, ..., each filled to the brim."""
 
-    def __init__(self, folder: Path, split: Split, shard_tokens: int) -> None:
+    def __init__(self, folder: Path, split: Split, shard_tokens: int, vocab_size: int) -> None:
         self.counts: dict[str, int] = {}
+        self._vocab_size = vocab_size
         self._folder, self._split, self._most = folder, split, shard_tokens
         self._open = contextlib.ExitStack()
         self._writer: ShardWriter | None = None
@@ -273,7 +274,7 @@ class _ShardSet:
     def _next(self) -> ShardWriter:
         self._open.close()
         path = self._folder / f"{self._split}_{len(self.counts):06d}.bin"
-        return self._open.enter_context(ShardWriter(path))
+        return self._open.enter_context(ShardWriter(path, self._vocab_size))
 
     def __enter__(self) -> _ShardSet:
         return self
@@ -291,9 +292,10 @@ def _write(
 ) -> dict[str, Any]:
     """Encode all files into shards in ``folder``; what meta.json says about the result."""
     total = sum(file.size for file in files)
+    vocab_size = encoder.tokenizer.vocab_size
     with contextlib.ExitStack() as stack:
         sets: dict[Split, _ShardSet] = {
-            split: stack.enter_context(_ShardSet(folder, split, options.shard_tokens))
+            split: stack.enter_context(_ShardSet(folder, split, options.shard_tokens, vocab_size))
             for split in SPLITS
         }
         totals = Encoded()

@@ -1,70 +1,37 @@
 """Tokenizers, and how many bytes of text each token stands for.
 
-``bytes`` needs nothing: ids 0-255 are the bytes, 256 begins a document. Anything else is the
-path of a SentencePiece model (extra ``[sentencepiece]``).
+``bytes`` needs nothing: ids 0-255 are the bytes, 256 begins a document. Anything else is the path
+of a SentencePiece model (extra ``[sentencepiece]``), of a ``tokenizer.json`` (extra ``[hf]``) or of
+a tiktoken vocabulary (extra ``[tiktoken]``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from jepa_dist.data.byte_counter import ByteCounter as ByteCounter
+from jepa_dist.data.byte_level import ByteLevel, load_hugging_face, load_tiktoken
+from jepa_dist.data.shard_format import token_dtype
 from jepa_dist.data.shards import Tokens
 from jepa_dist.errors import UserError
-from jepa_dist.files import check_regular
+from jepa_dist.files import open_regular
 
 BYTES = "bytes"
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _MOST_MODEL_BYTES = 1 << 28
 
 
-@dataclass(frozen=True)
-class ByteCounter:
-    """Bytes of text per token, for bits per byte; tables over token ids, each [vocab_size].
-
-    ``base_bytes`` (int16) counts UTF-8 bytes without a leading space, ``has_leading_space``
-    (bool) adds one unless the previous token ``is_boundary`` (bool: control tokens, which stand
-    for no text): there SentencePiece has put the space in itself. Two kinds of models need more:
-
-    * ``has_trailing_space`` (bool; a space ends a word, and SentencePiece adds one at the end of
-      a text): that space counts with the token after it, unless that is a boundary.
-    * ``spelled_space`` (three ids; a space without a piece of its own is spelled in the three
-      bytes of U+2581): the three count as one byte, or as none where SentencePiece put it in.
-    """
-
-    base_bytes: npt.NDArray[np.int16]
-    has_leading_space: npt.NDArray[np.bool_]
-    is_boundary: npt.NDArray[np.bool_]
-    has_trailing_space: npt.NDArray[np.bool_] | None = None
-    spelled_space: tuple[int, int, int] | None = None
-
-    def count(self, prev: npt.NDArray[Any], target: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Bytes of each target given the token before it; integer ids of one shape, int64 out.
-
-        The last axis is a sequence: ``prev`` is ``target`` one place earlier. Only sums over
-        sequences are exact; a single token may count the byte of its neighbor.
-        """
-        space = self.has_leading_space[target] & ~self.is_boundary[prev]
-        counted: npt.NDArray[np.int64] = self.base_bytes[target].astype(np.int64) + space
-        if self.has_trailing_space is not None:
-            counted += self.has_trailing_space[prev] & ~self.is_boundary[target]
-        if self.spelled_space is not None:
-            first, second, third = self.spelled_space
-            ends_a_space = (prev == second) & (target == third)
-            ends_a_space[..., 1:] &= prev[..., :-1] == first
-            counted -= 2 * ends_a_space
-            counted -= (target == first) & self.is_boundary[prev]
-        return counted
-
-
 class Tokenizer(Protocol):
-    """What prepares text for the shards and counts the bytes behind tokens."""
+    """What prepares text for the shards and counts the bytes behind tokens.
+
+    Ids that stand for no text (special tokens) are ``byte_counter().is_boundary``.
+    """
 
     name: str
     """Identity that travels with prepared data: the same name means the same ids."""
@@ -74,7 +41,10 @@ class Tokenizer(Protocol):
     """What of a text the ids do not hold, in words, if anything is lost."""
 
     def encode(self, text: bytes) -> Tokens:
-        """Ids of a piece of UTF-8 text, uint16 [tokens], without BOS."""
+        """Ids of a piece of UTF-8 text, [tokens], without BOS; uint16, above 65,536 ids uint32.
+
+        Text that spells a special token is text.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; boundary tokens vanish, broken UTF-8 becomes U+FFFD."""
@@ -87,15 +57,29 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer a specification stands for.
 
     Args:
-        spec: ``"bytes"`` or the path of a SentencePiece model.
+        spec: ``"bytes"``, or the path of a SentencePiece model, a ``tokenizer.json`` or a tiktoken
+            vocabulary.
 
     Raises:
-        UserError: no such model, not a SentencePiece model, one without BOS or with more than
-            65536 pieces, or the sentencepiece package is missing.
+        UserError: no such file, none of these, without a token that begins documents, or the
+            package that reads it is missing.
 
     A model that does not keep every byte of a text is loaded, with a ``note``.
     """
-    return _Bytes() if spec == BYTES else _SentencePiece(Path(spec))
+    if spec == BYTES:
+        return _Bytes()
+    path = Path(spec)
+    start = _first_bytes(path)
+    if path.suffix == ".json":
+        return _noted(load_hugging_face(path), path)
+    if _TIKTOKEN_LINE.match(start):
+        return _noted(load_tiktoken(path), path)
+    return _SentencePiece(path)
+
+
+def _noted(tokenizer: ByteLevel, path: Path) -> Tokenizer:
+    tokenizer.note = _note(tokenizer, str(path))
+    return tokenizer
 
 
 class _Bytes:
@@ -127,15 +111,11 @@ class _SentencePiece:
                 f"{path}: this SentencePiece model has no BOS piece, which begins every document; "
                 "train it with bos_id set"
             )
-        if self.vocab_size > 2**16:
-            raise UserError(
-                f"{path}: has {self.vocab_size} pieces; token shards hold uint16 ids, "
-                "so use a model of at most 65536"
-            )
+        self._dtype = token_dtype(self.vocab_size)
         self.note = _note(self, str(path))
 
     def encode(self, text: bytes) -> Tokens:
-        return np.array(self._pieces.encode(text.decode("utf-8", "replace")), dtype=np.uint16)
+        return np.array(self._pieces.encode(text.decode("utf-8", "replace")), dtype=self._dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._pieces.decode([int(i) for i in ids]))
@@ -203,7 +183,7 @@ def _note(tokenizer: Tokenizer, name: str) -> str | None:
     """Compare the bytes of a text with those that its tokens are counted as.
 
     No SentencePiece model keeps invalid UTF-8 (each such byte becomes U+FFFD), so that alone is
-    not worth a note.
+    not worth a note. Byte-level tokenizers keep it.
     """
     counter = tokenizer.byte_counter()
 
@@ -223,32 +203,42 @@ def _note(tokenizer: Tokenizer, name: str) -> str | None:
 
 
 _OTHER_TOKENIZERS = {
-    ".json": "a Hugging Face tokenizer",
-    ".tiktoken": "a tiktoken vocabulary",
     ".pkl": "a pickle, which is never loaded",
     ".txt": "a list of words or merges",
 }
+_EXPECTED = (
+    "expected 'bytes', or the path of a SentencePiece .model, a tokenizer.json or a .tiktoken file"
+)
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The first bytes of a tokenizer's file, known to be one that may be read.
+
+    Raises:
+        UserError: no such file, too large a one, or of a kind that is never read.
+    """
+    told = f"tokenizer {str(path)!r}"
+    try:
+        with open_regular(path, _MOST_MODEL_BYTES) as file:
+            start = file.read(256) or b""
+    except FileNotFoundError:
+        raise UserError(f"{told}: no such file; {_EXPECTED}") from None
+    except IsADirectoryError:
+        raise UserError(f"{told}: is a folder; name the file in it") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{told}: {reason}; {_EXPECTED}") from None
+    if path.suffix in _OTHER_TOKENIZERS:
+        raise UserError(
+            f"{told}: is {_OTHER_TOKENIZERS[path.suffix]}; {_EXPECTED} (shards that were made with "
+            "another tokenizer are trained on with data.tokenizer=null)"
+        )
+    return start
 
 
 def _load_sentencepiece(path: Path) -> Any:
-    told, expected = (
-        f"tokenizer {str(path)!r}",
-        "expected 'bytes' or the path of a SentencePiece .model",
-    )
-    try:
-        check_regular(path, _MOST_MODEL_BYTES)
-    except FileNotFoundError:
-        raise UserError(f"{told}: no such file; {expected}") from None
-    except IsADirectoryError:
-        raise UserError(f"{told}: is a folder; name the .model file in it") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{told}: {reason}; {expected}") from None
-    if path.suffix in _OTHER_TOKENIZERS:
-        raise UserError(
-            f"{told}: is {_OTHER_TOKENIZERS[path.suffix]}; {expected} (shards that were made with "
-            "another tokenizer are trained on with data.tokenizer=null)"
-        )
+    told = f"tokenizer {str(path)!r}"
     try:
         import sentencepiece
     except ImportError:
@@ -258,4 +248,4 @@ def _load_sentencepiece(path: Path) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
-        raise UserError(f"{told}: not a SentencePiece model; {expected}") from None
+        raise UserError(f"{told}: not a SentencePiece model; {_EXPECTED}") from None
