@@ -23,7 +23,7 @@ from jepa_dist.config import Config
 from jepa_dist.data.boundaries import DocumentStarts
 from jepa_dist.objectives.objective import Sampler, Samples
 from jepa_dist.objectives.registry import objective_class
-from jepa_dist.optim.schedule import jepa_weight, lr_multiplier, muon_momentum, next_phase
+from jepa_dist.optim.schedule import jepa_weight, muon_momentum, next_phase, rate_multiplier
 from jepa_dist.parallel.world import World
 
 Shape: TypeAlias = tuple[int, ...] | None
@@ -203,7 +203,7 @@ class Planner:
         return StepPlan(
             step=step,
             frac=frac,
-            lr_multiplier=lr_multiplier(frac, optim.warmdown_frac, optim.min_lr),
+            lr_multiplier=rate_multiplier(frac, config.schedule, optim),
             muon_momentum=muon_momentum(
                 step,
                 optim.muon_momentum_warmup_start,

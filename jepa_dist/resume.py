@@ -43,6 +43,33 @@ class Start:
     """Whether there is nothing left to do."""
     messages: tuple[str, ...]
     """What the user should know."""
+    decay_from: float | None = None
+    """Where the decay of the learning rates begins, if the configuration says "now"."""
+
+    def resolve(self, config: Config) -> Config:
+        """Return the configuration with the fraction that ``schedule.decay_from=now`` means."""
+        return config if self.decay_from is None else _with_decay(config, self.decay_from)
+
+
+def _with_decay(config: Config, start: float) -> Config:
+    schedule = config.schedule.model_copy(update={"decay_from": start})
+    return config.model_copy(update={"schedule": schedule})
+
+
+def _decay_from(config: Config, state: RunState) -> float | None:
+    """Return the fraction that ``schedule.decay_from=now`` means for a run that continues a state.
+
+    A branch begins its decay where the checkpoint ends that it starts from; its own checkpoints
+    say where that was.
+    """
+    if config.schedule.decay_from != "now":
+        return None
+    before = dict(flatten(state.config)).get("schedule.decay_from")
+    if config.checkpoint.resume == "auto" and isinstance(before, float):
+        return before
+    progress, limit = state.progress, config.train.max_wallclock_seconds
+    done = progress.step / config.train.steps if limit is None else progress.seconds / limit
+    return min(done, 1.0)
 
 
 def find_start(
@@ -73,6 +100,7 @@ def find_start(
                 "(run.dir=...), or go on with it (checkpoint.resume=auto)"
             )
         if mode == "never":
+            _refuse_now(config)
             return Start(None, 0, 0.0, False, ())
         named = Path(mode).expanduser()
         folder = world.decide(lambda: _folder_of_checkpoints(named))
@@ -81,6 +109,7 @@ def find_start(
         verify_together(named, world)
         return _start_at(named, (), config, now, world)
     if not occupied:
+        _refuse_now(config)
         return Start(None, 0, 0.0, False, ())
     world.decide(lambda: check_run_files(run_dir))
     found = find_resumable(run_dir / "checkpoints", world)
@@ -92,9 +121,19 @@ def find_start(
             f"run.dir={run_dir}: none of its checkpoints is whole; name another run.dir to begin "
             "anew",
         )
+    _refuse_now(config)
     world.decide(lambda: _refuse_unless_same(run_dir, config))
     told = f"{run_dir}: stopped before its first checkpoint; beginning anew"
     return Start(None, 0, 0.0, False, (told,))
+
+
+def _refuse_now(config: Config) -> None:
+    """Refuse to begin anew what is to be a branch."""
+    if config.schedule.decay_from == "now":
+        raise UserError(
+            "schedule.decay_from=now: there is no checkpoint that the decay could begin at; name "
+            "one (checkpoint.resume=PATH), or give a fraction of the run"
+        )
 
 
 def _folder_of_checkpoints(named: Path) -> Path | None:
@@ -142,13 +181,15 @@ def _start_at(
     fingerprints: tuple[str, str | None],
     world: World,
 ) -> Start:
-    def compare() -> tuple[Progress, list[str]]:
+    def compare() -> tuple[Progress, list[str], float | None]:
         state = run_state(checkpoint / STATE, read_state(checkpoint))
         if state.progress.step != read_manifest(checkpoint).step:
             raise UserError(f"{checkpoint / STATE}: is not of the step that the manifest names")
-        return state.progress, differences(checkpoint, state, config, *fingerprints)
+        decay_from = _decay_from(config, state)
+        now = config if decay_from is None else _with_decay(config, decay_from)
+        return state.progress, differences(checkpoint, state, now, *fingerprints), decay_from
 
-    progress, changes = world.decide(compare)
+    progress, changes, decay_from = world.decide(compare)
     step = progress.step
     is_finished = world.decide(lambda: _is_finished(config, progress))
     told = (
@@ -156,7 +197,8 @@ def _start_at(
         if is_finished
         else f"going on from {checkpoint}, after step {step}"
     )
-    return Start(checkpoint, step, progress.seconds, is_finished, (*messages, *changes, told))
+    lines = (*messages, *changes, told)
+    return Start(checkpoint, step, progress.seconds, is_finished, lines, decay_from)
 
 
 def _is_finished(config: Config, progress: Progress) -> bool:

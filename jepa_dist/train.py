@@ -128,6 +128,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
         on_every_rank(lambda: check_memory(config, world), world)
         messages = world.decide(lock.acquire)
         start = find_start(config, run_dir, data["train"]["digest"], world, validated_on)
+        config = start.resolve(config)
         if rank == 0:
             for line in (*messages, *start.messages):
                 print(line)

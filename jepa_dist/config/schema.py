@@ -418,6 +418,42 @@ class OptimConfig(Section):
             yield "optim.ema_decay=1.0: the average would never change; use a value below 1"
 
 
+class ScheduleConfig(Section):
+    """Learning rates over the run, as a multiplier of the rates in optim (docs/schedules.md)."""
+
+    kind: Literal["warmdown", "cosine", "wsd"] = "warmdown"
+    """warmdown (reference): constant, then linear over the last optim.warmdown_frac. cosine: half a
+    cosine. wsd: constant, then a decay over the last decay_frac. All go down to optim.min_lr."""
+    warmup_frac: Fraction = 0.0
+    """Fraction of the run over which the learning rates first rise linearly from 0; 0: none."""
+    decay_frac: Fraction = 0.2
+    """wsd: final fraction of the run over which the learning rates fall."""
+    decay_shape: Literal["linear", "one_minus_sqrt"] = "linear"
+    """wsd: shape of the decay, linear or 1 - sqrt of the part of it that is over."""
+    decay_from: Literal["now"] | Fraction | None = None
+    """wsd: fraction of the run at which the decay begins, in place of decay_frac. now: where the
+    checkpoint ends that checkpoint.resume=PATH names (a cool-down branch)."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield the violated rules."""
+        if self.kind != "wsd" and self.decay_from is not None:
+            yield (
+                f"schedule.decay_from={self.decay_from}: schedule.kind={self.kind} has no decay of "
+                "its own; use schedule.kind=wsd"
+            )
+        if (
+            self.kind == "wsd"
+            and self.decay_from is None
+            and self.warmup_frac + self.decay_frac > 1
+        ):
+            yield (
+                f"schedule.warmup_frac={self.warmup_frac}, schedule.decay_frac={self.decay_frac}: "
+                "must add up to at most 1"
+            )
+        if self.kind == "cosine" and self.warmup_frac == 1:
+            yield "schedule.warmup_frac=1.0: must be below 1 with schedule.kind=cosine"
+
+
 class ParallelConfig(Section):
     """Sharding, compilation and numerics of the model."""
 
@@ -557,6 +593,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     jepa: JepaConfig = JepaConfig()
     optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -6,6 +6,50 @@ the StepPlan (contract C2).
 
 from __future__ import annotations
 
+import math
+
+from jepa_dist.config.schema import OptimConfig, ScheduleConfig
+
+
+def rate_multiplier(frac: float, schedule: ScheduleConfig, optim: OptimConfig) -> float:
+    """Multiplier of all learning rates by the configured schedule, in 0..1.
+
+    ``schedule.decay_from`` is a number or None by now (``resume.find_start`` resolves "now").
+    """
+    if schedule.kind == "cosine":
+        shape = cosine(frac, schedule.warmup_frac, optim.min_lr)
+    elif schedule.kind == "wsd":
+        start = schedule.decay_from
+        assert start != "now"
+        start = 1 - schedule.decay_frac if start is None else start
+        shape = decay(frac, start, optim.min_lr, schedule.decay_shape == "one_minus_sqrt")
+    else:
+        shape = lr_multiplier(frac, optim.warmdown_frac, optim.min_lr)
+    return shape * warmup(frac, schedule.warmup_frac)
+
+
+def warmup(frac: float, warmup_frac: float) -> float:
+    """Linear warm-up: from 0 at the start to 1 at ``warmup_frac``, then 1; 0 means always 1."""
+    return 1.0 if frac >= warmup_frac else frac / warmup_frac
+
+
+def cosine(frac: float, start: float, min_lr: float) -> float:
+    """1 until ``start``, then down to ``min_lr`` at the end of the run along half a cosine."""
+    done = min(max(0.0, (frac - start) / (1 - start)), 1.0)
+    return min_lr + (1 - min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def decay(frac: float, start: float, min_lr: float, is_sqrt: bool) -> float:
+    """1 until ``start``, then down to ``min_lr`` at the end of the run.
+
+    With d the part of the decay that is over: linear, 1 - d; ``is_sqrt``, 1 - sqrt(d). ``start`` 1
+    means always 1.
+    """
+    if frac < start or start >= 1:
+        return 1.0
+    done = min((frac - start) / (1 - start), 1.0)
+    return min_lr + (1 - min_lr) * (1 - (math.sqrt(done) if is_sqrt else done))
+
 
 def lr_multiplier(frac: float, warmdown_frac: float, min_lr: float) -> float:
     """Multiplier of all learning rates: 1, then linearly down over the last ``warmdown_frac``.
