@@ -57,6 +57,14 @@ def _type_name(field: Any) -> str:
     options = getattr(annotation, "__args__", None)
     if options and all(isinstance(option, str) for option in options):
         return ", ".join(f"`{option}`" for option in options)
-    bare = [getattr(part, "__origin__", part) for part in options or [annotation]]
-    names = ["null" if part.__name__ == "NoneType" else part.__name__ for part in bare]
+    names = [name for part in options or [annotation] for name in _names(part)]
     return f"list of {names[0]}" if annotation in (list[Count],) else " or ".join(names)
+
+
+def _names(part: Any) -> list[str]:
+    """Return what a part of a union is called; of a choice of names, each name."""
+    options = getattr(part, "__args__", None)
+    if options and all(isinstance(option, str) for option in options):
+        return [f"`{option}`" for option in options]
+    bare = getattr(part, "__origin__", part)
+    return ["null" if bare.__name__ == "NoneType" else bare.__name__]

@@ -186,6 +186,80 @@ def _excess(text: bytes) -> int:
     return next(starts, 0)
 
 
+# ---------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text of one document; ``begins`` unless it continues one."""
+
+    data: bytes
+    split: Split
+    begins: bool
+
+
+def read_texts(piece: Piece, text_field: str, val_fraction: float) -> Iterator[Text]:
+    """The texts that a piece holds, without byte order marks.
+
+    Raises:
+        UserError: a bad line of a .jsonl file, by name and number.
+    """
+    file = piece.file
+    with open(file.path, "rb") as stream:
+        stream.seek(piece.start)
+        data = stream.read(piece.stop - piece.start)
+    if len(data) != piece.stop - piece.start:
+        raise _shorter(file)
+    if not file.is_jsonl:
+        begins = piece.start == piece.document
+        text = data.removeprefix(_BYTE_ORDER_MARK) if begins else data
+        yield Text(text, split_of(file, piece.document, val_fraction), begins)
+        return
+    offset = piece.start
+    for line in io.BytesIO(data):
+        if line.strip():
+            text = _text(file, offset, line, text_field).removeprefix(_BYTE_ORDER_MARK)
+            yield Text(text, split_of(file, offset, val_fraction), True)
+        offset += len(line)
+
+
+def _text(file: InputFile, offset: int, line: bytes, text_field: str) -> bytes:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{_place(file, offset)}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{_place(file, offset)}: JSON nested too deeply") from None
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(
+            f"{_place(file, offset)}: expected an object with the text in field "
+            f"{text_field!r}, found {_describe(record, text_field)}; name another "
+            "with --field, or remove the line"
+        )
+    return text.encode("utf-8", "replace")
+
+
+def _describe(record: Any, text_field: str) -> str:
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__}"
+    if text_field in record:
+        value = record[text_field]
+        return "null there" if value is None else f"a {type(value).__name__} there"
+    more = ", ..." if len(record) > _MOST_TOLD else ""
+    return f"the fields {', '.join(repr(name)[:80] for name in list(record)[:_MOST_TOLD])}{more}"
+
+
+def _place(file: InputFile, offset: int) -> str:
+    """FILE:LINE of a byte offset; lines are counted only now that somebody needs to know."""
+    line = 1
+    with open(file.path, "rb") as stream:
+        while offset > 0 and (block := stream.read(min(offset, TASK_BYTES))):
+            line += block.count(b"\n")
+            offset -= len(block)
+    return f"{file.path}:{line}"
+
+
 # ---------------------------------------------------------------------------- encoding
 
 
@@ -214,32 +288,13 @@ class Encoder:
         """
         result = Encoded()
         for piece in task:
-            with open(piece.file.path, "rb") as stream:
-                stream.seek(piece.start)
-                data = stream.read(piece.stop - piece.start)
-            if len(data) != piece.stop - piece.start:
-                raise _shorter(piece.file)
-            result.bytes_read += len(data)
-            if piece.file.is_jsonl:
-                self._add_lines(result, piece, data)
-            else:
-                self._add(result, piece.file, piece.document, data, piece.start == piece.document)
+            result.bytes_read += piece.stop - piece.start
+            for text in read_texts(piece, self.text_field, self.val_fraction):
+                self._add(result, text.split, text.data, text.begins)
         return result.joined()
 
-    def _add_lines(self, result: Encoded, piece: Piece, data: bytes) -> None:
-        offset = piece.start
-        for line in io.BytesIO(data):
-            if line.strip():
-                text = self._text(piece.file, offset, line)
-                self._add(result, piece.file, offset, text, begins=True)
-            offset += len(line)
-
-    def _add(
-        self, result: Encoded, file: InputFile, document: int, text: bytes, begins: bool
-    ) -> None:
-        split = split_of(file, document, self.val_fraction)
+    def _add(self, result: Encoded, split: Split, text: bytes, begins: bool) -> None:
         if begins:
-            text = text.removeprefix(_BYTE_ORDER_MARK)
             result.tokens[split].append(self._bos)
             result.documents[split] += 1
         ids = self.tokenizer.encode(text)
@@ -258,39 +313,3 @@ class Encoder:
             total += int(self._counter.count(prev, target).sum())
             before = target[-1:].tolist()
         return total
-
-    def _text(self, file: InputFile, offset: int, line: bytes) -> bytes:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{_place(file, offset)}: not valid JSON: {error}") from None
-        except RecursionError:
-            raise UserError(f"{_place(file, offset)}: JSON nested too deeply") from None
-        text = record.get(self.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(
-                f"{_place(file, offset)}: expected an object with the text in field "
-                f"{self.text_field!r}, found {_describe(record, self.text_field)}; name another "
-                "with --field, or remove the line"
-            )
-        return text.encode("utf-8", "replace")
-
-
-def _describe(record: Any, text_field: str) -> str:
-    if not isinstance(record, dict):
-        return f"a {type(record).__name__}"
-    if text_field in record:
-        value = record[text_field]
-        return "null there" if value is None else f"a {type(value).__name__} there"
-    more = ", ..." if len(record) > _MOST_TOLD else ""
-    return f"the fields {', '.join(repr(name)[:80] for name in list(record)[:_MOST_TOLD])}{more}"
-
-
-def _place(file: InputFile, offset: int) -> str:
-    """FILE:LINE of a byte offset; lines are counted only now that somebody needs to know."""
-    line = 1
-    with open(file.path, "rb") as stream:
-        while offset > 0 and (block := stream.read(min(offset, TASK_BYTES))):
-            line += block.count(b"\n")
-            offset -= len(block)
-    return f"{file.path}:{line}"

@@ -24,18 +24,23 @@ from tqdm import tqdm
 
 from jepa_dist.command_line import Parser, program
 from jepa_dist.data import corpus
+from jepa_dist.data.byte_level import hugging_face_from
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
 from jepa_dist.data.documents import Encoded, Encoder, split_of, tasks
 from jepa_dist.data.meta import META_NAME, Meta, read_meta
 from jepa_dist.data.shards import MOST_TOKENS, ShardWriter, Tokens, read_count
 from jepa_dist.data.staging import resolve_target, staged
 from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from jepa_dist.data.tokenizer_training import BOS, train_tokenizer
 from jepa_dist.data.workers import ordered_map
 from jepa_dist.errors import UserError
 
 DEFAULT_OUT = "data/stdlib"
 _MOST_WORKERS = 16
 _MOST_PER_CORE = 8
+_LEAST_VOCABULARY = 257  # all bytes, and the token that begins documents
+_MOST_VOCABULARY = 2**20
+TOKENIZER_NAME = "tokenizer.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +72,20 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help=".txt or .jsonl file, or a folder of them")
     add("--out", help=f"output folder (default without INPUT: {DEFAULT_OUT})")
-    add("--tokenizer", default=BYTES, help="'bytes' (default) or the path of a SentencePiece model")
+    vocabulary = parser.add_mutually_exclusive_group()
+    vocabulary.add_argument(
+        "--tokenizer",
+        default=BYTES,
+        help="'bytes' (default), or the path of a SentencePiece model, a tokenizer.json or a "
+        "tiktoken file",
+    )
+    vocabulary.add_argument(
+        "--train-tokenizer",
+        type=functools.partial(_count, least=_LEAST_VOCABULARY, most=_MOST_VOCABULARY),
+        metavar="VOCAB",
+        help="train a byte-level BPE of so many ids on the input, and write it to OUT as "
+        f"{TOKENIZER_NAME}",
+    )
     add("--field", default="text", help="field of a .jsonl line that holds the text")
     add("--separator", help=r"text between the documents of a .txt file, e.g. '\n\n'")
     validation = parser.add_mutually_exclusive_group()
@@ -93,13 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str, most: int) -> int:
+def _count(text: str, most: int, least: int = 1) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if not 1 <= value <= most:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}")
+        value = least - 1
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}")
     return value
 
 
@@ -126,6 +144,15 @@ def prepare(options: argparse.Namespace) -> str:
     tokenizer = load_tokenizer(options.tokenizer)
     separator = _separator(options.separator)
     source, files = _files(options, separator)
+    trained = _train_tokenizer(options, files, separator)
+    if trained is not None:
+        tokenizer = hugging_face_from(trained, "the trained tokenizer", BOS)
+        if tokenizer.vocab_size < options.train_tokenizer:
+            print(
+                f"--train-tokenizer {options.train_tokenizer}: the text yields no more than "
+                f"{tokenizer.vocab_size} ids",
+                file=sys.stderr,
+            )
     settings = {
         "listing": corpus.listing(files),
         "content": corpus.content_digest(files),
@@ -147,10 +174,23 @@ def prepare(options: argparse.Namespace) -> str:
         meta = Meta(source=source, **settings, **_describe(tokenizer), **totals)
         text = json.dumps(meta.model_dump(exclude_none=True), indent=1)
         (folder / META_NAME).write_text(text + "\n", encoding="utf-8")
+        if trained is not None:
+            (folder / TOKENIZER_NAME).write_bytes(trained)
     return f"{out}: " + ", ".join(
         f"{split} {meta.documents[split]:,} documents, {meta.tokens[split]:,} tokens"
         f"{_lost(meta.text_bytes[split], meta.counted_bytes[split])}"
         for split in SPLITS
+    )
+
+
+def _train_tokenizer(
+    options: argparse.Namespace, files: Sequence[InputFile], separator: bytes | None
+) -> bytes | None:
+    """The contents of the tokenizer.json to be trained; None if there is none to be."""
+    if options.train_tokenizer is None:
+        return None
+    return train_tokenizer(
+        files, separator, options.field, options.val_fraction, options.train_tokenizer
     )
 
 
