@@ -295,7 +295,7 @@ INPUTS: dict[str, tuple[str, bytes | str, list[str], str]] = {
     "UTF-16": ("a.txt", "some text".encode("utf-16"), [], "is UTF-16, not UTF-8"),
     "UTF-16 without mark": ("a.txt", "some text".encode("utf-16-le"), [], "iconv -f UTF-16"),
     "UTF-32": ("a.jsonl", '{"text": "a"}'.encode("utf-32"), [], "is UTF-32, not UTF-8"),
-    "gzip": ("a.jsonl.gz", gzip.compress(b"{}"), [], "expected a .txt or .jsonl file"),
+    "gzip": ("a.txt.gz", gzip.compress(b"{}"), [], "expected a file of .txt, .jsonl"),
     "URL": ("s3://bucket/a.txt", "", [], "is a URL"),
     "the same text twice": ("a.txt", "one text", ["--val", "{in}/a.txt"], "the same file as"),
     "a copy": ("a.txt", "one text", ["--val", "{in}/copy.txt"], "the same text as"),

@@ -22,6 +22,7 @@ from jepa_dist.data.corpus import InputFile
 from jepa_dist.data.documents import Encoder, tasks
 from jepa_dist.data.meta import read_meta
 from jepa_dist.data.prepare import main
+from jepa_dist.data.records import TextOf
 from jepa_dist.data.shards import find_shards, read_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from tests.golden_cases import GOLDEN_DIR, Case, cases
@@ -158,7 +159,7 @@ def test_any_cutting_gives_the_same_documents(
         patch.setattr(documents, "_CUT_WINDOW", 6)
         cut = list(tasks([InputFile(path, "a.txt", len(data))], separator))
         pieces = [piece for task in cut for piece in task]
-        encoder = Encoder(load_tokenizer("bytes"), "text", 0.0)
+        encoder = Encoder(load_tokenizer("bytes"), TextOf(), 0.0)
         tokens = [t for task in cut for array in encoder(task).tokens["train"] for t in array]
     line_ends = re.escape(separator or b"").replace(b"\\\r", b"").replace(b"\\\n", b"\r?\n")
     expected = re.split(line_ends, data) if separator else [data]

@@ -9,6 +9,7 @@ import pytest
 from jepa_dist.data import tokenizer_training
 from jepa_dist.data.meta import read_meta
 from jepa_dist.data.prepare import main
+from jepa_dist.data.records import TextOf
 from jepa_dist.data.shards import read_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 
@@ -71,10 +72,10 @@ def test_large_input_is_sampled(
     path.write_bytes(rng.integers(97, 123, 4 << 20, dtype=np.uint8).tobytes())
     monkeypatch.setattr(tokenizer_training, "SAMPLE_BYTES", 1 << 20)
     file = documents.InputFile(path, path.name, path.stat().st_size, "train")
-    sample = list(tokenizer_training._sample([file], None, "text", 0.5))
+    sample = list(tokenizer_training._sample([file], None, TextOf(), 0.5))
     size = sum(map(len, sample))
     assert 0.5 < size / (1 << 20) < 1.6
-    assert sample == list(tokenizer_training._sample([file], None, "text", 0.5))
+    assert sample == list(tokenizer_training._sample([file], None, TextOf(), 0.5))
 
 
 @pytest.mark.parametrize("value", ["256", "many", "9999999"])

@@ -19,7 +19,20 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
-_SUFFIXES = (".txt", ".jsonl")
+Kind = Literal["text", "lines", "json", "parquet"]
+_KINDS: dict[str, Kind] = {
+    ".txt": "text",
+    ".jsonl": "lines",
+    ".json": "json",
+    ".parquet": "parquet",
+    **{f"{inner}{outer}": "lines" for inner in (".jsonl", ".json") for outer in (".gz", ".zst")},
+}
+SUFFIXES = ".txt, .jsonl, .json, .jsonl.gz, .jsonl.zst and .parquet"
+# What lies beside the data in folders of data sets, and is none.
+_NO_DATA = {
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "meta.json"),
+}
 _BLOCK = 1 << 20
 
 # Encodings that hold every other byte 0, or name themselves in their first bytes.
@@ -45,9 +58,25 @@ class InputFile:
     split: Split | None = None
 
     @property
-    def is_jsonl(self) -> bool:
-        """Whether each line is a document of its own."""
-        return self.path.suffix.lower() == ".jsonl"
+    def kind(self) -> Kind:
+        """What the file holds: text, JSON lines (compressed or not), or records."""
+        return _kind(self.path) or "text"
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether it can only be read from its beginning."""
+        return self.path.suffix.lower() in (".gz", ".zst")
+
+    @property
+    def identity(self) -> str:
+        """Its name without what says how it is compressed."""
+        return self.name.rpartition(".")[0] if self.is_compressed else self.name
+
+
+def _kind(path: Path) -> Kind | None:
+    """The kind of a file by its name; None if it is of no kind that is read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return next((_KINDS[s] for s in ("".join(suffixes), path.suffix.lower()) if s in _KINDS), None)
 
 
 @dataclass
@@ -62,7 +91,7 @@ class Skipped:
             return ""
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.kinds.most_common(12))
         more = f" and {len(self.kinds) - 12} more kinds" if len(self.kinds) > 12 else ""
-        return f"not read: {kinds}{more} (only .txt and .jsonl files are)"
+        return f"not read: {kinds}{more} (only {SUFFIXES} files are)"
 
 
 def default_corpus() -> tuple[str, list[InputFile]]:
@@ -87,7 +116,7 @@ def default_corpus() -> tuple[str, list[InputFile]]:
 
 
 def user_files(inputs: Iterable[str], split: Split | None, skipped: Skipped) -> list[InputFile]:
-    """The .txt and .jsonl files that the user's inputs stand for, each folder in sorted order.
+    """The files that the user's inputs stand for, each folder in sorted order.
 
     Hidden files and linked folders are passed over like files of other kinds.
 
@@ -103,7 +132,8 @@ def user_files(inputs: Iterable[str], split: Split | None, skipped: Skipped) -> 
     """
     files = [file for item in inputs for file in _expand(item, split, skipped)]
     for file in files:
-        _check_encoding(file)
+        if file.kind != "parquet" and not file.is_compressed:
+            _check_encoding(file)
     return files
 
 
@@ -116,7 +146,7 @@ def _expand(item: str, split: Split | None, skipped: Skipped) -> list[InputFile]
             found = list(_walk(path, skipped))
             if not found:
                 more = f" ({skipped})" if str(skipped) else ""
-                raise UserError(f"{path}: found no .txt or .jsonl file in this folder{more}")
+                raise UserError(f"{path}: found no {SUFFIXES} file in this folder{more}")
             named = sorted((p.relative_to(path).as_posix(), p) for p in found)
             return [InputFile(p, name, p.stat().st_size, split) for name, p in named]
         if not path.is_file():
@@ -125,8 +155,8 @@ def _expand(item: str, split: Split | None, skipped: Skipped) -> list[InputFile]
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # a NUL
         raise UserError(f"{item!r}: not a file name: {error}") from None
-    if path.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"{path}: expected a .txt or .jsonl file, or a folder of them")
+    if _kind(path) is None:
+        raise UserError(f"{path}: expected a file of {SUFFIXES}, or a folder of them")
     return [InputFile(path, path.name, path.stat().st_size, split)]
 
 
@@ -156,8 +186,10 @@ def _walk(root: Path, skipped: Skipped) -> Iterator[Path]:
             suffix = path.suffix.lower()
             if name.startswith("."):
                 skipped.kinds["hidden"] += 1
-            elif suffix not in _SUFFIXES:
+            elif _kind(path) is None:
                 skipped.kinds[suffix or "without suffix"] += 1
+            elif name in _NO_DATA:
+                skipped.kinds["descriptions (.json)"] += 1
             elif not path.exists():
                 raise UserError(f"{path}: a link to a missing file; restore or remove it")
             elif not path.is_file():

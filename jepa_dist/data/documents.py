@@ -18,7 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jepa_dist.data import compressed
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
+from jepa_dist.data.records import TextOf, json_records, parquet_records
 from jepa_dist.data.shard_format import token_dtype
 from jepa_dist.data.shards import Tokens
 from jepa_dist.data.tokenizer import Tokenizer
@@ -30,7 +32,6 @@ _CUT_WINDOW = 1 << 16
 LINE_BYTES = 1 << 26
 
 _COUNTED_TOKENS = 1 << 16
-_MOST_TOLD = 8
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -46,6 +47,28 @@ class Piece:
     start: int
     stop: int
     document: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines of a compressed .jsonl file."""
+
+    file: InputFile
+    lines: compressed.Lines
+
+
+@dataclass(frozen=True)
+class Records:
+    """Texts of consecutive records of a file, the first of which is number ``first`` (from 0)."""
+
+    file: InputFile
+    texts: tuple[bytes, ...]
+    first: int
+    consumed: int
+    """Bytes of the file read since the records before."""
+
+
+Part = Piece | Block | Records
 
 
 @dataclass
@@ -66,14 +89,17 @@ class Encoded:
 
 
 def split_of(file: InputFile, document: int, val_fraction: float) -> Split:
-    """The split of the document that begins at byte ``document`` of a file.
+    """The split of a document of a file.
+
+    ``document`` is the byte at which it begins, of the text or the (uncompressed) lines that the
+    file holds; the number of its record in files of records.
 
     Decided by a hash of its name and place, never by what else is in the corpus, so that adding
     files moves no document from one split to the other.
     """
     if file.split:
         return file.split
-    identity = f"{file.name}:{document}".encode(errors="surrogateescape")
+    identity = f"{file.identity}:{document}".encode(errors="surrogateescape")
     draw = int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little")
     return "val" if draw < val_fraction * 2**64 else "train"
 
@@ -81,23 +107,27 @@ def split_of(file: InputFile, document: int, val_fraction: float) -> Split:
 # ---------------------------------------------------------------------------- cutting
 
 
-def tasks(files: Iterable[InputFile], separator: bytes | None) -> Iterator[list[Piece]]:
-    """Pieces of all files in order, gathered into lists of about ``TASK_BYTES``.
+def tasks(
+    files: Iterable[InputFile], separator: bytes | None, text_of: TextOf | None = None
+) -> Iterator[list[Part]]:
+    """Parts of all files in order, gathered into lists of about ``TASK_BYTES``.
 
     Args:
         files: What to read.
         separator: Bytes between the documents of a text file; None makes it one document. A line
             end in it matches one of CR and LF, too.
+        text_of: What the text of a record is (default: the field "text").
 
     Raises:
-        UserError: a line of a .jsonl file is longer than ``LINE_BYTES``.
+        UserError: a document of a file of records is longer than ``LINE_BYTES``, or the file is
+            damaged.
     """
-    task: list[Piece] = []
+    task: list[Part] = []
     size = 0
     for file in files:
-        for piece in _pieces(file, separator):
-            task.append(piece)
-            size += piece.stop - piece.start
+        for part in _parts(file, separator, text_of or TextOf()):
+            task.append(part)
+            size += _size(part)
             if size >= TASK_BYTES:
                 yield task
                 task, size = [], 0
@@ -105,9 +135,58 @@ def tasks(files: Iterable[InputFile], separator: bytes | None) -> Iterator[list[
         yield task
 
 
+def _size(part: Part) -> int:
+    if isinstance(part, Piece):
+        return part.stop - part.start
+    return len(part.lines.data) if isinstance(part, Block) else sum(map(len, part.texts))
+
+
+def _consumed(part: Part) -> int:
+    """Bytes of the file that lie in a part."""
+    if isinstance(part, Piece):
+        return part.stop - part.start
+    return part.lines.consumed if isinstance(part, Block) else part.consumed
+
+
+def _parts(file: InputFile, separator: bytes | None, text_of: TextOf) -> Iterator[Part]:
+    if file.is_compressed:
+        for lines in compressed.read_lines(file.path, TASK_BYTES, LINE_BYTES):
+            yield Block(file, lines)
+    elif file.kind in ("json", "parquet"):
+        yield from _records(file, text_of)
+    else:
+        yield from _pieces(file, separator)
+
+
+def _records(file: InputFile, text_of: TextOf) -> Iterator[Records]:
+    """Texts of a file's records, in groups of about ``TASK_BYTES``."""
+    if file.kind == "json":
+        records = json_records(file.path, LINE_BYTES)
+    else:
+        records = parquet_records(file.path, text_of)
+    texts: list[bytes] = []
+    first = size = told = read = 0
+    for number, (record, read) in enumerate(records):
+        try:
+            texts.append(text_of(record))
+        except ValueError as error:
+            raise UserError(f"{file.path}: record {number + 1}: {error}") from None
+        size += len(texts[-1])
+        if len(texts[-1]) > LINE_BYTES:
+            raise UserError(
+                f"{file.path}: record {number + 1} has a text of {len(texts[-1]) >> 20} MiB; at "
+                f"most {LINE_BYTES >> 20} MiB are one document: split it"
+            )
+        if size >= TASK_BYTES:
+            yield Records(file, tuple(texts), first, read - told)
+            texts, size, told, first = [], 0, read, number + 1
+    if texts:
+        yield Records(file, tuple(texts), first, read - told)
+
+
 def _pieces(file: InputFile, separator: bytes | None) -> Iterator[Piece]:
     with open(file.path, "rb") as stream:
-        if file.is_jsonl:
+        if file.kind == "lines":
             yield from _line_ranges(file, stream)
             return
         for start, stop in _documents(file, separator):
@@ -198,56 +277,79 @@ class Text:
     begins: bool
 
 
-def read_texts(piece: Piece, text_field: str, val_fraction: float) -> Iterator[Text]:
-    """The texts that a piece holds, without byte order marks.
+def read_texts(part: Part, text_of: TextOf, val_fraction: float) -> Iterator[Text]:
+    """The texts that a part holds, without byte order marks.
+
+    A long document comes as several texts, cut alike whatever the format of its file.
 
     Raises:
         UserError: a bad line of a .jsonl file, by name and number.
     """
-    file = piece.file
-    with open(file.path, "rb") as stream:
+    file = part.file
+    if isinstance(part, Piece) and file.kind != "lines":
+        begins = part.start == part.document
+        data = _bytes_of(part)
+        text = data.removeprefix(_BYTE_ORDER_MARK) if begins else data
+        yield Text(text, split_of(file, part.document, val_fraction), begins)
+        return
+    documents: Iterable[tuple[int, bytes]]
+    if isinstance(part, Records):
+        documents = enumerate(part.texts, part.first)
+    else:
+        documents = _texts_of_lines(part, text_of)
+    for document, text in documents:
+        split = split_of(file, document, val_fraction)
+        for begins, data in _cut_text(text):
+            yield Text(data.removeprefix(_BYTE_ORDER_MARK) if begins else data, split, begins)
+
+
+def _bytes_of(piece: Piece) -> bytes:
+    with open(piece.file.path, "rb") as stream:
         stream.seek(piece.start)
         data = stream.read(piece.stop - piece.start)
     if len(data) != piece.stop - piece.start:
-        raise _shorter(file)
-    if not file.is_jsonl:
-        begins = piece.start == piece.document
-        text = data.removeprefix(_BYTE_ORDER_MARK) if begins else data
-        yield Text(text, split_of(file, piece.document, val_fraction), begins)
-        return
-    offset = piece.start
-    for line in io.BytesIO(data):
+        raise _shorter(piece.file)
+    return data
+
+
+def _texts_of_lines(part: Piece | Block, text_of: TextOf) -> Iterator[tuple[int, bytes]]:
+    """Offset and text of each document."""
+    if isinstance(part, Block):
+        data, offset = part.lines.data, part.lines.offset
+    else:
+        data, offset = _bytes_of(part), part.start
+    for number, line in enumerate(io.BytesIO(data)):
         if line.strip():
-            text = _text(file, offset, line, text_field).removeprefix(_BYTE_ORDER_MARK)
-            yield Text(text, split_of(file, offset, val_fraction), True)
+            try:
+                text = text_of(_parsed(line))
+            except ValueError as error:
+                is_block = isinstance(part, Block)
+                at = f"{part.file.path}:{part.lines.line + number}" if is_block else ""
+                raise UserError(f"{at or _place(part.file, offset)}: {error}") from None
+            yield offset, text
         offset += len(line)
 
 
-def _text(file: InputFile, offset: int, line: bytes, text_field: str) -> bytes:
+def _parsed(line: bytes) -> Any:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{_place(file, offset)}: not valid JSON: {error}") from None
+        return json.loads(line)
     except RecursionError:
-        raise UserError(f"{_place(file, offset)}: JSON nested too deeply") from None
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(
-            f"{_place(file, offset)}: expected an object with the text in field "
-            f"{text_field!r}, found {_describe(record, text_field)}; name another "
-            "with --field, or remove the line"
-        )
-    return text.encode("utf-8", "replace")
+        raise ValueError("JSON nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
 
 
-def _describe(record: Any, text_field: str) -> str:
-    if not isinstance(record, dict):
-        return f"a {type(record).__name__}"
-    if text_field in record:
-        value = record[text_field]
-        return "null there" if value is None else f"a {type(value).__name__} there"
-    more = ", ..." if len(record) > _MOST_TOLD else ""
-    return f"the fields {', '.join(repr(name)[:80] for name in list(record)[:_MOST_TOLD])}{more}"
+def _cut_text(text: bytes) -> Iterator[tuple[bool, bytes]]:
+    """Cut a document's text as ``_cut`` cuts a file: whether it begins there, and the text."""
+    start = 0
+    while True:
+        end = min(start + TASK_BYTES, len(text))
+        if end < len(text):
+            end -= _excess(text[max(start, end - _CUT_WINDOW) : end])
+        yield not start, text[start:end]
+        if end == len(text):
+            return
+        start = end
 
 
 def _place(file: InputFile, offset: int) -> str:
@@ -272,7 +374,7 @@ class Encoder:
     """
 
     tokenizer: Tokenizer
-    text_field: str
+    text_of: TextOf
     val_fraction: float
 
     def __post_init__(self) -> None:
@@ -280,16 +382,16 @@ class Encoder:
         dtype = token_dtype(self.tokenizer.vocab_size)
         self._bos = np.array([self.tokenizer.bos_id], dtype=dtype)
 
-    def __call__(self, task: Iterable[Piece]) -> Encoded:
-        """Read and encode the pieces of a task.
+    def __call__(self, task: Iterable[Part]) -> Encoded:
+        """Read and encode the parts of a task.
 
         Raises:
             UserError: a bad line of a .jsonl file, by name and number.
         """
         result = Encoded()
-        for piece in task:
-            result.bytes_read += piece.stop - piece.start
-            for text in read_texts(piece, self.text_field, self.val_fraction):
+        for part in task:
+            result.bytes_read += _consumed(part)
+            for text in read_texts(part, self.text_of, self.val_fraction):
                 self._add(result, text.split, text.data, text.begins)
         return result.joined()
 

@@ -46,6 +46,7 @@ class Meta(BaseModel):
     content: str | None = None
     """Digest of the text that was read; folders of earlier versions have none."""
     field: str | None = None
+    template: str | None = None
     separator: str | None = None
     val_fraction: float | None = None
     shard_tokens: int | None = None

@@ -28,6 +28,7 @@ from jepa_dist.data.byte_level import hugging_face_from
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
 from jepa_dist.data.documents import Encoded, Encoder, split_of, tasks
 from jepa_dist.data.meta import META_NAME, Meta, read_meta
+from jepa_dist.data.records import TextOf
 from jepa_dist.data.shards import MOST_TOKENS, ShardWriter, Tokens, read_count
 from jepa_dist.data.staging import resolve_target, staged
 from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "library.",
     )
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help=".txt or .jsonl file, or a folder of them")
+    add("inputs", nargs="*", metavar="INPUT", help=f"file of {corpus.SUFFIXES}, or folder")
     add("--out", help=f"output folder (default without INPUT: {DEFAULT_OUT})")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument(
@@ -86,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train a byte-level BPE of so many ids on the input, and write it to OUT as "
         f"{TOKENIZER_NAME}",
     )
-    add("--field", default="text", help="field of a .jsonl line that holds the text")
+    add("--field", default="text", help="field of a record that holds the text")
+    add("--template", help=r"several fields joined, e.g. '{title}\n\n{text}'; in place of --field")
     add("--separator", help=r"text between the documents of a .txt file, e.g. '\n\n'")
     validation = parser.add_mutually_exclusive_group()
     add_validation = validation.add_argument
@@ -142,9 +144,10 @@ def prepare(options: argparse.Namespace) -> str:
     """
     out = resolve_target(_out(options))
     tokenizer = load_tokenizer(options.tokenizer)
-    separator = _separator(options.separator)
+    separator = _unescaped("--separator", options.separator)
+    text_of = _text_of(options)
     source, files = _files(options, separator)
-    trained = _train_tokenizer(options, files, separator)
+    trained = _train_tokenizer(options, files, separator, text_of)
     if trained is not None:
         tokenizer = hugging_face_from(trained, "the trained tokenizer", BOS)
         if tokenizer.vocab_size < options.train_tokenizer:
@@ -158,6 +161,7 @@ def prepare(options: argparse.Namespace) -> str:
         "content": corpus.content_digest(files),
         "tokenizer": tokenizer.name,
         "field": options.field,
+        "template": options.template,
         "separator": options.separator,
         "val_fraction": None if options.val else options.val_fraction,
         "shard_tokens": options.shard_tokens,
@@ -168,7 +172,7 @@ def prepare(options: argparse.Namespace) -> str:
         _check_whole_files(files, options.val_fraction)
     if tokenizer.note:
         print(tokenizer.note, file=sys.stderr)
-    encoder = Encoder(tokenizer, options.field, options.val_fraction)
+    encoder = Encoder(tokenizer, text_of, options.val_fraction)
     with staged(out) as folder:
         totals = _write(folder, files, separator, encoder, options)
         meta = Meta(source=source, **settings, **_describe(tokenizer), **totals)
@@ -184,14 +188,15 @@ def prepare(options: argparse.Namespace) -> str:
 
 
 def _train_tokenizer(
-    options: argparse.Namespace, files: Sequence[InputFile], separator: bytes | None
+    options: argparse.Namespace,
+    files: Sequence[InputFile],
+    separator: bytes | None,
+    text_of: TextOf,
 ) -> bytes | None:
     """The contents of the tokenizer.json to be trained; None if there is none to be."""
     if options.train_tokenizer is None:
         return None
-    return train_tokenizer(
-        files, separator, options.field, options.val_fraction, options.train_tokenizer
-    )
+    return train_tokenizer(files, separator, text_of, options.val_fraction, options.train_tokenizer)
 
 
 def _lost(text_bytes: int, counted_bytes: int) -> str:
@@ -211,16 +216,28 @@ def _out(options: argparse.Namespace) -> Path:
     return Path(options.out or DEFAULT_OUT)
 
 
-def _separator(text: str | None) -> bytes | None:
+def _unescaped(option: str, text: str | None) -> bytes | None:
+    """The text of an option, in which a line end is written as backslash and n."""
     if text is None:
         return None
     try:  # "\n" arrives from the shell as two characters
-        separator = text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
+        unescaped = text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
     except UnicodeError as error:
-        raise UserError(f"--separator {text!r}: {error}") from None
-    if not separator:
-        raise UserError(r"--separator: is empty; expected the text between documents, e.g. '\n\n'")
-    return separator
+        raise UserError(f"{option} {text!r}: {error}") from None
+    if not unescaped:
+        raise UserError(f"{option}: is empty; expected text, e.g. '\\n\\n'")
+    return unescaped
+
+
+def _text_of(options: argparse.Namespace) -> TextOf:
+    template = _unescaped("--template", options.template)
+    text_of = TextOf(options.field, None if template is None else template.decode())
+    if not text_of.fields:
+        raise UserError(
+            f"--template {options.template!r}: names no field; expected them in braces, e.g. "
+            "'{title} {text}'"
+        )
+    return text_of
 
 
 def _files(options: argparse.Namespace, separator: bytes | None) -> tuple[Any, list[InputFile]]:
@@ -233,7 +250,7 @@ def _files(options: argparse.Namespace, separator: bytes | None) -> tuple[Any, l
         print(skipped, file=sys.stderr)
 
     def split_of_all(file: InputFile) -> Split | None:
-        if file.split is None and (file.is_jsonl or separator is not None):
+        if file.split is None and (file.kind != "text" or separator is not None):
             return None
         return split_of(file, 0, options.val_fraction)
 
@@ -268,7 +285,7 @@ def _is_done(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
 
 def _check_whole_files(files: Sequence[InputFile], val_fraction: float) -> None:
     """Find an empty split before the work where files are documents and the split is known."""
-    if not any(file.is_jsonl for file in files):
+    if all(file.kind == "text" for file in files):
         splits = [split_of(file, 0, val_fraction) for file in files if file.size]
         _check_splits({split: splits.count(split) for split in SPLITS})
 
@@ -342,7 +359,7 @@ def _write(
         progress = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None)
         )
-        results = ordered_map(encoder, tasks(files, separator), options.workers)
+        results = ordered_map(encoder, tasks(files, separator, encoder.text_of), options.workers)
         for encoded in stack.enter_context(contextlib.closing(results)):
             progress.update(encoded.bytes_read)
             for split, shards in sets.items():

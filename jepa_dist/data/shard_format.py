@@ -19,15 +19,19 @@ MOST_TOKENS = 2**31 - 1  # of a shard with a header, which counts in int32
 
 # What precedes the tokens: magic and version, by the type of the ids. uint16 is the format of
 # modded-nanogpt, llm.c (GPT-2) and parameter-golf, uint32 that of llm.c (Llama 3).
-NARROW = np.dtype("<u2")
-WIDE = np.dtype("<u4")
-_HEADERS = {20240520: (1, NARROW), 20240801: (7, WIDE)}
+NARROW: np.dtype[Any] = np.dtype("<u2")
+WIDE: np.dtype[Any] = np.dtype("<u4")
+_HEADERS: dict[int, tuple[int, np.dtype[Any]]] = {20240520: (1, NARROW), 20240801: (7, WIDE)}
 _MAGICS = {dtype: (magic, version) for magic, (version, dtype) in _HEADERS.items()}
 
 # Megatron's index: magic, version, type of the ids, number of sequences, number of documents.
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
-_INDEX_TYPES = {1: np.dtype("u1"), 4: WIDE, 8: NARROW}  # int32 ids are not negative
+_INDEX_TYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    4: WIDE,
+    8: NARROW,
+}  # int32 ids are not negative
 
 
 @dataclass(frozen=True)

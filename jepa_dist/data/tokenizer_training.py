@@ -8,6 +8,7 @@ from typing import Any
 
 from jepa_dist.data.corpus import InputFile
 from jepa_dist.data.documents import read_texts, tasks
+from jepa_dist.data.records import TextOf
 from jepa_dist.errors import UserError
 
 BOS = "<|endoftext|>"
@@ -23,7 +24,7 @@ _WORDS = (
 def train_tokenizer(
     files: Sequence[InputFile],
     separator: bytes | None,
-    text_field: str,
+    text_of: TextOf,
     val_fraction: float,
     vocab_size: int,
 ) -> bytes:
@@ -35,7 +36,7 @@ def train_tokenizer(
     Args:
         files: What to read.
         separator: Bytes between the documents of a text file (``documents.tasks``).
-        text_field: Field of a JSON line that holds the text.
+        text_of: What the text of a record is.
         val_fraction: Of the documents, where files do not say their split.
         vocab_size: Ids, the 256 bytes and the one that begins documents included.
 
@@ -60,19 +61,19 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    model.train_from_iterator(_sample(files, separator, text_field, val_fraction), trainer)
+    model.train_from_iterator(_sample(files, separator, text_of, val_fraction), trainer)
     return model.to_str(pretty=False).encode()
 
 
 def _sample(
-    files: Sequence[InputFile], separator: bytes | None, text_field: str, val_fraction: float
+    files: Sequence[InputFile], separator: bytes | None, text_of: TextOf, val_fraction: float
 ) -> Iterator[str]:
     share = SAMPLE_BYTES / max(1, sum(file.size for file in files))
-    for index, task in enumerate(tasks(files, separator)):
+    for index, task in enumerate(tasks(files, separator, text_of)):
         digest = hashlib.blake2b(b"sample %d" % index, digest_size=8).digest()
         if int.from_bytes(digest, "little") >= share * 2**64:
             continue
-        for piece in task:
-            for text in read_texts(piece, text_field, val_fraction):
+        for part in task:
+            for text in read_texts(part, text_of, val_fraction):
                 if text.split == "train":
                     yield text.data.decode("utf-8", "ignore")

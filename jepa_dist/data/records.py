@@ -1,0 +1,155 @@
+"""Records with fields: the text in them, and files that hold them as JSON or parquet."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jepa_dist.errors import UserError
+from jepa_dist.files import open_regular
+
+_MOST_TOLD = 8
+_NAMES = re.compile(r"\{([^{}]+)\}")
+_BETWEEN = re.compile(r"[\s,]*")
+_BATCH_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class TextOf:
+    """The text of a record: one field, or several joined by a template.
+
+    ``template`` has names of fields in braces (``{title}\\n\\n{text}``).
+    """
+
+    field: str = "text"
+    template: str | None = None
+
+    @functools.cached_property
+    def fields(self) -> list[str]:
+        """Names of the fields that are read."""
+        names = [self.field] if self.template is None else _NAMES.findall(self.template)
+        return list(dict.fromkeys(names))
+
+    def __call__(self, record: Any) -> bytes:
+        """The text of a record, UTF-8.
+
+        Raises:
+            ValueError: it has none; the message says what was found.
+        """
+        found = {name: self._value(record, name) for name in self.fields}
+        if self.template is None:
+            text = found[self.field]
+        else:
+            text = _NAMES.sub(lambda match: found[match[1]], self.template)
+        return text.encode("utf-8", "replace")
+
+    def _value(self, record: Any, name: str) -> str:
+        value = record.get(name) if isinstance(record, dict) else None
+        if not isinstance(value, str):
+            raise ValueError(
+                f"expected an object with the text in field {name!r}, found "
+                f"{_describe(record, name)}; name another with --field, or remove the line"
+            )
+        return value
+
+
+def _describe(record: Any, field: str) -> str:
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__}"
+    if field in record:
+        value = record[field]
+        return "null there" if value is None else f"a {type(value).__name__} there"
+    more = ", ..." if len(record) > _MOST_TOLD else ""
+    return f"the fields {', '.join(repr(name)[:80] for name in list(record)[:_MOST_TOLD])}{more}"
+
+
+def json_records(path: Path, most_bytes: int) -> Iterator[tuple[Any, int]]:
+    """The records of a ``.json`` file: an array of them, or one after the other.
+
+    Yields:
+        Each record, and the bytes of the file that were read by then.
+
+    Raises:
+        UserError: not such a file, or a record of more than ``most_bytes``, by its number.
+    """
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")("replace")
+    text, at, read, number = "", 0, 0, 1
+    is_array: bool | None = None
+    with open_regular(path) as file:
+        ended = False
+        while True:
+            match = _BETWEEN.match(text, at)
+            at = at if match is None else match.end()
+            problem = "nothing"
+            if at < len(text):
+                if is_array is None and text[at] == "[":
+                    is_array, at = True, at + 1
+                    continue
+                is_array = bool(is_array)
+                if is_array and text[at] == "]":
+                    return
+                try:
+                    record, at = decoder.raw_decode(text, at)
+                    yield record, read
+                    number += 1
+                    continue
+                except (ValueError, RecursionError) as error:
+                    problem = str(error)
+            if ended and at == len(text) and not is_array:
+                return
+            if ended or len(text) - at > most_bytes:
+                what = "" if ended else f", or larger than {most_bytes >> 20} MiB"
+                raise UserError(f"{path}: record {number} is not valid JSON{what}: {problem}")
+            # Twice as much each time, so that a long record is not parsed from its start too often.
+            data = file.read(max(1 << 16, len(text) - at)) or b""
+            read, ended = read + len(data), not data
+            text, at = text[at:] + utf8.decode(data, final=ended), 0
+
+
+def parquet_records(path: Path, text_of: TextOf) -> Iterator[tuple[Any, int]]:
+    """The records of a parquet file, with the fields that hold the text.
+
+    Yields:
+        Each record, and the bytes of the file that were read by then.
+
+    Raises:
+        UserError: not such a file, a damaged one (by row group), a missing field, or the pyarrow
+            package is missing.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: needs the pyarrow package; pip install 'jepa_dist[data]'"
+        ) from None
+    group, offset = 0, 0
+    try:
+        with open_regular(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
+            missing = [name for name in text_of.fields if name not in file.schema_arrow.names]
+            if missing:
+                raise UserError(
+                    f"{path}: has no field {missing[0]!r}, but {', '.join(file.schema_arrow.names)}"
+                    "; name another with --field"
+                )
+            for group in range(file.num_row_groups):
+                info = file.metadata.row_group(group)
+                offset = info.column(0).data_page_offset
+                rows = max(1, _BATCH_BYTES * info.num_rows // max(1, info.total_byte_size))
+                batches = file.iter_batches(rows, row_groups=[group], columns=text_of.fields)
+                for batch in batches:
+                    for record in batch.to_pylist():
+                        yield record, offset
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"{path}: damaged parquet data in row group {group} (from byte {offset}): {reason}; "
+            "restore the file from an intact copy"
+        ) from None
