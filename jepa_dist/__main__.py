@@ -66,6 +66,15 @@ _SUBCOMMANDS = {
         ),
         "data.md",
     ),
+    "inspect": _Subcommand(
+        "jepa_dist.data.inspect_shards",
+        "show the documents in token shards",
+        (
+            "jepa_dist inspect data/stdlib/val_000000.bin",
+            "jepa_dist inspect 'data/mine/*.bin' --documents 1",
+        ),
+        "data.md",
+    ),
     "checkpoint": _Subcommand(
         "jepa_dist.checkpoint.__main__",
         "list, verify, compare, export and prune checkpoints",

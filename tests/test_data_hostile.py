@@ -353,13 +353,13 @@ def test_what_is_not_read_in_a_folder_is_one_line(
     (folder / ".ipynb_checkpoints").mkdir(parents=True)
     for i in range(300):
         (folder / f"{i}.TXT").write_text(f"text {i}")
-    for name in ("x.jsonl.gz", "y.json", "z.json", "._0.txt", ".ipynb_checkpoints/0.txt"):
+    for name in ("x.txt.gz", "y.csv", "z.csv", "._0.txt", ".ipynb_checkpoints/0.txt"):
         (folder / name).write_text("not read")
     (tmp_path / "elsewhere").mkdir()
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     assert main([str(folder), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
     captured = capsys.readouterr()
-    assert_one_line(captured.err, "not read: ", "2 .json", "1 .gz", "2 hidden", "1 linked folders")
+    assert_one_line(captured.err, "not read: ", "2 .csv", "1 .gz", "2 hidden", "1 linked folders")
     meta = read_meta(tmp_path / "out")
     assert meta is not None
     assert sum(meta.documents.values()) == 300

@@ -150,6 +150,7 @@ class Shard:
         except (OSError, ValueError) as error:  # the latter: a NUL in the name
             raise _unreadable(path, error) from None
         self.count = self._layout.count
+        self.dtype = self._layout.dtype
 
     def read(self, start: int, stop: int) -> Tokens:
         """Tokens start..stop-1 of the shard, as it holds them (uint16, uint32 or uint8).
