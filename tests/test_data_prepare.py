@@ -300,8 +300,8 @@ def test_a_bad_line_is_named(
     ("arguments", "message"),
     [
         (["{tmp}/none", "--out", "{tmp}/out"], "{tmp}/none: no such file or folder"),
-        (["{tmp}/a.csv", "--out", "{tmp}/out"], "{tmp}/a.csv: expected a .txt or .jsonl file"),
-        (["{tmp}/folder", "--out", "{tmp}/out"], "{tmp}/folder: found no .txt or .jsonl file"),
+        (["{tmp}/a.csv", "--out", "{tmp}/out"], "{tmp}/a.csv: expected a file of .txt, .jsonl"),
+        (["{tmp}/folder", "--out", "{tmp}/out"], "{tmp}/folder: found no .txt, .jsonl"),
         (["{tmp}/a.txt"], "--out: name the output folder"),
         (["--val", "{tmp}/a.txt"], "--val: goes with INPUT"),
         (["{tmp}/a.txt", "--out", "{tmp}/out"], "use --separator|--separator"),

@@ -323,9 +323,11 @@ def _texts_of_lines(part: Piece | Block, text_of: TextOf) -> Iterator[tuple[int,
             try:
                 text = text_of(_parsed(line))
             except ValueError as error:
-                is_block = isinstance(part, Block)
-                at = f"{part.file.path}:{part.lines.line + number}" if is_block else ""
-                raise UserError(f"{at or _place(part.file, offset)}: {error}") from None
+                if isinstance(part, Block):
+                    place = f"{part.file.path}:{part.lines.line + number}"
+                else:
+                    place = _place(part.file, offset)
+                raise UserError(f"{place}: {error}") from None
             yield offset, text
         offset += len(line)
 

@@ -207,7 +207,7 @@ _OTHER_TOKENIZERS = {
     ".txt": "a list of words or merges",
 }
 _EXPECTED = (
-    "expected 'bytes', or the path of a SentencePiece .model, a tokenizer.json or a .tiktoken file"
+    "expected 'bytes' or the path of a SentencePiece .model, a tokenizer.json or a .tiktoken file"
 )
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
