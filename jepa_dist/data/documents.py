@@ -163,7 +163,7 @@ def _records(file: InputFile, text_of: TextOf) -> Iterator[Records]:
     if file.kind == "json":
         records = json_records(file.path, LINE_BYTES)
     else:
-        records = parquet_records(file.path, text_of)
+        records = parquet_records(file.path, text_of, LINE_BYTES)
     texts: list[bytes] = []
     first = size = told = read = 0
     for number, (record, read) in enumerate(records):

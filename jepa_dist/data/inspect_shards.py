@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _show(path: Path, options: argparse.Namespace) -> None:
     shard, meta = Shard(path), read_meta(path.parent)
-    tokenizer = _tokenizer(path.parent, options.tokenizer, meta and meta.tokenizer)
+    name = None if meta is None else meta.tokenizer
+    tokenizer = _tokenizer(path.parent, options.tokenizer, name)
     bos_id = options.bos_id
     if bos_id is None and meta is not None:
         bos_id = meta.bos_id

@@ -112,15 +112,18 @@ def json_records(path: Path, most_bytes: int) -> Iterator[tuple[Any, int]]:
             text, at = text[at:] + utf8.decode(data, final=ended), 0
 
 
-def parquet_records(path: Path, text_of: TextOf) -> Iterator[tuple[Any, int]]:
+def parquet_records(path: Path, text_of: TextOf, most_bytes: int) -> Iterator[tuple[Any, int]]:
     """The records of a parquet file, with the fields that hold the text.
+
+    The library holds a whole page of a column, and a copy; a field of more than ``most_bytes`` is
+    refused before any further copy.
 
     Yields:
         Each record, and the bytes of the file that were read by then.
 
     Raises:
-        UserError: not such a file, a damaged one (by row group), a missing field, or the pyarrow
-            package is missing.
+        UserError: not such a file, a damaged one (by row group), a missing field, one of more than
+            ``most_bytes``, or the pyarrow package is missing.
     """
     try:
         import pyarrow.parquet
@@ -128,7 +131,7 @@ def parquet_records(path: Path, text_of: TextOf) -> Iterator[tuple[Any, int]]:
         raise UserError(
             f"{path}: needs the pyarrow package; pip install 'jepa_dist[data]'"
         ) from None
-    group, offset = 0, 0
+    group = offset = number = 0
     try:
         with open_regular(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
             missing = [name for name in text_of.fields if name not in file.schema_arrow.names]
@@ -143,6 +146,8 @@ def parquet_records(path: Path, text_of: TextOf) -> Iterator[tuple[Any, int]]:
                 rows = max(1, _BATCH_BYTES * info.num_rows // max(1, info.total_byte_size))
                 batches = file.iter_batches(rows, row_groups=[group], columns=text_of.fields)
                 for batch in batches:
+                    _check_lengths(path, batch, number, most_bytes)
+                    number += batch.num_rows
                     for record in batch.to_pylist():
                         yield record, offset
     except UserError:
@@ -153,3 +158,21 @@ def parquet_records(path: Path, text_of: TextOf) -> Iterator[tuple[Any, int]]:
             f"{path}: damaged parquet data in row group {group} (from byte {offset}): {reason}; "
             "restore the file from an intact copy"
         ) from None
+
+
+def _check_lengths(path: Path, batch: Any, number: int, most_bytes: int) -> None:
+    """Refuse a field of more than ``most_bytes`` in a batch that begins at record ``number``."""
+    if batch.nbytes <= most_bytes:
+        return
+    import pyarrow.compute
+
+    for column in batch.columns:
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            lengths = pyarrow.compute.binary_length(column).to_pylist()
+            longest = max(range(len(lengths)), key=lambda row: lengths[row] or 0)
+            if (lengths[longest] or 0) > most_bytes:
+                raise UserError(
+                    f"{path}: record {number + longest + 1} has a text of "
+                    f"{lengths[longest] >> 20} MiB; at most {most_bytes >> 20} MiB are one "
+                    "document: split it"
+                )
