@@ -28,6 +28,7 @@ from jepa_dist.data.byte_level import hugging_face_from
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
 from jepa_dist.data.documents import Encoded, Encoder, split_of, tasks
 from jepa_dist.data.meta import META_NAME, Meta, read_meta
+from jepa_dist.data.prepared_report import report, table
 from jepa_dist.data.records import TextOf
 from jepa_dist.data.shard_format import MOST_TOKENS
 from jepa_dist.data.shards import ShardWriter, Tokens, read_count
@@ -40,9 +41,11 @@ from jepa_dist.errors import UserError
 DEFAULT_OUT = "data/stdlib"
 _MOST_WORKERS = 16
 _MOST_PER_CORE = 8
+_LOG_SECONDS = 60.0
 _LEAST_VOCABULARY = 257  # all bytes, and the token that begins documents
 _MOST_VOCABULARY = 2**20
 TOKENIZER_NAME = "tokenizer.json"
+REPORT_NAME = "report.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A scheduler's SIGTERM should clean up just as Ctrl-C does.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(prepare(options))
+        if options.report:
+            _report(_out(options))
     except UserError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return 2
@@ -110,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         default=workers,
         help=f"processes (here {workers}, at most {most})",
     )
+    add("--report", action="store_true", help=f"show lengths of documents; writes {REPORT_NAME}")
     add("--overwrite", action="store_true", help="replace an output made with other settings")
     return parser
 
@@ -186,6 +192,14 @@ def prepare(options: argparse.Namespace) -> str:
         f"{_lost(meta.text_bytes[split], meta.counted_bytes[split])}"
         for split in SPLITS
     )
+
+
+def _report(out: Path) -> None:
+    meta = read_meta(out)
+    assert meta is not None
+    splits = report(out, meta)
+    (out / REPORT_NAME).write_text(json.dumps(splits, indent=1) + "\n", encoding="utf-8")
+    print(table(splits))
 
 
 def _train_tokenizer(
@@ -358,7 +372,7 @@ def _write(
         }
         totals = Encoded()
         progress = stack.enter_context(
-            tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None)
+            tqdm(total=total, unit="B", unit_scale=True, desc="preparing", **_progress_pace())
         )
         results = ordered_map(encoder, tasks(files, separator, encoder.text_of), options.workers)
         for encoded in stack.enter_context(contextlib.closing(results)):
@@ -377,6 +391,11 @@ def _write(
         "text_bytes": totals.text_bytes,
         "counted_bytes": totals.counted_bytes,
     }
+
+
+def _progress_pace() -> dict[str, Any]:
+    """How often progress is shown: in a terminal all the time, in a log once a minute."""
+    return {} if sys.stderr.isatty() else {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS}
 
 
 if __name__ == "__main__":
