@@ -5,11 +5,15 @@ OUT is a folder. What is written beside the weights says what they are.
     safetensors      model.safetensors (ema.safetensors with --ema), model.json
     torch            model.pt (ema.pt), a state dict for torch.load(weights_only=True), model.json
     parameter_golf   final_model.pt and final_model.json, as the challenge's script names them
+    artifact         model.jepaq (ema.jepaq): one small file of quantized weights. Needs the
+                     training data, from which sequences for the calibration are taken. Also under
+                     torchrun. KEY=VALUE sets quantization.*, data.train, batch.micro or parallel.*
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,22 +22,55 @@ import torch
 
 from jepa_dist.command_line import Parser, program
 from jepa_dist.errors import UserError
-from jepa_dist.failure import told_once
+from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
 from jepa_dist.files import write_atomically
+from jepa_dist.inference.artifact_export import export_artifact, plan_artifact
 from jepa_dist.inference.stored import Stored, read_stored
 from jepa_dist.interop.parameter_golf import write_final_model
 from jepa_dist.interop.safetensors_io import Weights, publish, refuse_not_finite, write_export
+from jepa_dist.launched import (
+    adopt_launcher,
+    check_rendezvous,
+    die_with_launcher,
+    is_launched,
+    launched_rank,
+    ranks_on_this_host,
+)
+from jepa_dist.parallel.world import start_world, stop_world
+from jepa_dist.process_env import set_defaults
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files and print the name of the one with the weights; the exit code."""
-    with told_once(rank=0):
+    with told_by_host():
         arguments = _parse_arguments(argv)
+        if arguments.format == "artifact":
+            adopt_launcher(os.environ)
+            die_with_launcher()
+            set_defaults(ranks_on_this_host())
+            check_rendezvous(os.environ)
+        elif is_launched():
+            raise UserError(
+                f"--format {arguments.format}: one process writes the files; start the command "
+                "without torchrun"
+            )
+    rank = launched_rank()
+    with told_once(rank):
         weights: Weights = "ema" if arguments.ema else "live"
         stored = read_stored(arguments.run, arguments.checkpoint, weights)
-        for note in stored.notes:
-            print(note, file=sys.stderr)
-        print(_FORMATS[arguments.format](stored, arguments.out, arguments.not_finite))
+        if rank == 0:
+            for note in stored.notes:
+                print(note, file=sys.stderr)
+        if arguments.format != "artifact":
+            print(_FORMATS[arguments.format](stored, arguments.out, arguments.not_finite))
+            return 0
+        plan = plan_artifact(stored, arguments.overrides)
+    with told_by_this_rank(rank):
+        world = start_world(plan.config.parallel)
+        line = export_artifact(plan, arguments.out, world)
+        if world.is_main:
+            print(line)
+    stop_world()
     return 0
 
 
@@ -76,11 +113,36 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run directory, exported model, or one checkpoint")
     add("out", type=Path, metavar="OUT", help="folder to write into; made if need be")
-    add("--format", choices=_FORMATS, default="safetensors", help="default: safetensors")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="artifact: e.g. quantization.matrix_bits=5",
+    )
+    add(
+        "--format",
+        choices=(*_FORMATS, "artifact"),
+        default="safetensors",
+        help="default: safetensors",
+    )
     add("--ema", action="store_true", help="the averaged weights (optim.ema_decay)")
     add("--checkpoint", type=int, metavar="STEP", help="weights of this step (default: the newest)")
     add("--not-finite", action="store_true", help="even if weights are not finite")
-    return parser.parse_args(argv)
+    add(
+        "--calibration-sequences",
+        type=int,
+        metavar="N",
+        help="artifact: training sequences for the calibration (default: as configured)",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.calibration_sequences is not None:
+        key = "quantization.calibration_sequences"
+        arguments.overrides.append(f"{key}={arguments.calibration_sequences}")
+    if arguments.overrides and arguments.format != "artifact":
+        raise UserError(f"{arguments.overrides[0]}: has an effect only with --format artifact")
+    if arguments.not_finite and arguments.format == "artifact":
+        raise UserError("--not-finite: weights that are not finite cannot be quantized")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jepa_dist.interop.safetensors_io import (
     read_description,
     read_state,
 )
+from jepa_dist.quantize.artifact import SUFFIX, read_artifact
 
 _CHECKPOINTS = "checkpoints"
 _MOST_STEPS_LISTED = 10
@@ -41,8 +43,8 @@ def read_stored(run: Path, step: int | None, weights: Weights) -> Stored:
     """Read the weights of a run; only formats that hold nothing but data, every digest compared.
 
     Args:
-        run: A run directory, a folder with an exported model, its .safetensors file, or one
-            checkpoint.
+        run: A run directory, a folder with an exported model, its .safetensors file, one
+            checkpoint, or a quantized artifact.
         step: Optimizer steps that the weights have seen; None takes the newest whole ones.
         weights: The parameters themselves or their moving average.
 
@@ -51,6 +53,8 @@ def read_stored(run: Path, step: int | None, weights: Weights) -> Stored:
     """
     if not run.exists():
         raise UserError(f"{run}: no such file or folder; expected a run directory")
+    if run.suffix == SUFFIX:
+        return _read_quantized(run, step)
     if run.is_file():
         return _read_export(run, step, weights)
     if folders.step_of(run) is not None:
@@ -97,7 +101,7 @@ def _find_export(run: Path, weights: Weights, notes: list[str]) -> tuple[Path | 
         return None, None
 
 
-def _no_such_step(run: Path, step: int, steps: set[int | None]) -> UserError:
+def _no_such_step(run: Path, step: int, steps: Set[int | None]) -> UserError:
     known = sorted(each for each in steps if each is not None)
     listed = ", ".join(map(str, known[-_MOST_STEPS_LISTED:]))
     if len(known) > _MOST_STEPS_LISTED:
@@ -117,6 +121,14 @@ def _read_export(
     if step is not None and description.step != step:
         raise _no_such_step(file, step, {description.step})
     return Stored(file, description, read_state(file), notes)
+
+
+def _read_quantized(file: Path, step: int | None) -> Stored:
+    """The weights after quantization; live or average is what the artifact was made from."""
+    artifact = read_artifact(file)
+    if step is not None and artifact.description.step != step:
+        raise _no_such_step(file, step, {artifact.description.step})
+    return Stored(file, artifact.description, artifact.tensors())
 
 
 def _read_checkpoint(
