@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
-from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
+from jepa_dist.checkpoint.manifest import STATE, TensorEntry, read_manifest, read_state
 from jepa_dist.checkpoint.shards import ShardFiles, assemble
 from jepa_dist.config import Config
 from jepa_dist.errors import UserError, invalid_fields
@@ -20,7 +20,29 @@ from jepa_dist.model.execution import LAST_PHASE
 _PREFIXES: dict[Weights, str] = {"live": "model/", "ema": "ema/"}
 
 
-def read_model(path: Path, weights: Weights) -> tuple[Description, dict[str, Tensor]]:
+class _ModelTensors(Mapping[str, Tensor]):
+    """The tensors of one set in a checkpoint, each read when it is looked up."""
+
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry], prefix: str) -> None:
+        self._path, self._prefix = path, prefix
+        self._entries = {
+            name.removeprefix(prefix): entry
+            for name, entry in entries.items()
+            if name.startswith(prefix)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        with ShardFiles(self._path) as files:
+            return assemble(files, f"{self._prefix}{name}", self._entries[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def read_model(path: Path, weights: Weights) -> tuple[Description, Mapping[str, Tensor]]:
     """Return the model of a whole checkpoint, saved by any number of ranks.
 
     Args:
@@ -28,19 +50,15 @@ def read_model(path: Path, weights: Weights) -> tuple[Description, dict[str, Ten
         weights: The parameters themselves or their moving average.
 
     Returns:
-        What the tensors are, and the tensors by parameter name, on the CPU.
+        What the tensors are, and the tensors by parameter name, on the CPU; each is read when it
+        is looked up.
 
     Raises:
         UserError: it holds no such weights, or its state is not of a training run.
     """
     manifest, state = read_manifest(path), read_state(path)
     prefix = _PREFIXES[weights]
-    with ShardFiles(path) as files:
-        tensors = {
-            name.removeprefix(prefix): assemble(files, name, entry)
-            for name, entry in manifest.tensors.items()
-            if name.startswith(prefix)
-        }
+    tensors = _ModelTensors(path, manifest.tensors, prefix)
     if not tensors:
         raise UserError(
             f"{path}: holds no {prefix} tensors"

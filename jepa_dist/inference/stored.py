@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,10 +15,10 @@ from jepa_dist.config import check
 from jepa_dist.errors import UserError
 from jepa_dist.interop.safetensors_io import (
     Description,
+    FileTensors,
     Weights,
     find_export,
     read_description,
-    read_state,
 )
 from jepa_dist.quantize.artifact import SUFFIX, read_artifact
 
@@ -28,19 +28,27 @@ _MOST_STEPS_LISTED = 10
 
 @dataclass(frozen=True)
 class Stored:
-    """Weights as they were read."""
+    """Weights that were found."""
 
     path: Path
     """The checkpoint or tensor file."""
     description: Description
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     """By parameter name, on the CPU."""
     notes: tuple[str, ...] = ()
     """One line for each newer checkpoint that is damaged and was skipped."""
 
 
 def read_stored(run: Path, step: int | None, weights: Weights) -> Stored:
-    """Read the weights of a run; only formats that hold nothing but data, every digest compared.
+    """Read the weights of a run; see ``find_stored``."""
+    stored = find_stored(run, step, weights)
+    return replace(stored, tensors=dict(stored.tensors))
+
+
+def find_stored(run: Path, step: int | None, weights: Weights) -> Stored:
+    """Find the weights of a run; only formats that hold nothing but data, every digest compared.
+
+    Each tensor is read when it is looked up.
 
     Args:
         run: A run directory, a folder with an exported model, its .safetensors file, one
@@ -120,7 +128,7 @@ def _read_export(
         )
     if step is not None and description.step != step:
         raise _no_such_step(file, step, {description.step})
-    return Stored(file, description, read_state(file), notes)
+    return Stored(file, description, FileTensors(file), notes)
 
 
 def _read_quantized(file: Path, step: int | None) -> Stored:

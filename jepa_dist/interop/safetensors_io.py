@@ -8,7 +8,7 @@ sharded; writing gathers one parameter at a time, reading reads only what a rank
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -276,5 +276,29 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged.
     """
-    with TensorFile(path) as file:
-        return {name: file.read(name) for name in file.signatures()}
+    return dict(FileTensors(path))
+
+
+class FileTensors(Mapping[str, Tensor]):
+    """The tensors of a file, on the CPU, each read when it is looked up.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with TensorFile(path) as file:
+            self._names = tuple(file.signatures())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with TensorFile(self._path) as file:
+            return file.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
