@@ -34,9 +34,12 @@ from jepa_dist.parallel.shard import (
 from jepa_dist.parallel.world import World
 
 
-def build_model(config: Config, world: World) -> tuple[GPT, Gathering]:
-    """The sharded, compiled model with its initial weights."""
-    values = functools.partial(initial_value, config=config.model, seed=config.seed)
+def build_model(
+    config: Config, world: World, values: InitialValue | None = None
+) -> tuple[GPT, Gathering]:
+    """The sharded, compiled model with its initial weights: ``values``, or random ones."""
+    if values is None:
+        values = functools.partial(initial_value, config=config.model, seed=config.seed)
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
     return build_gpt(config.model, config.parallel, world, values, layout.num_micro)
 

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import jepa_dist
 from jepa_dist.config import Config
 from jepa_dist.data.tokenizer import load_tokenizer
+from jepa_dist.errors import UserError
+from jepa_dist.evaluate.weights import find_weights
 from jepa_dist.inference.decoding import Sampling, continue_ids
 from jepa_dist.inference.export import main as export_main
 from jepa_dist.interop import parameter_golf
@@ -148,9 +150,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     model = noisy_model(config)
     model.blocks[1].attn.c_q.weight[0, 0] = torch.nan
-    with pytest.raises(
-        jepa_dist.errors.UserError, match=r"blocks\.1\.attn\.c_q\.weight: is not fi"
-    ):
+    with pytest.raises(UserError, match=r"blocks\.1\.attn\.c_q\.weight: is not fi"):
         export(model, tmp_path / "hf")
     assert not list((tmp_path / "hf").glob("*.json"))
     export(model, tmp_path / "hf", allow_not_finite=True)
@@ -186,3 +186,37 @@ def test_special_tokens(tokenizers: tuple[Any, Any]) -> None:
     ours, theirs = tokenizers
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.bos_id)
     assert theirs.decode([ours.bos_id, *ours.encode(b"x")], skip_special_tokens=True) == "x"
+
+
+# ------------------------------------------------------------------ reading a folder
+
+
+def test_a_folder_is_read_back(tmp_path: Path) -> None:
+    model = noisy_model(tiny_config(tmp_path))
+    export(model, tmp_path / "hf", shard_bytes=50_000)
+    loaded = jepa_dist.load(tmp_path / "hf")
+    assert (loaded.step, loaded.phase) == (1, PHASE)
+    expected = dict(model.named_parameters())
+    found = dict(find_weights(tmp_path / "hf", "live").tensors or {})
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(loaded.model.tok_emb.weight, model.tok_emb.weight)
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    export(noisy_model(tiny_config(tmp_path)), folder)
+    index = folder / "model.safetensors.index.json"
+    whole = index.read_text()
+    for text, problem in (
+        (whole.replace("model-00001-of", "../model-00001-of"), "names a file"),
+        ("{}", r"index\.json: cannot be read"),
+        (whole.replace("00001-of-00001", "00007-of-00007"), "not a whole safetensors file"),
+    ):
+        index.write_text(text)
+        with pytest.raises(UserError, match=problem):
+            find_weights(folder, "live")
+    index.write_text(whole)
+    (folder / "jepa_dist.json").unlink()
+    with pytest.raises(UserError, match=r"jepa_dist\.json: cannot be read"):
+        find_weights(folder, "live")

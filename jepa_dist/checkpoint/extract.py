@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
-from jepa_dist.checkpoint.manifest import STATE, TensorEntry, read_manifest, read_state
+from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
 from jepa_dist.checkpoint.shards import ShardFiles, assemble
 from jepa_dist.config import Config
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.interop.safetensors_io import Description, Weights
+from jepa_dist.interop.tensor_file import LazyTensors
 from jepa_dist.model.execution import LAST_PHASE
 
 _PREFIXES: dict[Weights, str] = {"live": "model/", "ema": "ema/"}
-
-
-class _ModelTensors(Mapping[str, Tensor]):
-    """The tensors of one set in a checkpoint, each read when it is looked up."""
-
-    def __init__(self, path: Path, entries: Mapping[str, TensorEntry], prefix: str) -> None:
-        self._path, self._prefix = path, prefix
-        self._entries = {
-            name.removeprefix(prefix): entry
-            for name, entry in entries.items()
-            if name.startswith(prefix)
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        with ShardFiles(self._path) as files:
-            return assemble(files, f"{self._prefix}{name}", self._entries[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 def read_model(path: Path, weights: Weights) -> tuple[Description, Mapping[str, Tensor]]:
@@ -58,7 +37,13 @@ def read_model(path: Path, weights: Weights) -> tuple[Description, Mapping[str, 
     """
     manifest, state = read_manifest(path), read_state(path)
     prefix = _PREFIXES[weights]
-    tensors = _ModelTensors(path, manifest.tensors, prefix)
+
+    def read(name: str) -> Tensor:
+        with ShardFiles(path) as files:
+            return assemble(files, f"{prefix}{name}", manifest.tensors[f"{prefix}{name}"])
+
+    names = [n.removeprefix(prefix) for n in manifest.tensors if n.startswith(prefix)]
+    tensors = LazyTensors(names, read)
     if not tensors:
         raise UserError(
             f"{path}: holds no {prefix} tensors"

@@ -68,6 +68,10 @@ class TrainConfig(Section):
     schedules by that time; null: by steps alone."""
     stop_at: PositiveInt | None = None
     """Save a checkpoint and stop after this step; the schedules remain those of train.steps."""
+    init_from: PathText | None = None
+    """Weights to start from instead of random ones (docs/using.md): a finished run, an exported
+    model, a folder written for transformers, an artifact, or a final_model.pt. The architecture
+    must be the same. Only a new run reads it."""
     max_bad_steps: PositiveInt = 10
     """Roll back to the newest checkpoint after this many consecutive steps whose loss or gradient
     is not finite (such steps are skipped)."""

@@ -13,13 +13,14 @@ from jepa_dist.checkpoint.extract import read_model
 from jepa_dist.checkpoint.manifest import verify
 from jepa_dist.config import check
 from jepa_dist.errors import UserError
+from jepa_dist.interop.hf.folder import is_hf_folder, read_folder
 from jepa_dist.interop.safetensors_io import (
     Description,
-    FileTensors,
     Weights,
     find_export,
     read_description,
 )
+from jepa_dist.interop.tensor_file import lazy_tensors
 from jepa_dist.quantize.artifact import SUFFIX, read_artifact
 
 _CHECKPOINTS = "checkpoints"
@@ -52,7 +53,7 @@ def find_stored(run: Path, step: int | None, weights: Weights) -> Stored:
 
     Args:
         run: A run directory, a folder with an exported model, its .safetensors file, one
-            checkpoint, or a quantized artifact.
+            checkpoint, a quantized artifact, or a folder written for transformers.
         step: Optimizer steps that the weights have seen; None takes the newest whole ones.
         weights: The parameters themselves or their moving average.
 
@@ -63,6 +64,8 @@ def find_stored(run: Path, step: int | None, weights: Weights) -> Stored:
         raise UserError(f"{run}: no such file or folder; expected a run directory")
     if run.suffix == SUFFIX:
         return _read_quantized(run, step)
+    if is_hf_folder(run):
+        return _read_hf(run, step, weights)
     if run.is_file():
         return _read_export(run, step, weights)
     if folders.step_of(run) is not None:
@@ -122,13 +125,25 @@ def _read_export(
 ) -> Stored:
     file = find_export(file, weights)
     description = read_description(file)
+    _check_description(file, description, step, weights)
+    return Stored(file, description, lazy_tensors(file), notes)
+
+
+def _read_hf(folder: Path, step: int | None, weights: Weights) -> Stored:
+    description, tensors = read_folder(folder)
+    _check_description(folder, description, step, weights)
+    return Stored(folder, description, tensors)
+
+
+def _check_description(
+    path: Path, description: Description, step: int | None, weights: Weights
+) -> None:
     if description.weights != weights:
         raise UserError(
-            f"{file}: holds {description.weights} weights, but {weights} weights were asked for"
+            f"{path}: holds {description.weights} weights, but {weights} weights were asked for"
         )
     if step is not None and description.step != step:
-        raise _no_such_step(file, step, {description.step})
-    return Stored(file, description, FileTensors(file), notes)
+        raise _no_such_step(path, step, {description.step})
 
 
 def _read_quantized(file: Path, step: int | None) -> Stored:

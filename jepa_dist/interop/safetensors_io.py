@@ -8,7 +8,7 @@ sharded; writing gathers one parameter at a time, reading reads only what a rank
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import jepa_dist
 from jepa_dist.config import Config, check
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.files import MIB, partial_name, read_bytes, write_atomically
-from jepa_dist.interop.tensor_file import DTYPES, TensorFile
+from jepa_dist.interop.tensor_file import DTYPES, TensorFile, lazy_tensors
 from jepa_dist.interop.verify import Signature, mismatches
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.parallel.shard import fsdp_modules, local_slices
@@ -219,7 +219,15 @@ def read_description(path: Path) -> Description:
     Raises:
         UserError: missing (an unfinished export), damaged, or of another format version.
     """
-    beside = path.with_suffix(".json")
+    return read_description_file(path.with_suffix(".json"))
+
+
+def read_description_file(beside: Path) -> Description:
+    """What such a JSON file says.
+
+    Raises:
+        UserError: missing (an unfinished export), damaged, or of another format version.
+    """
     try:
         description = Description.model_validate_json(read_bytes(beside, MIB))
     except OSError as error:
@@ -276,29 +284,4 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged.
     """
-    return dict(FileTensors(path))
-
-
-class FileTensors(Mapping[str, Tensor]):
-    """The tensors of a file, on the CPU, each read when it is looked up.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with TensorFile(path) as file:
-            self._names = tuple(file.signatures())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with TensorFile(self._path) as file:
-            return file.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    return dict(lazy_tensors(path))

@@ -21,6 +21,7 @@ from jepa_dist.checkpoint import Checkpointer
 from jepa_dist.config import Config
 from jepa_dist.data.check import known_bos, load_checked_tokenizer
 from jepa_dist.data.layout import BatchLayout
+from jepa_dist.evaluate.weights import find_initial
 from jepa_dist.jepa.probe import TapProbe
 from jepa_dist.monitor.meter import Meter
 from jepa_dist.monitor.startup import Startup
@@ -84,7 +85,7 @@ def build_trainer(
     """
     identity = dict(identity or {})
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
-    state = _build_state(config, world)
+    state = _build_state(config, world, is_new=resume is None)
     tokenizer = load_checked_tokenizer(config, ("train", "val"))
     bos_id = known_bos(config, tokenizer)
     validation = build_validation(config, world, layout.micro_size, tokenizer)
@@ -159,8 +160,11 @@ def build_segment(
     )
 
 
-def _build_state(config: Config, world: World) -> TrainState:
-    model, schedule = build_model(config, world)
+def _build_state(config: Config, world: World, *, is_new: bool) -> TrainState:
+    values = None
+    if is_new and config.train.init_from is not None:
+        values = find_initial(Path(config.train.init_from).expanduser(), config).value
+    model, schedule = build_model(config, world, values)
     return TrainState(
         world,
         model,

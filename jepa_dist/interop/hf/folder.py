@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from jepa_dist.config import ModelConfig
 from jepa_dist.errors import UserError
-from jepa_dist.files import write_atomically
+from jepa_dist.files import MIB, read_json, write_atomically
 from jepa_dist.interop.hf.card import model_card
-from jepa_dist.interop.safetensors_io import Description, publish
-from jepa_dist.interop.tensor_file import DTYPES
+from jepa_dist.interop.safetensors_io import Description, publish, read_description_file
+from jepa_dist.interop.tensor_file import DTYPES, LazyTensors, TensorFile, lazy_tensors
+from jepa_dist.interop.verify import Signature, mismatches
 from jepa_dist.model.gpt import GPT
 
 _CODE = Path(__file__).parent / "modeling_jepa_gpt.py"
 _INDEX = "model.safetensors.index.json"
+_DESCRIPTION = "jepa_dist.json"
+_FILE = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+_MOST_INDEX_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def write_folder(
     texts: dict[str, str] = {
         "config.json": _json(_config(description, dtype, bos_id)),
         "generation_config.json": _json(_generation(bos_id)),
+        _DESCRIPTION: description.model_dump_json(by_alias=True, indent=1) + "\n",
         "README.md": model_card(description, facts),
         _CODE.name: _CODE.read_text(encoding="utf-8"),
     }
@@ -97,6 +103,54 @@ def write_folder(
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}; name another folder") from None
     return out / _INDEX
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Return whether a path looks like what ``write_folder`` writes."""
+    return (path / _INDEX).is_file()
+
+
+def read_folder(folder: Path) -> tuple[Description, Mapping[str, Tensor]]:
+    """Return the description and the weights (float32, each read when it is looked up).
+
+    Raises:
+        UserError: files that are missing or damaged, or weights that are not those of the
+            described model; all of them.
+    """
+    description = read_description_file(folder / _DESCRIPTION)
+    files = {name: lazy_tensors(folder / name) for name in _files_of(folder)}
+    tensors = LazyTensors(
+        (name for file in files.values() for name in file),
+        lambda name: next(file for file in files.values() if name in file)[name].float(),
+    )
+    with torch.device("meta"):
+        model = GPT(description.config.model)
+    expected = {name: Signature(tuple(p.shape), "") for name, p in model.named_parameters()}
+    problems = mismatches(str(folder), expected, dict(_signatures(folder, files)))
+    if problems:
+        raise UserError(*problems)
+    return description, tensors
+
+
+def _signatures(folder: Path, files: Iterable[str]) -> Iterator[tuple[str, Signature]]:
+    for name in files:
+        with TensorFile(folder / name) as file:
+            yield from ((n, Signature(found.shape, "")) for n, found in file.signatures().items())
+
+
+def _files_of(folder: Path) -> list[str]:
+    """Names of the files with weights; those alone that ``write_folder`` gives."""
+    try:
+        index = read_json(folder / _INDEX, _MOST_INDEX_BYTES)
+        names = sorted(set(index["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / _INDEX}: cannot be read: {error!r:.200}") from None
+    for name in names:
+        if not isinstance(name, str) or not _FILE.fullmatch(name):
+            raise UserError(
+                f"{folder / _INDEX}: names a file {name!r:.80}; expected model-N-of-N.safetensors"
+            )
+    return names
 
 
 def _write_bytes(content: bytes, path: Path) -> None:
