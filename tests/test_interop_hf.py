@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ from jepa_dist.model.gpt import GPT
 from tests.golden_cases import GOLDEN_DIR, Case, cases
 from tests.tiny import tiny_config
 from tests.trained_run import PHASE, noisy_model, save_checkpoint, save_export
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 CPU = torch.device("cpu")
 GREEDY = {"do_sample": False, "eos_token_id": None}

@@ -289,6 +289,13 @@ def test_one_rank_and_three_write_the_same_artifact(run: Config, tmp_path: Path)
     assert artifact.description.config.quantization == expected
 
 
+def test_live_and_averaged_weights_are_told_apart(tmp_path: Path) -> None:
+    path, _, _ = small_artifact(tmp_path)
+    with pytest.raises(UserError, match="holds live weights, but ema weights were asked for"):
+        find_weights(path, "ema")
+    assert find_weights(path, None).description.weights == "live"
+
+
 def test_an_artifact_can_be_loaded(run: Config, tmp_path: Path) -> None:
     path, _, _ = small_artifact(tmp_path)
     loaded = jepa_dist.load(path)

@@ -45,35 +45,41 @@ class Source:
         return tensors[name].to(device)
 
 
-def find_weights(path: Path, weights: Weights) -> Source:
+def find_weights(path: Path, weights: Weights | None) -> Source:
     """What ``path`` stands for, looked at closely enough to know that it can be loaded.
 
     Args:
         path: A run directory, a folder with an exported model, its .safetensors file, a
             quantized artifact, or a folder written for transformers.
-        weights: The parameters themselves or their average.
+        weights: The parameters themselves or their average; None: whichever ``path`` holds, the
+            parameters if both.
 
     Raises:
         UserError: nothing there, the other weights, a damaged file, or tensors that are not the
             described model's; all of those are listed.
     """
+    source = _find(path, weights or "live")
+    found = source.description.weights
+    if weights not in (None, found):
+        raise UserError(
+            f"{source.path}: holds {found} weights, but {weights} weights were asked for; "
+            f"{'drop' if weights == 'ema' else 'add'} --ema"
+        )
+    if source.tensors is None:
+        with torch.device("meta"):
+            check_tensors(source.path, GPT(source.description.config.model))
+    return source
+
+
+def _find(path: Path, weights: Weights) -> Source:
     if path.suffix == SUFFIX:
-        # It is what it is: there is no other file to be asked for.
         artifact = read_artifact(path)
         tensors = LazyTensors(artifact.parameters, artifact.tensor)
         return Source(path, artifact.description, tensors)
     if is_hf_folder(path):
         return Source(path, *read_folder(path))
     file = find_export(path, weights)
-    description = read_description(file)
-    if description.weights != weights:
-        raise UserError(
-            f"{file}: holds {description.weights} weights, but {weights} weights were asked for; "
-            f"{'drop' if weights == 'ema' else 'add'} --ema"
-        )
-    with torch.device("meta"):
-        check_tensors(file, GPT(description.config.model))
-    return Source(file, description)
+    return Source(file, read_description(file))
 
 
 def find_initial(path: Path, config: Config) -> Source:
@@ -91,7 +97,7 @@ def find_initial(path: Path, config: Config) -> Source:
             model = GPT(config.model)
         tensors = translate(read_final_model(path), model, str(path))
         return Source(path, Description(step=None, phase=0, weights="live", config=config), tensors)
-    source = find_weights(path, "ema" if path.stem == "ema" else "live")
+    source = find_weights(path, None)
     differences = _differences(source.description.config.model, config.model)
     if differences:
         raise UserError(f"train.init_from={path}: another architecture: {differences}")
