@@ -192,6 +192,24 @@ def test_special_tokens(tokenizers: tuple[Any, Any]) -> None:
     assert theirs.decode([ours.bos_id, *ours.encode(b"x")], skip_special_tokens=True) == "x"
 
 
+def test_a_tokenizer_json_is_copied(tmp_path: Path) -> None:
+    """With the token that begins documents before every text, whatever the file's own rule is."""
+    byte_level = load_tokenizer("bytes")
+    plain = json.loads(tokenizer_files("bytes", byte_level, 100)["tokenizer.json"])
+    plain["post_processor"] = None
+    (tmp_path / "mine.json").write_text(json.dumps(plain))
+    (tmp_path / "out").mkdir()
+    spec = str(tmp_path / "mine.json")
+    for name, content in tokenizer_files(spec, byte_level, 100).items():
+        (tmp_path / "out" / name).write_bytes(content)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids == [256, 97, 98]
+    with pytest.raises(UserError, match="cannot be exported for transformers"):
+        tokenizer_files(str(tmp_path / "a.tiktoken"), byte_level, 100)
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no tokenizer\.json with a token of id 256"):
+        tokenizer_files(spec, byte_level, 100)
+
+
 # ------------------------------------------------------------------ reading a folder
 
 

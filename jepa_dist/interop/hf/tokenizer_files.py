@@ -20,12 +20,12 @@ def tokenizer_files(spec: str, tokenizer: Tokenizer, seq_len: int) -> dict[str, 
     """Return the contents of the files by name.
 
     Args:
-        spec: ``bytes``, or the path of a SentencePiece model.
+        spec: ``bytes``, or the path of a SentencePiece model or of a ``tokenizer.json``.
         tokenizer: What it stands for.
         seq_len: Longest row of the model.
 
     Raises:
-        UserError: the tokenizer's file cannot be read.
+        UserError: the tokenizer's file cannot be read, or is of another kind.
     """
     settings: dict[str, Any] = {
         "model_max_length": seq_len,
@@ -36,6 +36,16 @@ def tokenizer_files(spec: str, tokenizer: Tokenizer, seq_len: int) -> dict[str, 
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         settings |= {"bos_token": BOS, "eos_token": BOS, "pad_token": BOS}
         files = {"tokenizer.json": _json(_byte_tokenizer(tokenizer.bos_id))}
+    elif Path(spec).suffix == ".json":
+        content, bos = _with_bos(Path(spec), tokenizer.bos_id)
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= {"bos_token": bos, "eos_token": bos, "pad_token": bos}
+        files = {"tokenizer.json": content}
+    elif not tokenizer.name.startswith("sentencepiece "):
+        raise UserError(
+            f"data.tokenizer={spec}: cannot be exported for transformers; expected 'bytes', a "
+            "SentencePiece model or a tokenizer.json"
+        )
     else:
         settings |= {
             "tokenizer_class": "JepaGPTTokenizer",
@@ -54,11 +64,6 @@ def _byte_tokenizer(bos_id: int) -> dict[str, Any]:
         "special": True,
     }
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    first, text = (
-        {"SpecialToken": {"id": BOS, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    )
-    second = {"Sequence": {"id": "B", "type_id": 0}}
     return {
         "version": "1.0",
         "truncation": None,
@@ -66,12 +71,7 @@ def _byte_tokenizer(bos_id: int) -> dict[str, Any]:
         "added_tokens": [bos],
         "normalizer": None,
         "pre_tokenizer": {**level, "use_regex": False},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [first, text],
-            "pair": [first, text, second],
-            "special_tokens": {BOS: {"id": BOS, "ids": [bos_id], "tokens": [BOS]}},
-        },
+        "post_processor": _bos_first(BOS, bos_id),
         "decoder": {**level, "use_regex": False},
         "model": {
             "type": "BPE",
@@ -85,6 +85,29 @@ def _byte_tokenizer(bos_id: int) -> dict[str, Any]:
             "vocab": {_character(byte): byte for byte in range(256)} | {BOS: bos_id},
             "merges": [],
         },
+    }
+
+
+def _with_bos(path: Path, bos_id: int) -> tuple[bytes, str]:
+    """A ``tokenizer.json`` that puts the token of this id before every text, and that token."""
+    try:
+        tokenizer = json.loads(_read(path))
+        names = {index: name for name, index in tokenizer["model"]["vocab"].items()}
+        names |= {each["id"]: each["content"] for each in tokenizer["added_tokens"]}
+        bos = str(names[bos_id])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is no tokenizer.json with a token of id {bos_id}") from None
+    return _json(tokenizer | {"post_processor": _bos_first(bos, bos_id)}), bos
+
+
+def _bos_first(name: str, index: int) -> dict[str, Any]:
+    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    text, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, second],
+        "special_tokens": {name: {"id": name, "ids": [index], "tokens": [name]}},
     }
 
 
