@@ -78,7 +78,7 @@ def write_folder(
     texts: dict[str, str] = {
         "config.json": _json(_config(description, dtype, bos_id)),
         "generation_config.json": _json(_generation(bos_id)),
-        _DESCRIPTION: description.model_dump_json(by_alias=True, indent=1) + "\n",
+        _DESCRIPTION: _without_metadata(description),
         "README.md": model_card(description, facts),
         _CODE.name: _CODE.read_text(encoding="utf-8"),
     }
@@ -211,6 +211,12 @@ class _Shard:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
+
+
+def _without_metadata(description: Description) -> str:
+    """The description as JSON; its metadata tell who wrote the file from which it was read."""
+    plain = description.model_copy(update={"metadata": {}})
+    return plain.model_dump_json(by_alias=True, indent=1) + "\n"
 
 
 def _config(description: Description, dtype: torch.dtype, bos_id: int | None) -> dict[str, Any]:
