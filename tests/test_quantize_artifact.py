@@ -311,6 +311,8 @@ def test_an_artifact_can_be_loaded(run: Config, tmp_path: Path) -> None:
         (["--calibration-sequences", "0"], "quantization.calibration_sequences=0"),
         (["data.train=nowhere/*.bin"], "data.train"),
         (["--not-finite"], "weights that are not finite cannot be quantized"),
+        (["--max-shard-size", "1GB"], "--max-shard-size: has an effect only with --format hf"),
+        (["--format", "hf", "--max-shard-size", "1TB"], "expected a size such as 500MB or 4GB"),
         (["--format", "torch", "quantization.matrix_bits=4"], "only with --format artifact"),
     ],
 )

@@ -120,6 +120,7 @@ def _write_hf(stored: Stored, arguments: argparse.Namespace) -> Path:
     return export_hf(stored, arguments.run, arguments.out, options)
 
 
+_SHARD_BYTES = 4 * 10**9
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -164,15 +165,30 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="artifact: training sequences for the calibration (default: as configured)",
     )
-    add("--dtype", choices=_DTYPES, default="float32", help="hf: of the weights (default: float32)")
+    add("--dtype", choices=_DTYPES, help="hf: of the weights (default: float32)")
     add(
         "--max-shard-size",
         type=_size,
-        default="4GB",
         metavar="SIZE",
         help="hf: most bytes of a file, as 500MB or 4GB (default: 4GB)",
     )
     arguments = parser.parse_intermixed_args(argv)
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what has no effect, and complete what the command line leaves out.
+
+    Raises:
+        UserError: an option of another format.
+    """
+    for_hf = {"--dtype": arguments.dtype, "--max-shard-size": arguments.max_shard_size}
+    given = [option for option, value in for_hf.items() if value is not None]
+    if given and arguments.format != "hf":
+        raise UserError(f"{given[0]}: has an effect only with --format hf")
+    arguments.dtype = arguments.dtype or "float32"
+    arguments.max_shard_size = arguments.max_shard_size or _SHARD_BYTES
     if arguments.calibration_sequences is not None:
         key = "quantization.calibration_sequences"
         arguments.overrides.append(f"{key}={arguments.calibration_sequences}")
@@ -180,7 +196,6 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"{arguments.overrides[0]}: has an effect only with --format artifact")
     if arguments.not_finite and arguments.format == "artifact":
         raise UserError("--not-finite: weights that are not finite cannot be quantized")
-    return arguments
 
 
 def _size(text: str) -> int:
