@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from jepa_dist.config import Config, ModelConfig, ParallelConfig
 from jepa_dist.data.boundaries import DocumentStarts
@@ -14,11 +15,13 @@ from jepa_dist.data.shards import find_shards
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.validation import Validation
-from jepa_dist.jepa.loss import JepaLoss
 from jepa_dist.model.execution import looped_blocks
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
 from jepa_dist.model.layers import Attention, causal_attention
+from jepa_dist.objectives.joint import JointModel
+from jepa_dist.objectives.objective import PREFIX
+from jepa_dist.objectives.registry import objective_class
 from jepa_dist.optim.ema import EMA, NoEMA
 from jepa_dist.optim.groups import group_parameters
 from jepa_dist.optim.muon import MuonSettings
@@ -27,26 +30,45 @@ from jepa_dist.parallel.attention import bind_attention, choose_attention
 from jepa_dist.parallel.shard import (
     Gathering,
     InitialValue,
-    compile_region,
     compute_dtype,
     parallelise,
 )
 from jepa_dist.parallel.world import World
 
 
-def build_model(
-    config: Config, world: World, values: InitialValue | None = None
-) -> tuple[GPT, Gathering]:
-    """The sharded, compiled model with its initial weights: ``values``, or random ones."""
-    if values is None:
-        values = functools.partial(initial_value, config=config.model, seed=config.seed)
+def build_joint_model(
+    config: Config,
+    world: World,
+    bos_id: int | None = None,
+    values: InitialValue | None = None,
+) -> tuple[JointModel, Gathering]:
+    """Build the sharded, compiled model and objective with their initial weights.
+
+    Args:
+        config: The run.
+        world: Ranks and mesh.
+        bos_id: Id that begins every document; None if it is not known.
+        values: Weights of the model to start from; None: random ones.
+    """
+    with torch.device("meta"):
+        model = JointModel(GPT(config.model), objective_class(config)(config, bos_id))
+
+    def value(name: str, shape: torch.Size, *, device: torch.device) -> Tensor:
+        part, _, own_name = name.partition(".")
+        if part == PREFIX:
+            return model.objective.initial_value(own_name, shape, seed=config.seed, device=device)
+        if values is not None:
+            return values(own_name, shape, device=device)
+        return initial_value(own_name, shape, config=config.model, seed=config.seed, device=device)
+
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
-    return build_gpt(config.model, config.parallel, world, values, layout.num_micro)
+    gathering = _parallelise(model, config.parallel, world, value, layout.num_micro)
+    return model, gathering
 
 
-def build_optimizer(config: Config, model: GPT) -> Optimizer:
+def build_optimizer(config: Config, named_parameters: Mapping[str, Tensor]) -> Optimizer:
     """The parameter groups of the recipe, over this rank's shards."""
-    groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)
+    groups = group_parameters(named_parameters.items(), config.optim, config.model.tie_embeddings)
     dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     muon = MuonSettings(
         nesterov=config.optim.muon_nesterov,
@@ -58,19 +80,11 @@ def build_optimizer(config: Config, model: GPT) -> Optimizer:
     return Optimizer(groups, muon)
 
 
-def build_ema(config: Config, model: GPT) -> EMA:
+def build_ema(config: Config, named_parameters: Mapping[str, Tensor]) -> EMA:
     """The moving average of the parameters, which averages nothing if there is to be none."""
     if config.optim.ema_decay == 0:
         return NoEMA()
-    return EMA(model.named_parameters(), config.optim.ema_decay)
-
-
-def build_objective(config: Config) -> JepaLoss:
-    """The objective, compiled as a region of its own."""
-    objective = JepaLoss(config.jepa.norm_floor)
-    if config.parallel.compile:
-        compile_region(objective)
-    return objective
+    return EMA(named_parameters.items(), config.optim.ema_decay)
 
 
 def build_loader(
@@ -97,9 +111,9 @@ def _training_samples(config: Config) -> TokenDataset:
 def build_document_starts(
     config: Config, world: World, bos_id: int | None, *, step: int, consumed: int, skip: range
 ) -> DocumentStarts | None:
-    """Where documents begin in the batches from ``step`` on, if spans are to keep within them;
-    on rank 0, which samples them."""
-    if not config.jepa.within_documents or bos_id is None or not world.is_main:
+    """Where documents begin in the batches from ``step`` on, if the objective's samples depend on
+    it; on rank 0, which draws them."""
+    if not objective_class(config).reads_documents(config) or bos_id is None or not world.is_main:
         return None
     return DocumentStarts(
         _training_samples(config),
@@ -128,7 +142,7 @@ def build_gpt(
     initial_value: InitialValue,
     micro_batches: int = 1,
 ) -> tuple[GPT, Gathering]:
-    """The sharded, compiled model with its first values.
+    """The sharded, compiled model, without an objective, with its first values.
 
     Args:
         config: The model.
@@ -139,11 +153,24 @@ def build_gpt(
     """
     with torch.device("meta"):
         model = GPT(config)
+    return model, _parallelise(model, parallel, world, initial_value, micro_batches)
+
+
+def _parallelise(
+    root: GPT | JointModel,
+    parallel: ParallelConfig,
+    world: World,
+    initial_value: InitialValue,
+    micro_batches: int,
+) -> Gathering:
+    """Shard and compile a model on the meta device; see ``build_gpt``."""
+    model = root if isinstance(root, GPT) else root.model
+    config = model.config
     looped = [model.blocks[index] for index in looped_blocks(config)]
     _bind_attention(model, config, parallel, world.device)
-    gathering = parallelise(
-        model,
-        regions=model.regions(),
+    return parallelise(
+        root,
+        regions=root.regions(),
         blocks=model.blocks,
         looped=looped,
         reduced_in_parts=looped if config.untie_loop_mlps else [],
@@ -152,7 +179,6 @@ def build_gpt(
         initial_value=initial_value,
         micro_batches=micro_batches,
     )
-    return model, gathering
 
 
 def chosen_attention(config: ModelConfig, parallel: ParallelConfig, device: torch.device) -> str:

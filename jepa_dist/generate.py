@@ -15,11 +15,12 @@ from torch import Tensor
 
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.model.gpt import GPT
+from jepa_dist.objectives.joint import JointModel
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: GPT | JointModel,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -56,7 +57,9 @@ def generate(
     return tokenizer.decode(ids)
 
 
-def next_logits(model: GPT, ids: Sequence[int], phase: int, device: torch.device) -> Tensor:
+def next_logits(
+    model: GPT | JointModel, ids: Sequence[int], phase: int, device: torch.device
+) -> Tensor:
     """Return the logits after the last of ``ids``, float64 [V] on the CPU; of more ids than
     ``model.seq_len`` the last ones are the context."""
     length = model.config.seq_len

@@ -1,32 +1,33 @@
 """What a step is, decided by rank 0 alone and told to everyone once (contract C2).
 
 Ranks that decide on their own are how distributed jobs hang, so nobody but the ``Planner`` on
-rank 0 draws spans or asks whether to evaluate. The broadcast is asked for one step ahead, on a
+rank 0 draws samples or asks whether to evaluate. The broadcast is asked for one step ahead, on a
 CPU group: when a step begins, its plan has arrived.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from jepa_dist.config import Config
 from jepa_dist.data.boundaries import DocumentStarts
-from jepa_dist.jepa.spans import sample_spans, sample_spans_within
+from jepa_dist.objectives.objective import Sampler, Samples
+from jepa_dist.objectives.registry import objective_class
 from jepa_dist.optim.schedule import jepa_weight, lr_multiplier, muon_momentum, next_phase
 from jepa_dist.parallel.world import World
 
-Spans = NDArray[np.int64]
+Shape: TypeAlias = tuple[int, ...] | None
+"""Of what is sampled for the global batch; None if nothing is."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class StepPlan:
     phase: int
     """Recurrence phase of the model."""
     jepa_weight: float
-    """Lambda of this step; 0 switches the objective off: no spans, no JEPA region."""
+    """Lambda of this step; 0 switches the objective off: no samples, no JEPA region."""
     log: bool
     probe: bool
     """The objective's vital signs are taken in this step, and logged."""
@@ -56,12 +57,12 @@ class StepPlan:
     """Training stops after this step: it is the last one, or it was asked to."""
     roll_back: bool
     """The run goes back to its last healthy checkpoint after this step."""
-    spans: Spans | None
-    """int64 [global batch, spans per sequence, 2], or None while the objective is off; zeros along
-    a row that has no legal span."""
+    samples: Samples | None
+    """What the objective samples for the global batch, int64 [rows, ...] (``Objective.sampler``);
+    None while it is off, or if it samples nothing."""
 
     @classmethod
-    def of_nothing(cls, phase: int, jepa_weight: float, spans: Spans | None) -> StepPlan:
+    def of_nothing(cls, phase: int, jepa_weight: float, samples: Samples | None) -> StepPlan:
         """A step that is never taken: what there is to compile, for the warm-up."""
         return cls(
             step=-1,
@@ -78,37 +79,38 @@ class StepPlan:
             settle=False,
             stop=False,
             roll_back=False,
-            spans=spans,
+            samples=samples,
         )
 
     @property
-    def num_span_rows(self) -> int:
-        """Rows of the global batch that have spans."""
-        return 0 if self.spans is None else int(np.count_nonzero(self.spans[:, 0, 0]))
+    def is_objective_on(self) -> bool:
+        """Whether the objective is part of this step's loss."""
+        return self.jepa_weight > 0
 
     @property
     def is_followed(self) -> bool:
         """Whether the next step comes right after this one."""
         return not (self.stop or self.roll_back)
 
-    def pack(self, span_shape: tuple[int, int, int]) -> Tensor:
+    def pack(self, shape: Shape) -> Tensor:
         """As one float64 tensor of fixed size (all integers here are far below 2**53)."""
-        spans = np.zeros(span_shape) if self.spans is None else self.spans
+        samples = np.zeros(shape or 0) if self.samples is None else self.samples
         header = [float(getattr(self, name)) for name in _HEADER]
-        return torch.from_numpy(np.concatenate([header, spans.ravel()]))
+        return torch.from_numpy(np.concatenate([header, samples.ravel()]))
 
     @classmethod
-    def unpack(cls, packed: Tensor, span_shape: tuple[int, int, int]) -> StepPlan:
+    def unpack(cls, packed: Tensor, shape: Shape) -> StepPlan:
         """The inverse of ``pack``."""
         values = packed.numpy()
         header = dict(zip(_HEADER, values[: len(_HEADER)].tolist(), strict=True))
-        spans = values[len(_HEADER) :].astype(np.int64).reshape(span_shape)
         typed = {name: _HEADER[name](value) for name, value in header.items()}
-        return cls(**typed, spans=spans if header["jepa_weight"] > 0 else None)
+        if shape is None or header["jepa_weight"] == 0:
+            return cls(**typed, samples=None)
+        return cls(**typed, samples=values[len(_HEADER) :].astype(np.int64).reshape(shape))
 
 
 _TYPES: dict[Any, type] = {"int": int, "float": float, "bool": bool}
-_HEADER = {field.name: _TYPES[field.type] for field in fields(StepPlan) if field.name != "spans"}
+_HEADER = {field.name: _TYPES[field.type] for field in fields(StepPlan) if field.name != "samples"}
 
 
 class TrainingClock:
@@ -133,26 +135,26 @@ class TrainingClock:
         self._started += time.monotonic() - began
 
 
-class SpansAhead:
-    """Spans of a step, worked out in a thread while the step before it runs."""
+class SamplesAhead:
+    """Samples of a step, drawn in a thread while the step before it runs."""
 
-    def __init__(self, sample: Callable[[int], Spans]) -> None:
+    def __init__(self, sample: Sampler) -> None:
         self._sample = sample
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="spans")
-        self._begun: dict[int, Future[Spans]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="samples")
+        self._begun: dict[int, Future[Samples]] = {}
 
-    def __call__(self, step: int) -> Spans:
-        """The spans of ``step``; those of the next one are begun."""
+    def __call__(self, step: int) -> Samples:
+        """Return the samples of ``step``; those of the next one are begun."""
         begun = self._begun.pop(step, None)
-        spans = self._sample(step) if begun is None else begun.result()
+        samples = self._sample(step) if begun is None else begun.result()
         self._begun = {step + 1: self._thread.submit(self._sample, step + 1)}
-        return spans
+        return samples
 
 
 class Planner:
     """Rank 0's decisions. Of its state a checkpoint keeps the recurrence phase.
 
-    ``documents`` are given if spans are to keep within them.
+    ``documents`` are given if the objective's samples depend on them.
     """
 
     def __init__(
@@ -165,9 +167,7 @@ class Planner:
         self._config = config
         self._clock = clock
         self._phase = phase
-        self._documents = documents
-        # To read every row of the global batch takes long enough to be worth doing beforehand.
-        self._spans = SpansAhead(self._sample_within) if documents else self._sample_jepa_spans
+        self._sampler = _sampler(config, documents)
         self._saved_at = time.monotonic()
         self.stop_reason: str | None = None
         """Why training is to stop; the next step that is planned will be the one to stop after."""
@@ -192,7 +192,7 @@ class Planner:
             train.enable_looping_at,
             train.loop_phase2_at,
         )
-        weight = jepa_weight(frac, jepa.lambda_, jepa.start_frac, jepa.ramp_frac)
+        weight = jepa_weight(frac, jepa.lambda_, jepa.start_frac, jepa.ramp_frac, jepa.stop_frac)
         last = step == train.steps - 1 or (limit is not None and elapsed >= limit)
         last = last and not self.roll_back
         if step + 1 == train.stop_at:
@@ -220,7 +220,7 @@ class Planner:
             settle=settle,
             stop=stop,
             roll_back=self.roll_back,
-            spans=self._spans(step) if weight > 0 else None,
+            samples=self._sampler(step) if weight > 0 and self._sampler is not None else None,
         )
 
     def _is_time_to_save(self, step: int) -> bool:
@@ -231,18 +231,22 @@ class Planner:
             self._saved_at = time.monotonic()
         return by_time or _is_due(step, config.every)
 
-    def _sample_jepa_spans(self, step: int) -> Spans:
-        config, jepa = self._config, self._config.jepa
-        shape, seq_len = (config.batch.sequences, jepa.spans_per_sequence), config.model.seq_len
-        return sample_spans(config.seed, step, shape, seq_len, jepa.max_span_frac, jepa.sampler)
 
-    def _sample_within(self, step: int) -> Spans:
-        assert self._documents is not None
-        starts_BT, jepa = self._documents.read(step), self._config.jepa
-        how_many = jepa.spans_per_sequence
-        return sample_spans_within(
-            self._config.seed, step, starts_BT, how_many, jepa.max_span_frac, jepa.sampler
-        )
+def sample_shape(config: Config) -> Shape:
+    """Return the shape of what the objective samples for the global batch."""
+    shape = objective_class(config).sample_shape(config)
+    return None if shape is None else (config.batch.sequences, *shape)
+
+
+def _sampler(config: Config, documents: DocumentStarts | None) -> Sampler | None:
+    """Return what draws the objective's samples; None if it has none."""
+    objective = objective_class(config)
+    if objective.sample_shape(config) is None:
+        return None
+    if documents is None:
+        return objective.sampler(config, None)
+    # To read every row of the global batch takes long enough to be worth doing beforehand.
+    return SamplesAhead(objective.sampler(config, documents.read))
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -262,7 +266,7 @@ class PlanChannel:
         documents: DocumentStarts | None = None,
     ) -> None:
         self._world = world
-        self._span_shape = (config.batch.sequences, config.jepa.spans_per_sequence, 2)
+        self._shape = sample_shape(config)
         self._planner = Planner(config, clock, phase, documents) if world.is_main else None
         self._buffer = torch.empty(0)
         self._pending: dist.Work | None = None
@@ -285,9 +289,9 @@ class PlanChannel:
     def request(self, step: int, settle: bool = False) -> None:
         """Start the broadcast of the plan of ``step``; returns at once."""
         if self._planner is not None:
-            self._buffer = self._planner.plan(step, settle).pack(self._span_shape)
+            self._buffer = self._planner.plan(step, settle).pack(self._shape)
         else:
-            size = len(_HEADER) + int(np.prod(self._span_shape))
+            size = len(_HEADER) + int(np.prod(self._shape or 0))
             self._buffer = torch.empty(size, dtype=torch.float64)
         if self._world.world_size > 1:
             self._pending = dist.broadcast(
@@ -299,4 +303,4 @@ class PlanChannel:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-        return StepPlan.unpack(self._buffer, self._span_shape)
+        return StepPlan.unpack(self._buffer, self._shape)

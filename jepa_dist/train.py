@@ -187,7 +187,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                 on_give_up=note,
             )
             if reporter is not None:
-                parameters = trainer.state.model.named_parameters()
+                parameters = trainer.state.root.trained_parameters().items()
                 reporter.text("model", model_summary(parameters, config.model))
             late = config.monitor.late_seconds
             with (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jepa_dist.build import build_ema, build_model, build_optimizer
+from jepa_dist.build import build_ema, build_joint_model, build_optimizer
 from jepa_dist.checkpoint import Checkpointer, Keep, load
 from jepa_dist.checkpoint.__main__ import main
 from jepa_dist.config import Config, to_dict
@@ -22,17 +22,27 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
 
+def run_config(folder: str) -> Config:
+    """With an objective that holds parameters: no export has them."""
+    changes = {"optim__ema_decay": 0.9, "optim__matrix": "muon", "jepa__objective": "next_state"}
+    return tiny_config(Path(folder), **changes)
+
+
 def build_state(config: Config, world: World) -> dict[str, Tensor]:
-    model, _ = build_model(config, world)
-    ema = build_ema(config, model)
-    assert ema is not None
-    parameters = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
-    return parameters | build_optimizer(config, model).state_tensors() | ema.state_tensors()
+    root, _ = build_joint_model(config, world)
+    named = root.trained_parameters()
+    ema, optimizer = build_ema(config, named), build_optimizer(config, named)
+    parameters = {
+        f"{kind}/{name}": parameter
+        for kind, module in (("model", root.model), ("objective", root.objective))
+        for name, parameter in module.named_parameters()
+    }
+    return parameters | optimizer.state_tensors() | ema.state_tensors()
 
 
 @torch.no_grad()
 def train_and_save(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
-    config = tiny_config(Path(folder), optim__ema_decay=0.9, optim__matrix="muon")
+    config = run_config(folder)
     world = start_world(config.parallel)
     checkpointer = Checkpointer(Path(folder) / "run/checkpoints", world, Keep(last=5))
     state = build_state(config, world)
@@ -76,7 +86,7 @@ def damage(run: Path, step: int) -> Path:
 
 
 def load_whole(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
-    config = tiny_config(Path(folder), optim__ema_decay=0.9, optim__matrix="muon")
+    config = run_config(folder)
     world = start_world(config.parallel)
     state = build_state(config, world)
     load(Path(folder) / "run/checkpoints/step_00000030", state, world)
@@ -89,7 +99,9 @@ def load_whole(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
 def test_model_optimiser_and_average_load_at_another_world_size(trained):
     run, expected = trained
     found = run_ranks(load_whole, 3, str(run.parent))[0]
-    assert {name.split("/")[0] for name in found} >= {"model", "ema", "exp_avg", "momentum"}
+    kinds = {"model", "objective", "ema", "exp_avg", "momentum"}
+    assert {name.split("/")[0] for name in found} >= kinds
+    assert {"objective/gate.weight", "ema/objective.gate.weight"} <= found.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from jepa_dist.config import Config
-from jepa_dist.jepa.loss import JepaLoss, JepaSums
+from jepa_dist.objectives.objective import Objective, Sums
+from jepa_dist.objectives.registry import OBJECTIVES
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
 from tests.ranks import run_ranks
@@ -48,13 +49,14 @@ def count(
     plain = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self, **options: plain(self, backend=backend, **options)
     if without_jepa_code:
-        JepaLoss.forward = _no_such_code  # type: ignore[method-assign]
+        for objective in OBJECTIVES.values():
+            objective.forward = _no_such_code  # type: ignore[method-assign]
     recorder = Recorder()
     build_trainer(config, start_world(config.parallel)).run(recorder)
     return recorder.records, backend.graphs
 
 
-def _no_such_code(self: JepaLoss, *args: torch.Tensor) -> JepaSums:
+def _no_such_code(self: Objective, *args: torch.Tensor) -> Sums:
     raise AssertionError("the JEPA code must not run")
 
 
@@ -91,12 +93,16 @@ def test_jepa_off_compiles_what_a_build_without_it_does(corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_jepa_starting_mid_run_adds_exactly_one_graph(corpus: Path) -> None:
-    config = compiled(corpus, jepa__start_frac=0.5, eval__every=5)
+@pytest.mark.parametrize("objective", ["span", "next_state"])
+def test_jepa_starting_mid_run_adds_exactly_one_graph(objective: str, corpus: Path) -> None:
+    changes = {"jepa__objective": objective, "jepa__ramp_frac": 0.2, "jepa__stop_frac": 0.9}
+    config = compiled(corpus, jepa__start_frac=0.45, eval__every=5, **changes)
     records, graphs = run_ranks(count, 1, config)[0]
-    before = [r["compile/graphs"] for r in records if r["loss/jepa"] is None]
-    after = [r["compile/graphs"] for r in records if r["loss/jepa"] is not None]
-    assert len(before) == len(after) == 10
+    is_on = [record["loss/jepa"] is not None for record in records]
+    assert is_on == [False] * 10 + [True] * 8 + [False] * 2  # the ramp begins with lambda 0
+    before, after = (
+        [r["compile/graphs"] for r in records[part]] for part in (slice(10), slice(10, 20))
+    )
     assert set(after) == {before[-1] + 1}
     assert records[-1]["compile/recompiles"] == 0
     off = run_ranks(count, 1, compiled(corpus, jepa__lambda=0, eval__every=5))[0][1]

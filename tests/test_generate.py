@@ -93,9 +93,9 @@ def train_and_sample(rank: int, world_size: int, config: Config) -> tuple[str, i
     before = len(graphs)
     assert before > 0
     state = trainer.state
-    text = sample(state.model)
+    text = sample(state.root)
     state.schedule.release()
-    trainer.evaluation.validation.run(state.model, phase=2)
+    trainer.evaluation.validation.run(state.root, phase=2)
     return text, len(graphs) - before
 
 

@@ -284,7 +284,7 @@ def test_a_trained_model_writes_on_the_device(corpus: Path) -> None:
     config = tiny_config(corpus, train__steps=8, optim__matrix_lr=0.02, optim__embed_lr=0.3)
 
     def look(trainer: Trainer) -> tuple[list[str], GPT]:
-        texts = [written(trainer.state.model, DEVICE, temperature=1.0) for _ in range(2)]
+        texts = [written(trainer.state.root, DEVICE, temperature=1.0) for _ in range(2)]
         trainer.state.schedule.release()
         weights = {name: p.full_tensor() for name, p in trainer.state.model.named_parameters()}
         plain = GPT(config.model)

@@ -19,19 +19,20 @@ from jepa_dist.config import Config, load, to_dict
 from jepa_dist.errors import UserError
 from jepa_dist.interop.parameter_golf import export_final_model, import_final_model
 from jepa_dist.interop.safetensors_io import Description, read_description, write_export
-from jepa_dist.jepa.diagnostics import describe_states
-from jepa_dist.jepa.spans import max_length
 from jepa_dist.model.flops import training_flops_per_token
 from jepa_dist.model.gpt import GPT
 from jepa_dist.monitor.hardware import peak_flops
 from jepa_dist.monitor.history import RunHistory, lasting, read_starts, young_interval
+from jepa_dist.objectives.diagnostics import describe_states
+from jepa_dist.objectives.span import SpanObjective
+from jepa_dist.objectives.spans import max_length
 from jepa_dist.optim.update_ratio import UpdateRatio
 from jepa_dist.plan import StepPlan
 from jepa_dist.progress import Progress, RunState
 from jepa_dist.report.compare import difference, pairing
 from jepa_dist.report.runs import read_runs
 from jepa_dist.resume import differences
-from jepa_dist.training.records import losses, mean_flops
+from jepa_dist.training.records import KindOfStep, losses, mean_flops
 from tests.tiny import tiny_config
 
 # ---------------------------------------------------------------------------- goodput
@@ -87,20 +88,23 @@ def test_without_rows_the_objective_has_no_numbers(tmp_path: Path) -> None:
     spans = np.zeros((6, 1, 2), dtype=np.int64)
     plan = replace(StepPlan.of_nothing(0, 0.1, spans), jepa_weight=0.1)
     values = {"ce": 2.0, "jepa": 0.0, "floored": 0.0}
-    record = losses(plan, values, config)
+    objective = SpanObjective(config, bos_id=None)
+    record = losses(plan, values, objective)
     assert record["loss/jepa"] is None
     assert record.keys().isdisjoint({"jepa/cos", "jepa/relative", "jepa/floored"})
     assert (record["loss/total"], record["jepa/lambda"]) == (2.0, 0.1)
     assert record["jepa/rows_without_span"] == 6
     spans[:2] = 3
-    assert losses(replace(plan, spans=spans), {**values, "jepa": 1.5}, config)["jepa/cos"] == -0.5
+    plan = replace(plan, samples=spans)
+    assert losses(plan, {**values, "jepa": 1.5}, objective)["jepa/cos"] == -0.5
 
 
 def test_flops_of_a_record_that_spans_phases(tmp_path: Path) -> None:
     model = tiny_config(tmp_path).model
     plain, looped = (training_flops_per_token(model, phase) for phase in (0, 2))
-    assert mean_flops(model, {0: 3, 2: 1}) == pytest.approx((3 * plain + looped) / 4)
-    assert mean_flops(model, {2: 5}) == looped > plain
+    off, on = KindOfStep(0, False), KindOfStep(2, True)
+    assert mean_flops(model, 8.0, {off: 3, on: 1}) == pytest.approx((3 * plain + looped + 8) / 4)
+    assert mean_flops(model, 0.0, {on: 5}) == looped > plain
 
 
 @pytest.mark.parametrize(

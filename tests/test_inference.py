@@ -258,7 +258,7 @@ def test_the_functions_of_a_loaded_run(run: Path) -> None:
     for layer in (-1, 0, 3):
         states_TD = trained.states("short text", layer)
         tokens_BT = torch.tensor([[BYTES.bos_id, *b"short text"]])
-        expected = trained.model(tokens_BT, phase=PHASE, tap=layer).tap_BTD
+        expected = trained.model(tokens_BT, phase=PHASE, taps=(layer,)).taps[0]
         assert torch.equal(states_TD, expected[0])
 
 

@@ -54,7 +54,7 @@ def start(
         weights = gather(trainer.state.model, keep=True)
         with trainer.state.ema.swap():
             average = gather(trainer.state.model, keep=True)
-        found = trainer.evaluation.validation.run(trainer.state.model, 0)
+        found = trainer.evaluation.validation.run(trainer.state.root, 0)
         results.append((weights, average, found["val/loss"]))
     return results
 

@@ -13,10 +13,15 @@ from torch import Tensor
 
 from jepa_dist.config import ModelConfig
 from jepa_dist.interop import parameter_golf
-from jepa_dist.jepa.loss import UNSTRUCTURED_LOSS, JepaLoss, context_and_patch, span_cosines
-from jepa_dist.jepa.spans import max_length, sample_spans
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
+from jepa_dist.objectives.span_loss import (
+    UNSTRUCTURED_LOSS,
+    context_and_patch,
+    span_cosines,
+    span_loss,
+)
+from jepa_dist.objectives.spans import max_length, sample_spans
 from tests.golden_cases import Case, cases
 from tests.test_model_golden import assert_gradients_match
 
@@ -24,7 +29,7 @@ SAMPLERS = ["start_then_length", "uniform"]
 
 
 def mean_loss(h: Tensor, spans: Tensor, norm_floor: float = 0.0) -> Tensor:
-    return JepaLoss(norm_floor)(h, spans, torch.ones(len(h))).loss / len(h)
+    return span_loss(h, spans, torch.ones(len(h)), norm_floor)[0] / len(h)
 
 
 # ------------------------------------------------------------------ golden
@@ -52,9 +57,9 @@ def test_golden_total_loss_and_gradients(case: Case) -> None:
     tokens = golden["tokens"].long()
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     ones = torch.ones(len(inputs))
-    output = model(inputs, targets, ones, phase=run["loop_phase"], tap=run["jepa_tap"])
+    output = model(inputs, targets, ones, phase=run["loop_phase"], taps=(run["jepa_tap"],))
     ce = output.loss_sum / targets.numel()
-    jepa = mean_loss(output.tap_BTD, golden["spans"][:, None])
+    jepa = mean_loss(output.taps[0], golden["spans"][:, None])
     total = ce + run["jepa_lambda"] * jepa
     for ours, name in ((ce, "ce"), (jepa, "jepa"), (total, "total")):
         assert abs(ours.item() - golden[name].item()) <= 1e-5, name
@@ -112,7 +117,7 @@ def test_common_offset_changes_nothing() -> None:
 def test_rows_of_weight_zero_do_not_count() -> None:
     h = random_states(4, 16, 8).requires_grad_()
     weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    JepaLoss(0.05)(h, spans_for(h), weight).loss.backward()
+    span_loss(h, spans_for(h), weight, 0.05)[0].backward()
     assert torch.equal(h.grad.abs().sum((1, 2)) > 0, weight > 0)
 
 
@@ -124,9 +129,9 @@ def test_extremes_stay_finite(norm_floor: float, dtype: torch.dtype) -> None:
     zero = torch.zeros(2, 9, 8)
     for states in (three, flat, zero):
         h = states.to(dtype).requires_grad_()
-        sums = JepaLoss(norm_floor)(h, spans_for(h), torch.ones(len(h)))
-        sums.loss.backward()
-        assert torch.isfinite(sums.loss)
+        loss, _ = span_loss(h, spans_for(h), torch.ones(len(h)), norm_floor)
+        loss.backward()
+        assert torch.isfinite(loss)
         assert torch.isfinite(h.grad).all()
 
 
@@ -158,10 +163,10 @@ def gradient_norm(norm_floor: float | None) -> float:
     tokens = torch.randint(0, 64, (8, 65), generator=torch.Generator().manual_seed(1))
     spans = torch.tensor([[[10, 20]]]).expand(8, 1, 2)
     tokens[:, 9] = tokens[:, 20]
-    output = model(tokens[:, :-1], tokens[:, 1:], torch.ones(8), tap=-1)
+    output = model(tokens[:, :-1], tokens[:, 1:], torch.ones(8), taps=(-1,))
     loss = output.loss_sum / tokens[:, 1:].numel()
     if norm_floor is not None:
-        loss = loss + 0.1 * mean_loss(output.tap_BTD, spans, norm_floor)
+        loss = loss + 0.1 * mean_loss(output.taps[0], spans, norm_floor)
     loss.backward()
     return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
 

@@ -16,20 +16,21 @@ from jepa_dist.config import Config
 from jepa_dist.data.loader import TokenDataset
 from jepa_dist.data.order import sample_order
 from jepa_dist.data.shards import find_shards
-from jepa_dist.jepa.diagnostics import (
+from jepa_dist.model.gpt import GPT, Output
+from jepa_dist.model.init import initial_value
+from jepa_dist.monitor.alarms import JepaAlarms
+from jepa_dist.monitor.images import cos_image
+from jepa_dist.objectives.diagnostics import (
     cosine_table,
     describe_states,
     document_share,
     loss_by_documents,
     sink_share,
 )
-from jepa_dist.jepa.loss import UNSTRUCTURED_LOSS, JepaLoss
-from jepa_dist.jepa.probe import TapProbe
-from jepa_dist.jepa.spans import grid_spans, max_length
-from jepa_dist.model.gpt import GPT, Output
-from jepa_dist.model.init import initial_value
-from jepa_dist.monitor.alarms import JepaAlarms
-from jepa_dist.monitor.images import cos_image
+from jepa_dist.objectives.span import SpanObjective
+from jepa_dist.objectives.span_loss import UNSTRUCTURED_LOSS, span_loss
+from jepa_dist.objectives.span_probe import SpanProbe
+from jepa_dist.objectives.spans import grid_spans, max_length
 from jepa_dist.plan import Planner, TrainingClock
 from tests.ranks import run_ranks
 from tests.test_compile import compiled, count
@@ -49,10 +50,10 @@ def gaussian() -> Tensor:
 
 def look(h: Tensor) -> dict[str, Any]:
     """All numbers of these states, as a record would have them; a document begins at 0 and 32."""
-    probe = TapProbe(h.size(1), 0.5, bos_id=1, device=torch.device("cpu"))
+    probe = SpanProbe(h.size(1), 0.5, bos_id=1, device=torch.device("cpu"))
     tokens = torch.zeros(h.shape[:2], dtype=torch.int64)
     tokens[:, 0] = tokens[:, h.size(1) // 2] = 1
-    probe.watch(h, tokens, len(h))
+    probe.watch([h], tokens, len(h))
     return probe.metrics({name: value.item() for name, value in probe.measure().items()})
 
 
@@ -194,9 +195,9 @@ def test_losses_by_documents_are_split_where_documents_begin() -> None:
 
 
 def test_without_a_bos_nothing_is_said_of_documents() -> None:
-    probe = TapProbe(LENGTH, 0.5, bos_id=None, device=torch.device("cpu"))
+    probe = SpanProbe(LENGTH, 0.5, bos_id=None, device=torch.device("cpu"))
     h = gaussian()
-    probe.watch(h, torch.zeros(h.shape[:2], dtype=torch.int64), len(h))
+    probe.watch([h], torch.zeros(h.shape[:2], dtype=torch.int64), len(h))
     seen = probe.metrics({name: value.item() for name, value in probe.measure().items()})
     assert "jepa/within_doc" not in seen
     assert probe.measure() == {}  # it is told once
@@ -241,17 +242,17 @@ def first_forward(config: Config) -> Output:
     data = TokenDataset(find_shards(config.data.train, ""), config.model.seq_len, 257)
     sequences = config.batch.sequences
     rows = torch.from_numpy(data.read(sample_order(0, sequences, len(data), config.seed)))
-    return model(rows[:, :-1], rows[:, 1:], torch.ones(sequences), tap=config.jepa.layer)
+    return model(rows[:, :-1], rows[:, 1:], torch.ones(sequences), taps=(config.jepa.layer,))
 
 
 def first_step_by_hand(config: Config) -> dict[str, float]:
     """Gradients of the first step at the tapped state, by one backward for each."""
     output, sequences = first_forward(config), config.batch.sequences
     num_targets = sequences * config.model.seq_len
-    (ce,) = torch.autograd.grad(output.loss_sum / num_targets, output.tap_BTD)
-    h = output.tap_BTD.detach().requires_grad_()
-    spans = torch.from_numpy(Planner(config, TrainingClock()).plan(0).spans)
-    loss = JepaLoss(config.jepa.norm_floor)(h, spans, torch.ones(sequences)).loss / sequences
+    (ce,) = torch.autograd.grad(output.loss_sum / num_targets, output.taps[0])
+    h = output.taps[0].detach().requires_grad_()
+    spans = torch.from_numpy(Planner(config, TrainingClock()).plan(0).samples)
+    loss = span_loss(h, spans, torch.ones(sequences), config.jepa.norm_floor)[0] / sequences
     (jepa,) = torch.autograd.grad(config.jepa.lambda_ * loss, h)
     cosine = torch.nn.functional.cosine_similarity(ce.flatten(), jepa.flatten(), dim=0)
     return {
@@ -314,8 +315,10 @@ def test_compiled_graphs_are_the_same(corpus: Path) -> None:
 
 def train_cut_off(rank: int, world_size: int, config: Config) -> list[dict[str, Any]]:
     """With an objective whose input was detached: a loss, but no gradient."""
-    forward = JepaLoss.forward
-    JepaLoss.forward = lambda self, h, *rest: forward(self, h.detach(), *rest)  # type: ignore
+    forward = SpanObjective.forward
+    SpanObjective.forward = lambda self, states, *rest: forward(  # type: ignore[method-assign]
+        self, [h.detach() for h in states], *rest
+    )
     return train(rank, world_size, config)
 
 

@@ -103,8 +103,8 @@ def test_the_future_is_not_seen() -> None:
 def test_the_final_tap_is_the_very_tensor_that_the_head_reads() -> None:
     model, seen = randomised(ModelConfig(vocab_size=50, seq_len=16)), []
     model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    assert model(tokens(1, 16), tap=-1).tap_BTD is seen[0]
-    assert model(tokens(1, 16)).tap_BTD is None
+    assert model(tokens(1, 16), taps=(-1,)).taps[0] is seen[0]
+    assert model(tokens(1, 16)).taps == ()
 
 
 def test_rows_are_weighted() -> None:

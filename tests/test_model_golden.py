@@ -16,13 +16,13 @@ def build(case: Case) -> GPT:
     return parameter_golf.build(case.info["settings"], case.tensors("param/"))
 
 
-def run(model: GPT, case: Case, tap: int | None = None):
+def run(model: GPT, case: Case, tap: int):
     tokens = case.tensors()["tokens"].long()
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     phase = case.info["run"]["loop_phase"]
-    output = model(inputs, targets, torch.ones(len(inputs)), phase=phase, tap=tap)
+    output = model(inputs, targets, torch.ones(len(inputs)), phase=phase, taps=(tap,))
     logits = model(inputs, phase=phase).logits_BTV
-    return output.loss_sum / targets.numel(), logits, output.tap_BTD
+    return output.loss_sum / targets.numel(), logits, output.taps[0]
 
 
 def assert_gradients_match(model: GPT, expected: dict[str, Tensor]) -> None:

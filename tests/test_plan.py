@@ -38,7 +38,7 @@ def test_curriculum(tmp_path: Path) -> None:
     np.testing.assert_allclose(weights[5:15], 0.1 * np.arange(10) / 10, atol=1e-12)
     np.testing.assert_allclose(weights[15:], 0.1)
     for plan in plans(config, 20):
-        assert (plan.spans is not None) == (plan.jepa_weight > 0)
+        assert (plan.samples is not None) == (plan.jepa_weight > 0)
 
 
 def test_phases_logging_and_end(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_pack_and_unpack(tmp_path: Path) -> None:
         again = StepPlan.unpack(plan.pack((6, 2, 2)), (6, 2, 2))
         for field in dataclasses.fields(StepPlan):
             ours, expected = getattr(again, field.name), getattr(plan, field.name)
-            assert np.array_equal(ours, expected) if field.name == "spans" else ours == expected
+            assert np.array_equal(ours, expected) if field.name == "samples" else ours == expected
 
 
 def receive(rank: int, world_size: int, config: Config) -> tuple[list[StepPlan], list[bool]]:
@@ -107,4 +107,4 @@ def test_every_rank_is_told_the_same(tmp_path: Path) -> None:
         for ours, plan in zip(told, expected, strict=True):
             assert ours.step == plan.step
             assert ours.phase == plan.phase
-            assert np.array_equal(ours.spans, plan.spans)
+            assert np.array_equal(ours.samples, plan.samples)

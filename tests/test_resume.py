@@ -24,8 +24,10 @@ from tests.ranks import run_ranks
 from tests.test_world_sizes import Recorder, assert_same_run
 from tests.tiny import tiny_config, write_corpus
 
-# Everything that has state: Muon, EMA, accumulation, recurrence phases, JEPA, validation between.
+# Everything that has state: Muon, EMA, accumulation, recurrence phases, an objective with a head,
+# validation between.
 ALL = {
+    "jepa__objective": "next_state",
     "optim__matrix": "muon",
     "optim__matrix_lr": 0.005,
     "optim__ema_decay": 0.9,
@@ -101,10 +103,11 @@ def test_bit_for_bit_at_the_same_world_size(corpus: Path, straight: dict[str, An
 
 @pytest.mark.slow
 def test_any_world_size_along_the_way(corpus: Path) -> None:
-    straight = run_ranks(train, 1, config(corpus, "straight"))[0]["records"]
+    span = {"jepa__objective": "span"}
+    straight = run_ranks(train, 1, config(corpus, "straight", **span))[0]["records"]
     records: list[dict[str, Any]] = []
     for world_size, stop_at in ((4, 5), (2, 9), (3, 15), (1, None)):
-        changes = {} if stop_at is None else {"train__stop_at": stop_at}
+        changes = span | ({} if stop_at is None else {"train__stop_at": stop_at})
         part = run_ranks(train, world_size, config(corpus, "parts", **changes))[0]
         records += part["records"][:-1]
     assert_same_run([*records, part["records"][-1]], straight)
@@ -121,11 +124,12 @@ def test_the_clock_of_a_timed_run_goes_on(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_mesh_and_jepa_may_change_and_it_is_said(corpus: Path) -> None:
-    run_ranks(train, 2, config(corpus, "run", train__stop_at=5))
+    run_ranks(train, 2, config(corpus, "run", train__stop_at=5, jepa__objective="span"))
     changes = {"parallel__dp_replicate": 2, "jepa__lambda": 0.3}
     part = run_ranks(train, 4, config(corpus, "run", **changes))[0]
     assert part["start"].step == 5
     told = "\n".join(part["start"].messages)
+    assert "jepa.objective: was 'span', is 'next_state'" in told
     assert "jepa.lambda: was 0.1, is 0.3" in told
     assert "parallel.dp_replicate: was 1, is 2" in told
 

@@ -35,6 +35,10 @@ ARMS = {
 }
 
 
+def _stem(file: Path) -> str:
+    return file.stem
+
+
 def write_sweep(folder: Path, **changes: Any) -> Path:
     """A sweep of the default configuration; None leaves a key out."""
     base = folder / "base.yaml"
@@ -83,7 +87,7 @@ def test_settings_for_all(tmp_path: Path) -> None:
         assert config.data.train == "x/*.bin"
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [f for f in SHIPPED if f.stem.startswith("jepa")], ids=_stem)
 def test_shipped_lists(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Issue #1772's arms with three seeds or more, whatever the environment of the tests says."""
     monkeypatch.chdir(REPOSITORY)
@@ -99,6 +103,26 @@ def test_shipped_lists(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = of["mid_layer"].model.num_layers
     assert jepa["mid_layer"].layer == (5 if layers > 5 else layers // 2)
     assert jepa["mid_layer"].lambda_ == full.lambda_
+
+
+@pytest.mark.parametrize("file", [f for f in SHIPPED if f.stem.startswith("objectives")], ids=_stem)
+def test_shipped_lists_of_objectives(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    jepa = {member.arm: member.resolve().jepa for member in read_sweep(file)}
+    changes = {
+        arm: (config.objective, config.lambda_, config.start_frac, config.next_state.shift)
+        for arm, config in jepa.items()
+    }
+    assert changes == {
+        "control": ("span", 0, 0, 1),
+        "span": ("span", 0.005, 0, 1),
+        "next_state": ("next_state", 1, 0, 1),
+        "same_step": ("next_state", 1, 0, 0),
+        "no_stop_gradient": ("next_state", 1, 0, 1),
+        "late_start": ("next_state", 1, 0.3, 1),
+    }
+    free = [arm for arm, config in jepa.items() if not config.next_state.stop_gradient]
+    assert free == ["no_stop_gradient"]
 
 
 def arms(**changes: Any) -> dict[str, Any]:
@@ -202,7 +226,7 @@ def test_paired_arms_draw_the_same_spans(tmp_path: Path) -> None:
     def spans(member: Member) -> list[Any]:
         config = member.resolve()
         planner = Planner(config, TrainingClock())
-        return [planner.plan(step).spans for step in range(config.train.steps)]
+        return [planner.plan(step).samples for step in range(config.train.steps)]
 
     changed = arms(delayed={"jepa.lambda": 0.05, "jepa.start_frac": 0.3, "jepa.layer": 2})
     sweep = write_sweep(tmp_path, arms=changed, common={"train.steps": 20})

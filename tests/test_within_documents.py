@@ -24,10 +24,11 @@ from jepa_dist.data.loader import TokenDataset, TrainLoader
 from jepa_dist.data.shards import find_shards, write_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
-from jepa_dist.jepa.loss import JepaLoss
-from jepa_dist.jepa.spans import sample_spans_within
+from jepa_dist.objectives.objective import Samples
+from jepa_dist.objectives.span_loss import span_loss
+from jepa_dist.objectives.spans import sample_spans_within
 from jepa_dist.parallel.world import World, start_world
-from jepa_dist.plan import Planner, Spans, SpansAhead, TrainingClock
+from jepa_dist.plan import Planner, SamplesAhead, TrainingClock
 from tests.ranks import run_ranks
 from tests.test_jepa import SAMPLERS
 from tests.test_jepa_diagnostics import first_forward
@@ -158,23 +159,23 @@ def test_boundaries_are_those_of_the_batches(corpus: Path, skip: range) -> None:
 def test_spans_ahead_are_those_of_the_step_asked_for() -> None:
     asked = []
 
-    def sample(step: int) -> Spans:
+    def sample(step: int) -> Samples:
         asked.append(step)
         return np.full((1, 1, 2), step)
 
-    ahead = SpansAhead(sample)
+    ahead = SamplesAhead(sample)
     order = [3, 4, 5, 9, 10, 4]
     assert [int(ahead(step)[0, 0, 0]) for step in order] == order
     assert asked[:3] == [3, 4, 5]
 
 
 def test_an_error_ahead_is_raised_when_its_step_comes() -> None:
-    def sample(step: int) -> Spans:
+    def sample(step: int) -> Samples:
         if step == 2:
             raise UserError("a damaged shard")
         return np.zeros((1, 1, 2), dtype=np.int64)
 
-    ahead = SpansAhead(sample)
+    ahead = SamplesAhead(sample)
     ahead(0)
     ahead(1)
     with pytest.raises(UserError, match="damaged"):
@@ -187,7 +188,7 @@ def planned(rank: int, world_size: int, config: Config) -> list[tuple[Starts, ND
     documents = build_document_starts(config, world, BOS, **where)
     planner = Planner(config, TrainingClock(), documents=documents)
     reader = build_document_starts(config, world, BOS, **where)
-    return [(reader.read(step), planner.plan(step).spans) for step in range(20)]
+    return [(reader.read(step), planner.plan(step).samples) for step in range(20)]
 
 
 def test_planned_spans_keep_within_the_documents_of_their_rows(corpus: Path) -> None:
@@ -228,8 +229,8 @@ def test_sequences_without_a_span_are_counted_and_left_out(corpus: Path, tmp_pat
     has_span = torch.from_numpy(spans[:, 0, 0] > 0)
     assert has_span.tolist() == [bool(legal_spans(row, 0.5)) for row in starts]
     assert 0 < has_span.sum() < 6
-    h, chosen = first_forward(config).tap_BTD[has_span], torch.from_numpy(spans)[has_span]
-    expected = JepaLoss(config.jepa.norm_floor)(h, chosen, torch.ones(len(h))).loss / len(h)
+    h, chosen = first_forward(config).taps[0][has_span], torch.from_numpy(spans)[has_span]
+    expected = span_loss(h, chosen, torch.ones(len(h)), config.jepa.norm_floor)[0] / len(h)
     for world_size in (1, 2):
         seen = run_ranks(train, world_size, config)[0][0]
         assert seen["loss/jepa"] == pytest.approx(expected.item(), rel=1e-5)

@@ -118,8 +118,10 @@ def test_layouts_agree(world_size: int, changes: dict[str, Any], corpus: Path, s
     assert_same_run(run_ranks(train, world_size, tiny_config(corpus, **changes))[0], single)
 
 
-def test_muon_and_untied_parts_agree(corpus: Path) -> None:
+@pytest.mark.parametrize("objective", ["span", "next_state"])
+def test_muon_and_untied_parts_agree(objective: str, corpus: Path) -> None:
     changes = {
+        "jepa__objective": objective,
         "optim__matrix": "muon",
         "optim__matrix_lr": 0.005,
         "model__tie_embeddings": False,

@@ -17,6 +17,7 @@ some hundred bytes of scalars.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -40,10 +41,13 @@ from jepa_dist.config import Config
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.model.execution import LAST_PHASE, execution_order, looped_blocks
 from jepa_dist.model.gpt import GPT
+from jepa_dist.objectives.joint import JointModel
+from jepa_dist.objectives.registry import objective_class
 from jepa_dist.optim.exchange import MAX_WAVES
 from jepa_dist.optim.groups import group_parameters
 from jepa_dist.parallel.shard import compute_dtype, fsdp_units
 from jepa_dist.parallel.world import start_world
+from jepa_dist.plan import sample_shape
 from jepa_dist.training.assemble import build_trainer
 
 _GRADIENT_BYTES = 4  # gradients are reduced in float32
@@ -78,16 +82,17 @@ class Shapes:
 
 
 def shapes_of(config: Config) -> Shapes:
-    """The sizes of the configuration's model."""
+    """The sizes of the configuration's model and objective."""
     with torch.device("meta"):
-        model = GPT(config.model)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+        root = JointModel(GPT(config.model), objective_class(config)(config, None))
+    blocks = [sum(p.numel() for p in block.parameters()) for block in root.model.blocks]
     indices = fsdp_units(
         range(len(blocks)), looped_blocks(config.model), config.parallel.blocks_per_unit
     )
     units = {unit[-1]: sum(blocks[index] for index in unit) for unit in indices}
-    everything = sum(p.numel() for p in model.parameters())
-    groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)
+    named = root.trained_parameters()
+    everything = sum(p.numel() for p in named.values())
+    groups = group_parameters(named.items(), config.optim, config.model.tie_embeddings)
     muon = [p.numel() for g in groups if g.kind == "muon" for p in g.parameters.values()]
     return Shapes(everything - sum(units.values()), units, tuple(muon))
 
@@ -115,9 +120,8 @@ def _micro_batches(config: Config, ranks: int) -> int:
 
 
 def _plan(config: Config) -> Minimum:
-    """What rank 0 says: at least the spans of all sequences."""
-    spans = 2 * config.batch.sequences * config.jepa.spans_per_sequence
-    return Minimum(1, "1 plan", 8 * spans, "16 per span")
+    """What rank 0 says: at least the samples of all sequences."""
+    return Minimum(1, "1 plan", 8 * math.prod(sample_shape(config) or (0,)), "8 per sample")
 
 
 def _gathers(
@@ -259,6 +263,7 @@ def settings(config: Config) -> dict[str, Setting]:
         ),
         "Muon": Setting(2, {"optim": {"matrix": "muon"}}),
         "JEPA": Setting(2, {"jepa": {"lambda_": 0.02}}),
+        "next state": Setting(2, {"jepa": {"lambda_": 0.02, "objective": "next_state"}}),
     }
     if config.model.num_loops:
         found["looped"] = Setting(2, {}, LAST_PHASE)

@@ -48,7 +48,6 @@ def _of_jepa(config: str) -> dict[str, Expected]:
     return {
         f"jepa {config}: absent / off, time ratio": _less(0.96, 1.03),
         f"jepa {config}: on / off, time ratio": _less(0.97, 1.03),
-        f"jepa {config}: on at a middle block / off, time ratio": _less(0.97, 1.03),
     }
 
 

@@ -1,10 +1,9 @@
 """What the JEPA objective costs: the same training step with it on, off, and without its code.
 
-All variants train one model in turn. ``absent`` trains on a loss that knows
-nothing of the objective; ``off`` is the trainer at lambda 0; ``on`` samples spans,
-taps a state (the final one, or the output of a block in the middle) and adds the loss. "New graphs"
-is how many a variant compiled beyond those before it, in this order: 0 means that its graphs are
-the same.
+All variants train one model in turn. ``absent`` trains on a loss that knows nothing of the
+objective; ``off`` is the trainer before the objective starts; ``on`` samples, taps states and adds
+the loss, as ``jepa.objective`` and its settings say. "New graphs" is how many a variant compiled
+beyond those before it, in this order: 0 means that its graphs are the same.
 """
 
 from __future__ import annotations
@@ -28,18 +27,13 @@ from jepa_dist.bench.common import (
     time_in_turn,
     with_random_data,
 )
-from jepa_dist.bench.training import steady, stepper
-from jepa_dist.config import Config
+from jepa_dist.bench.training import steady, stepper, with_objective
 from jepa_dist.data.loader import Batch
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.plan import StepPlan
 from jepa_dist.training.assemble import build_trainer
-from jepa_dist.training.global_loss import GlobalLoss
 from jepa_dist.training.loop import Trainer
-
-# Where the configuration has it off.
-_LAMBDA = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.rounds < 1 or arguments.steps < 1:
         raise UserError("bench jepa: --rounds and --steps must be at least 1")
     config = steady(chosen_config(arguments), arguments.rounds, arguments.steps)
+    config = with_objective(config, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         world = start_world(config.parallel)
         trainer = build_trainer(with_random_data(config, Path(folder)), world)
@@ -142,39 +137,18 @@ def _compiled_graphs() -> int:
 
 def variants(trainer: Trainer) -> dict[str, Callable[[], None]]:
     """Return a step of each variant, on the same model, optimizer and data."""
-    off, on = _with_objective(trainer.config, 0.0), _with_objective(trainer.config, _LAMBDA)
-    middle = on.model.num_layers // 2
+    off, on = with_objective(trainer.config, 1.0), with_objective(trainer.config, 0.0)
     return {
         "absent": stepper(trainer, off, functools.partial(_loss_without_jepa, trainer)),
-        "off": _stepper(trainer, off),
-        "on, final state": _stepper(trainer, _tapped(on, -1)),
-        f"on, block {middle}": _stepper(trainer, _tapped(on, middle)),
+        "off": stepper(trainer, off),
+        "on": stepper(trainer, on),
     }
-
-
-def _stepper(trainer: Trainer, config: Config) -> Callable[[], None]:
-    """Return the trainer's step with another configuration of the objective."""
-    step, state = trainer.train_step, trainer.state
-    probe = trainer.instruments.probe
-    return stepper(
-        trainer, config, GlobalLoss(config, step.layout, state.model, state.objective, probe)
-    )
-
-
-def _with_objective(config: Config, weight: float) -> Config:
-    """From the first step on, or never."""
-    changes = {"start_frac": 0.0, "ramp_frac": 0.0, "within_documents": False, "lambda_": weight}
-    return config.model_copy(update={"jepa": config.jepa.model_copy(update=changes)})
-
-
-def _tapped(config: Config, layer: int) -> Config:
-    return config.model_copy(update={"jepa": config.jepa.model_copy(update={"layer": layer})})
 
 
 def _loss_without_jepa(
     trainer: Trainer, batch: Batch, plan: StepPlan, index: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``GlobalLoss`` as it would be if there were no objective."""
-    output = trainer.state.model(batch.tokens, batch.targets, batch.weight, phase=plan.phase)
+    output = trainer.state.root(batch.tokens, batch.targets, batch.weight, phase=plan.phase)
     ce = output.loss_sum / (trainer.config.batch.sequences * batch.targets.size(1))
     return ce, {"ce": ce}

@@ -167,8 +167,8 @@ def _simulate_step(
         model.to_empty(device="cpu")
         tokens = torch.zeros(rows, config.model.seq_len, dtype=torch.int64)
         weight = torch.ones(rows)
-    optimizer = build_optimizer(config, model)
-    ema = build_ema(config, model)
+    optimizer = build_optimizer(config, dict(model.named_parameters()))
+    ema = build_ema(config, dict(model.named_parameters()))
 
     # Simulated ranks have no notes to compare.
     with (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from jepa_dist.bench.common import synchronize, with_random_data
-from jepa_dist.bench.training import steady, stepper
+from jepa_dist.bench.training import steady, stepper, with_objective
 from jepa_dist.config import Config, load
 from jepa_dist.parallel.world import World
 from jepa_dist.training.assemble import build_trainer
@@ -139,9 +139,8 @@ class Session:
         return self.settings.small
 
     def config(self, path: str) -> Config:
-        """Return a configuration on random data: steps all alike, the objective off."""
-        config = self.settings.config(path)
-        config = config.model_copy(update={"jepa": config.jepa.model_copy(update={"lambda_": 0.0})})
+        """Return a configuration on random data: steps all alike, the objective there but off."""
+        config = with_objective(self.settings.config(path), start_frac=1.0)
         folder = self.folder / f"rank_{self.world.rank}" / Path(path).stem
         folder.mkdir(parents=True, exist_ok=True)
         return with_random_data(steady(config, 1000, 1000), folder)

@@ -33,6 +33,7 @@ from jepa_dist.build import build_ema, build_optimizer
 from jepa_dist.config import Config
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.errors import UserError
+from jepa_dist.model.flops import training_flops_per_token
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
 from jepa_dist.monitor.meter import TRAINING_PHASES
@@ -134,13 +135,14 @@ def _result(
     seconds = {"trainer": rounds.trainer_seconds, "floor": rounds.rival_seconds}
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     loops = {}
+    flops = tokens * training_flops_per_token(config.model, phase)
     for name, of_each_round in seconds.items():
         median = statistics.median(of_each_round)
         loops[name] = {
             "seconds": median,
             "seconds_of_each_round": of_each_round,
             "tokens_per_second": tokens / median,
-            "mfu": mfu(tokens / median, {phase: 1}, config, world).get("mfu"),
+            "mfu": mfu(flops / median, world).get("mfu"),
             "peak_bytes": peaks[name],
         }
     return {
@@ -180,8 +182,9 @@ class Floor:
         self._forward: Callable[..., Any] = self._model
         if config.parallel.compile:
             self._forward = torch.compile(self._model, dynamic=False)
-        self._optimizer = build_optimizer(config, self._master)
-        self._ema = build_ema(config, self._master)
+        parameters = dict(self._master.named_parameters())
+        self._optimizer = build_optimizer(config, parameters)
+        self._ema = build_ema(config, parameters)
         self._layout = BatchLayout(config.batch.sequences, config.batch.micro, 0, world.world_size)
         shape = (self._layout.micro_size, config.model.seq_len)
         self._tokens_BT, self._targets_BT = (

@@ -41,6 +41,14 @@ def steady(config: Config, rounds: int, steps: int) -> Config:
     )
 
 
+def with_objective(config: Config, start_frac: float) -> Config:
+    """Return a configuration with an objective: from the first step on (0), or in none (1)."""
+    weight = config.jepa.lambda_ or 0.02
+    changes = {"start_frac": start_frac, "ramp_frac": 0.0, "lambda_": weight}
+    changes["within_documents"] = False  # random data have no documents
+    return config.model_copy(update={"jepa": config.jepa.model_copy(update=changes)})
+
+
 def stepper(
     trainer: Trainer, config: Config | None = None, loss: Loss | None = None
 ) -> Callable[[], None]:

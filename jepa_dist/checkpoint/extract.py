@@ -17,12 +17,13 @@ from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.interop.safetensors_io import Description, Weights
 from jepa_dist.interop.tensor_file import LazyTensors
 from jepa_dist.model.execution import LAST_PHASE
+from jepa_dist.objectives.objective import is_objectives
 
 _PREFIXES: dict[Weights, str] = {"live": "model/", "ema": "ema/"}
 
 
 def read_model(path: Path, weights: Weights) -> tuple[Description, Mapping[str, Tensor]]:
-    """Return the model of a whole checkpoint, saved by any number of ranks.
+    """Return the model of a whole checkpoint, saved by any number of ranks, without objective.
 
     Args:
         path: The checkpoint, already verified.
@@ -42,7 +43,11 @@ def read_model(path: Path, weights: Weights) -> tuple[Description, Mapping[str, 
         with ShardFiles(path) as files:
             return assemble(files, f"{prefix}{name}", manifest.tensors[f"{prefix}{name}"])
 
-    names = [n.removeprefix(prefix) for n in manifest.tensors if n.startswith(prefix)]
+    names = [
+        name.removeprefix(prefix)
+        for name in manifest.tensors
+        if name.startswith(prefix) and not is_objectives(name)
+    ]
     tensors = LazyTensors(names, read)
     if not tensors:
         raise UserError(

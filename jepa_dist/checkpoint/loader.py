@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,12 @@ def _verify_share(path: Path, world: World) -> None:
 
 
 def load(
-    path: Path, tensors: Mapping[str, Tensor], world: World, *, verified: bool = False
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    world: World,
+    *,
+    verified: bool = False,
+    is_optional: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Any]:
     """Fill ``tensors`` in place, at any world size and mesh. Collective.
 
@@ -91,6 +96,8 @@ def load(
         tensors: What ``save`` was given, as it is laid out now.
         world: The ranks.
         verified: ``find_resumable`` has just found it whole.
+        is_optional: Tells by its name whether a tensor may be in only one of checkpoint and
+            ``tensors``; what the checkpoint does not hold stays as it is.
 
     Returns:
         What ``save`` was given as ``state``.
@@ -101,10 +108,10 @@ def load(
     """
     if not verified:
         verify_together(path, world)
-    manifest, state = on_every_rank(lambda: _fitting(path, tensors), world)
+    manifest, state = on_every_rank(lambda: _fitting(path, tensors, is_optional), world)
     try:
         state_dict_loader.load(
-            {name: tensor.detach() for name, tensor in tensors.items()},
+            {n: tensor.detach() for n, tensor in tensors.items() if n in manifest.tensors},
             storage_reader=ShardReader(path, manifest),
             process_group=world.control,
         )
@@ -113,7 +120,9 @@ def load(
     return state
 
 
-def _fitting(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Manifest, dict[str, Any]]:
+def _fitting(
+    path: Path, tensors: Mapping[str, Tensor], is_optional: Callable[[str], bool]
+) -> tuple[Manifest, dict[str, Any]]:
     """Manifest and state of a checkpoint that holds what ``tensors`` asks for."""
     manifest, state = read_manifest(path), read_state(path)
     expected = {
@@ -121,6 +130,10 @@ def _fitting(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Manifest, dict[
         for name, tensor in tensors.items()
     }
     found = {name: Signature(entry.shape, entry.dtype) for name, entry in manifest.tensors.items()}
+    only_one = expected.keys() ^ found.keys()
+    for name in filter(is_optional, only_one):
+        expected.pop(name, None)
+        found.pop(name, None)
     problems = mismatches(str(path), expected, found)
     if problems:
         raise UserError(*problems)

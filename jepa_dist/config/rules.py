@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from jepa_dist.config.schema import Config, Section
@@ -29,11 +30,14 @@ def _between_sections(config: Config) -> Iterator[str]:
             f"jepa.layer={jepa.layer}: must be in -1..{model.num_layers - 1} "
             f"(model.num_layers={model.num_layers})"
         )
-    if jepa.lambda_ and model.seq_len < 3:
+    if jepa.lambda_ and jepa.objective == "span" and model.seq_len < 3:
         yield f"model.seq_len={model.seq_len}: the JEPA objective needs at least 3 positions"
-    if jepa.lambda_ and jepa.start_frac < 1 and not _starts(config):
+    if jepa.lambda_ and jepa.section is not None:
+        yield from jepa.section.problems_of(model)
+    if jepa.lambda_ and jepa.start_frac < min(1, jepa.stop_frac) and not _starts(config):
+        stop = f", jepa.stop_frac={jepa.stop_frac}" if jepa.stop_frac < 1 else ""
         yield (
-            f"jepa.start_frac={jepa.start_frac}, jepa.ramp_frac={jepa.ramp_frac}: with "
+            f"jepa.start_frac={jepa.start_frac}, jepa.ramp_frac={jepa.ramp_frac}{stop}: with "
             f"train.steps={train.steps} the weight would be 0 in every step; start earlier, or use "
             "jepa.lambda=0 to disable the objective"
         )
@@ -54,14 +58,18 @@ def _between_sections(config: Config) -> Iterator[str]:
 
 
 def _starts(config: Config) -> bool:
-    """Return whether the objective's weight is above 0 in the last step.
+    """Return whether the objective's weight is above 0 in the last step before it stops.
 
     A run that ends by the clock has no known last step and counts as true.
     """
     if config.train.max_wallclock_seconds is not None:
         return True
-    last = (config.train.steps - 1) / config.train.steps
-    start = config.jepa.start_frac
+    steps, start, stop = config.train.steps, config.jepa.start_frac, config.jepa.stop_frac
+    number = steps - 1
+    if stop < 1:
+        number = max(0, math.ceil(stop * steps) - 1)
+        number -= number > 0 and number / steps >= stop
+    last = number / steps
     return last > start or (last == start and config.jepa.ramp_frac == 0)
 
 

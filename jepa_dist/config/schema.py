@@ -246,36 +246,121 @@ class DataConfig(Section):
     """Micro-batches that each loader process prepares in advance."""
 
 
+class ObjectiveSection(Section):
+    """The settings of one objective, in a field of ``JepaConfig`` that has the objective's name."""
+
+    within_documents: bool = False
+    """Whether the objective needs to know where documents begin."""
+
+    def problems_of(self, model: ModelConfig) -> Iterator[str]:
+        """Yield the violated rules, given the model; asked only if the objective is chosen."""
+        yield from ()
+
+
+class NextStateConfig(ObjectiveSection):
+    """The next-state objective (docs/objective.md)."""
+
+    target_layer: Annotated[int, Field(ge=0)] | None = None
+    """Block whose output (at its last execution) is predicted; null: round(0.2 * layers)."""
+    shift: Count = 1
+    """Distance in positions from the predicting state to its target. 0 predicts the same position:
+    a control arm, trivially solved."""
+    head: Literal["none", "linear", "swiglu"] = "swiglu"
+    """Map from the normalized state to the prediction; without bias."""
+    head_mult: Annotated[float, Field(gt=0.0, le=64.0, allow_inf_nan=False)] = 4.0
+    """Hidden width of a swiglu head, relative to model.model_dim."""
+    within_documents: bool = False
+    """Do not count positions whose target begins a document (needs BOS ids in the shards)."""
+    stop_gradient: bool = True
+    """Let no gradient reach the target. false: a control arm."""
+
+    def target(self, num_layers: int) -> int:
+        """Return the block whose output is the target."""
+        return round(0.2 * num_layers) if self.target_layer is None else self.target_layer
+
+    def hidden(self, width: int) -> int:
+        """Return the hidden width of a swiglu head."""
+        return int(self.head_mult * width)
+
+    def problems_of(self, model: ModelConfig) -> Iterator[str]:
+        """Yield the violated rules, given the model."""
+        if self.target(model.num_layers) >= model.num_layers:
+            yield (
+                f"jepa.next_state.target_layer={self.target_layer}: must be a block "
+                f"0..{model.num_layers - 1}"
+            )
+        if self.shift >= model.seq_len:
+            yield (
+                f"jepa.next_state.shift={self.shift}: must be below model.seq_len={model.seq_len}"
+            )
+        if self.head == "swiglu" and self.hidden(model.model_dim) < 1:
+            yield (
+                f"jepa.next_state.head_mult={self.head_mult}: leaves no hidden unit at "
+                f"model.model_dim={model.model_dim}"
+            )
+
+
 class JepaConfig(Section):
     """The auxiliary objective (docs/objective.md)."""
 
     lambda_: NonNegative = Field(default=0.0, alias="lambda")
     """Weight of the JEPA loss; 0 disables the objective."""
+    objective: Literal["span", "next_state"] = "span"
+    """The auxiliary loss. span: hidden states at the ends of a span move linearly (#1772).
+    next_state: a state predicts a shallow layer's state at the next position (NITP)."""
     max_span_frac: Fraction = 0.5
-    """Length of the longest span, as a fraction of the sequence."""
+    """span: length of the longest span, as a fraction of the sequence."""
     start_frac: Fraction = 0.0
     """Fraction of the run at which the objective starts."""
     ramp_frac: Fraction = 0.0
     """Fraction of the run over which the weight then rises from 0 to lambda; 0: no ramp."""
+    stop_frac: Fraction = 1.0
+    """Fraction of the run from which the objective is off again; 1: never."""
     layer: int = -1
-    """State that the loss reads: -1: the final state before the last norm; i: the output of block i
-    at its last execution."""
+    """State that the loss reads (next_state: that predicts): -1: the final state before the last
+    norm; i: the output of block i at its last execution."""
     spans_per_sequence: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Number of spans sampled in each sequence; their losses are averaged."""
+    """span: number of spans sampled in each sequence; their losses are averaged."""
     sampler: Literal["start_then_length", "uniform"] = "start_then_length"
-    """Distribution of the spans: uniform start, then uniform length; or uniform over all spans."""
+    """span: distribution of the spans: uniform start, then uniform length; or uniform over all
+    spans."""
     within_documents: bool = False
-    """Sample only spans inside one document, together with the state before them (needs BOS ids in
-    the shards). Sequences without such a span are not counted."""
+    """span: sample only spans inside one document, together with the state before them (needs BOS
+    ids in the shards). Sequences without such a span are not counted."""
     norm_floor: NonNegative = 0.05
     """Lower bound of both norms in the cosine, relative to the RMS norm of the sequence's states;
     0: an absolute bound of 1e-8, with which gradients can explode at the start of training."""
+    next_state: NextStateConfig = NextStateConfig()
+
+    @property
+    def section(self) -> ObjectiveSection | None:
+        """The settings of the chosen objective; None for span, whose settings are these."""
+        return getattr(self, self.objective, None)
+
+    @property
+    def documents_key(self) -> str | None:
+        """Key of the option by which the objective needs to know where documents begin; None if it
+        does not."""
+        section = self.section
+        if section is not None and section.within_documents:
+            return f"jepa.{self.objective}.within_documents"
+        return "jepa.within_documents" if section is None and self.within_documents else None
 
     def problems(self) -> Iterator[str]:
         """Yield the violated rules."""
         if self.lambda_ == 0:
             return
-        if self.max_span_frac == 0:
+        if self.section is not None and self.within_documents:
+            yield (
+                f"jepa.within_documents=true: concerns spans, but jepa.objective={self.objective}; "
+                f"use jepa.{self.objective}.within_documents"
+            )
+        if self.stop_frac <= self.start_frac < 1:
+            yield (
+                f"jepa.stop_frac={self.stop_frac}: must be above jepa.start_frac="
+                f"{self.start_frac}; use jepa.lambda=0 to disable the objective"
+            )
+        if self.objective == "span" and self.max_span_frac == 0:
             yield "jepa.max_span_frac=0.0: must be above 0 when jepa.lambda > 0"
         if self.start_frac >= 1:
             yield (

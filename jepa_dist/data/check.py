@@ -37,7 +37,7 @@ def check_data(config: Config) -> None:
         problems += _tokenizer_problems(config)
     if not problems:
         problems += _byte_problems(config)
-    if not problems and config.jepa.within_documents:
+    if not problems and config.jepa.documents_key is not None:
         problems += _boundary_problems(config, tokenizer)
     if problems:
         raise UserError(*problems)
@@ -65,9 +65,9 @@ def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
         return next(iter(said))
     if tokenizer is not None:
         return tokenizer.bos_id
-    if config.jepa.within_documents:
+    if config.jepa.documents_key is not None:
         raise UserError(
-            "jepa.within_documents=true: nothing says which id begins a document in "
+            f"{config.jepa.documents_key}=true: nothing says which id begins a document in "
             f"data.train={config.data.train!r}; set data.bos_id (50256 in GPT-2 shards), or name "
             "the tokenizer of the data (data.tokenizer)"
         )
@@ -209,9 +209,9 @@ def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[
     if not any((shard.read(n, min(n + _SEARCH_STEP, searched)) == bos_id).any() for n in starts):
         place = "" if searched == shard.count else f"the first {searched} tokens of "
         yield (
-            f"jepa.within_documents=true: no document begins in {place}{shard.path}: id {bos_id} "
-            "does not occur; set data.bos_id to the one that begins documents, or leave the "
-            "option off"
+            f"{config.jepa.documents_key}=true: no document begins in {place}{shard.path}: id "
+            f"{bos_id} does not occur; set data.bos_id to the one that begins documents, or leave "
+            "the option off"
         )
 
 

@@ -154,7 +154,7 @@ class TrainedModel:
                 f"model.seq_len={longest}; cut the text"
             )
         tokens_BT = torch.tensor([ids], device=self.device)
-        tap_BTD = self.model(tokens_BT, phase=self.phase, tap=layer).tap_BTD
+        tap_BTD = self.model(tokens_BT, phase=self.phase, taps=(layer,)).taps[0]
         assert isinstance(tap_BTD, Tensor)
         return tap_BTD[0]
 

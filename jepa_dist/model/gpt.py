@@ -6,7 +6,7 @@ V vocabulary, R rotated dimensions of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ class Output(NamedTuple):
     """Sum over all targets of weight times cross-entropy (nats), float32 scalar."""
     logits_BTV: Tensor | None = None
     """Logits after the soft cap, float32; only without targets."""
-    tap_BTD: Tensor | None = None
-    """The tapped hidden state, in the activations' dtype; only when asked for."""
+    taps: tuple[Tensor, ...] = ()
+    """The hidden states that were asked for, [B, T, D] each, in the activations' dtype."""
 
 
 class EmbedRegion(nn.Module):
@@ -54,7 +54,7 @@ class SkipRegion(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT with U-Net skips, depth recurrence and a tap for the hidden states."""
+    """A GPT with U-Net skips, depth recurrence and taps for the hidden states."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class GPT(nn.Module):
         weight: Tensor | None = None,
         *,
         phase: int = 0,
-        tap: int | None = None,
+        taps: Sequence[int] = (),
         cache: KVCache | None = None,
     ) -> Output:
         """One pass over the model.
@@ -105,39 +105,38 @@ class GPT(nn.Module):
             weight: float32 weight in the loss sum of every row, [B] (0 for padding rows), or of
                 every target, [B, T].
             phase: Recurrence phase 0, 1 or 2.
-            tap: None for no tap, -1 for the final pre-norm state (the very tensor that the head
-                reads), i for block i's output at its last execution.
+            taps: Layers whose states to hand out, in this order: -1 for the final pre-norm state
+                (the very tensor that the head reads), i for block i's output at its last execution.
             cache: Keys and values of the positions before ``tokens_BT``; the pass appends its own.
                 For generation: eager, without gradients, on a whole model.
         """
         x_BTD = self.embed(tokens_BT, self.tok_emb.weight, _weight(self.embed_proj))
         if cache is None:
             tables = self._rope_tables(x_BTD.size(1), x_BTD.device)
-            x_BTD, tap_BTD = self._run_blocks(x_BTD, tables, phase, tap)
+            x_BTD, states = self._run_blocks(x_BTD, tables, phase, taps)
         else:
             with cache.extended(self, x_BTD.size(1), phase) as tables:
-                x_BTD, tap_BTD = self._run_blocks(x_BTD, tables, phase, tap)
+                x_BTD, states = self._run_blocks(x_BTD, tables, phase, taps)
         head_VE = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         result = self.head(x_BTD, head_VE, _weight(self.head_proj), targets_BT, weight)
         if targets_BT is None:
-            return Output(logits_BTV=result, tap_BTD=tap_BTD)
-        return Output(loss_sum=result, tap_BTD=tap_BTD)
+            return Output(logits_BTV=result, taps=states)
+        return Output(loss_sum=result, taps=states)
 
     def _run_blocks(
-        self, x_BTD: Tensor, tables: tuple[Tensor, Tensor], phase: int, tap: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encoder, decoder with skips; returns the final state and the tapped one."""
+        self, x_BTD: Tensor, tables: tuple[Tensor, Tensor], phase: int, taps: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Encoder, decoder with skips; returns the final state and the tapped ones."""
         order = execution_order(self.config, phase)
         x0_BTD = _distinct(x_BTD) if self.config.x0_mix else None
-        tap_BTD: Tensor | None = None
+        states: dict[int, Tensor] = {}
 
         def run(x_BTD: Tensor, execution: Execution) -> Tensor:
-            nonlocal tap_BTD
             block = self.blocks[execution.block]
             assert isinstance(block, Block)
             x_BTD = block(x_BTD, x0_BTD, *tables, block.mlp_of_repeat(execution.repeat))
-            if execution.block == tap and execution.is_last:
-                tap_BTD = x_BTD
+            if execution.block in taps and execution.is_last:
+                states[execution.block] = x_BTD
             return x_BTD
 
         stack: list[Tensor] = []
@@ -149,7 +148,8 @@ class GPT(nn.Module):
                 gate = None if self.skip_gates is None else self.skip_gates[row]
                 x_BTD = self.skip(x_BTD, stack.pop(), self.skip_weights[row], gate)
             x_BTD = run(x_BTD, execution)
-        return x_BTD, x_BTD if tap == -1 else tap_BTD
+        states[-1] = x_BTD
+        return x_BTD, tuple(states[layer] for layer in taps)
 
     def _rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (length, device)

@@ -28,6 +28,14 @@ def initial_value(
     return _rule(name, config)(shape, _generator(name, seed), device)
 
 
+def fan_in_uniform(name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
+    """Return a matrix [out, in] uniform within 1/sqrt(in), float32 on ``device``.
+
+    A function of seed and name, as ``initial_value`` is.
+    """
+    return _uniform(shape, _generator(name, seed), device)
+
+
 _Rule = Callable[[torch.Size, torch.Generator, torch.device], Tensor]
 
 
@@ -67,13 +75,17 @@ def _stream_only(shape: torch.Size, generator: torch.Generator, device: torch.de
 def _matrix(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
     rows, columns = shape
     if min(rows, columns) < _ORTHOGONAL_FROM:
-        bound = 1.0 / math.sqrt(columns)
-        uniform = torch.rand(shape, generator=generator)
-        return uniform.mul_(2 * bound).sub_(bound).to(device)
+        return _uniform(shape, generator, device)
     gaussian = torch.randn(max(rows, columns), min(rows, columns), generator=generator).to(device)
     q, r = torch.linalg.qr(gaussian)
     q = q * torch.sign(torch.diagonal(r))  # makes the factorisation, and so the draw, unique
     return q if rows >= columns else q.T.contiguous()
+
+
+def _uniform(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+    bound = 1.0 / math.sqrt(shape[1])
+    uniform = torch.rand(shape, generator=generator)
+    return uniform.mul_(2 * bound).sub_(bound).to(device)
 
 
 def _generator(name: str, seed: int) -> torch.Generator:

@@ -16,7 +16,8 @@ def model_summary(named_parameters: Iterable[tuple[str, Tensor]], config: ModelC
     """Text for people.
 
     Args:
-        named_parameters: Of the whole model, plain or DTensor (the full shapes count).
+        named_parameters: Of the whole model (and objective), plain or DTensor (the full shapes
+            count).
         config: The model.
     """
     sizes: Counter[str] = Counter()

@@ -9,9 +9,14 @@ from typing import Any
 
 from jepa_dist.monitor.metrics_file import number, read_records
 
+_RANKS = ("jepa/effective_rank", "jepa/target_effective_rank")
+# The trivial solution: the loss is almost gone, and so is half of what it could have predicted.
+_TRIVIAL_LOSS, _TRIVIAL_RANK_SHARE = 0.05, 0.5
+
 
 class JepaAlarms:
-    """Watches the records of a run for an objective that does nothing, and for collapse.
+    """Watches the records of a run for an objective that does nothing, for collapse, and for a
+    trivial solution (loss near 0 while the rank of the states falls).
 
     Args:
         dead_gradient_ratio: The objective has no gradient if that of lambda * JEPA is less than
@@ -24,13 +29,22 @@ class JepaAlarms:
     def __init__(self, dead_gradient_ratio: float, collapse_share: float) -> None:
         self._dead_gradient_ratio = dead_gradient_ratio
         self._collapse_share = collapse_share
-        self._first: tuple[int, float] | None = None
+        self._first: dict[str, tuple[int, float]] = {}
+        """Step and value of the first look, by metric."""
         self._previous = math.inf
         self._raised: set[str] = set()
 
     def observe(self, record: Mapping[str, Any]) -> list[str]:
         """Take in a record, in order; the warnings that it gives rise to."""
-        found = {"gradient": self._no_gradient(record), "collapse": self._collapse(record)}
+        for name in _RANKS:
+            rank = number(record, name)
+            if rank is not None and math.isfinite(rank):
+                self._first.setdefault(name, (record["step"], rank))
+        found = {
+            "gradient": self._no_gradient(record),
+            "collapse": self._collapse(record),
+            "trivial": self._trivial(record),
+        }
         looked = {name for name, warning in found.items() if warning is not None}
         warnings = {name: found[name] for name in looked if found[name]}
         told = [str(warnings[name]) for name in found if name in warnings.keys() - self._raised]
@@ -62,9 +76,7 @@ class JepaAlarms:
         rank = number(record, "jepa/effective_rank")
         if rank is None or not math.isfinite(rank):
             return None
-        if self._first is None:
-            self._first = record["step"], rank
-        step, first = self._first
+        step, first = self._first["jepa/effective_rank"]
         higher, self._previous = max(rank, self._previous), rank
         if higher >= self._collapse_share * first:
             return ""
@@ -72,4 +84,23 @@ class JepaAlarms:
             f"step {record['step']}: the tapped states collapse: they use {rank:.1f} directions "
             f"(jepa/effective_rank), at step {step} it was {first:.1f}. Lower jepa.lambda or the "
             "learning rates, or start later (jepa.start_frac); docs/objective.md"
+        )
+
+    def _trivial(self, record: Mapping[str, Any]) -> str | None:
+        relative = number(record, "jepa/relative")
+        ranks = {name: number(record, name) for name in _RANKS if name in self._first}
+        shares = {
+            name: rank / self._first[name][1]
+            for name, rank in ranks.items()
+            if rank is not None and self._first[name][1] > 0
+        }
+        if relative is None or not shares:
+            return None
+        name, share = min(shares.items(), key=lambda item: item[1])
+        if relative >= _TRIVIAL_LOSS or share >= _TRIVIAL_RANK_SHARE:
+            return ""
+        return (
+            f"step {record['step']}: the objective is solved trivially: its loss is {relative:.1%} "
+            f"of that of unrelated states while {name} fell to {share:.0%} of its first value. "
+            "Lower jepa.lambda, start later (jepa.start_frac), or see docs/objective.md"
         )

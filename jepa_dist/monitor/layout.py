@@ -38,7 +38,10 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     "4 Is the objective alive?": {
         "gradient relative to cross-entropy's": _lines("jepa/grad_ratio"),
         "gradients' cosine": _lines("jepa/grad_cos"),
-        "directions in use": _lines("jepa/effective_rank", "jepa/participation_ratio"),
+        "directions in use": _lines(
+            "jepa/effective_rank", "jepa/participation_ratio", "jepa/target_effective_rank"
+        ),
+        "anisotropy": _lines("jepa/mean_cosine", "jepa/target_mean_cosine"),
         "spread": _lines("jepa/std"),
         "straightness": _lines("jepa/straightness", "jepa/cos"),
         "short-cuts": _lines(
@@ -46,7 +49,9 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         ),
         "inside and across documents": _lines("jepa/within_doc", "jepa/cross_doc"),
         "weight": _lines("jepa/lambda"),
-        "spans at the floor, rows without": _lines("jepa/floored", "jepa/rows_without_span"),
+        "at the floor, not counted": _lines(
+            "jepa/floored", "jepa/rows_without_span", "jepa/counted"
+        ),
     },
     "5 Does it last?": {
         "goodput": _lines("goodput/productive_share"),

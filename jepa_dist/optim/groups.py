@@ -1,9 +1,9 @@
 """Which parameter is optimised how (golden README section 4).
 
 Four groups, in step order: ``tok`` (the token embedding), ``head`` (an untied output head),
-``matrix`` (every 2-D matrix inside the blocks and the embedding projections) and ``scalar``
-(scales, gains, mixes, skips). A parameter is recognised by its name and its number of dimensions
-alone, so nothing here depends on the model's classes.
+``matrix`` (every 2-D matrix inside the blocks and the objective, and the embedding projections)
+and ``scalar`` (scales, gains, mixes, skips). A parameter is recognised by its name and its number
+of dimensions alone, so nothing here depends on the model's classes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ STEP_ORDER: tuple[GroupName, ...] = ("tok", "head", "matrix", "scalar")
 _CONTROLS = {"attn_scale", "mlp_scale", "resid_mix", "q_gain"}
 _RULE = (
     "known are tok_emb.weight, lm_head.weight (only when untied), embed_proj.weight, "
-    "head_proj.weight, skip_weights, skip_gates, the 2-D weights under override_mlps, and under "
-    f"blocks everything that is 1-D or 2-D ({', '.join(sorted(_CONTROLS))} are scalars)"
+    "head_proj.weight, skip_weights, skip_gates, the 2-D weights under override_mlps, and "
+    "everything that is 1-D or 2-D under objective and under blocks "
+    f"({', '.join(sorted(_CONTROLS))} are scalars)"
 )
 
 
@@ -103,7 +104,9 @@ def _group_of(name: str, ndim: int, tied: bool) -> GroupName | None:
         return "scalar"
     if root == "blocks" and (ndim == 1 or leaf in _CONTROLS):
         return "scalar"
-    if root in ("blocks", "override_mlps") and ndim == 2:
+    if root == "objective" and ndim == 1:
+        return "scalar"
+    if root in ("blocks", "override_mlps", "objective") and ndim == 2:
         return "matrix"
     return None
 

@@ -74,8 +74,10 @@ class _Plan:
 class Muon(torch.optim.Optimizer):
     """Decoupled decay, then lr * sqrt(max(1, rows / cols)) times the orthogonalized momentum.
 
-    A parameter without gradient is decayed and keeps its momentum, as in the reference. All ranks
-    must have gradients of the same parameters; they compare the set whenever it changes.
+    A parameter without gradient is decayed and keeps its momentum, as in the reference; only those
+    of the objective (``objective.NAME``) are not decayed, or one that starts late would start from
+    nothing. All ranks must have gradients of the same parameters; they compare the set whenever it
+    changes.
     State per parameter: ``momentum``, float32, placed like the parameter.
 
     Args:
@@ -190,7 +192,12 @@ class Muon(torch.optim.Optimizer):
                 )
 
     def _decay(self) -> None:
-        shards = [shard for p in self._params if (shard := local(p)).numel()]
+        decayed = [
+            p
+            for name, p in zip(self._names, self._params, strict=True)
+            if p.grad is not None or not name.startswith("objective.")
+        ]
+        shards = [shard for p in decayed if (shard := local(p)).numel()]
         decay = 1 - self._lr * self._group["weight_decay"]
         torch._foreach_mul_(shards, self._unless_skipped(decay))
 

@@ -42,12 +42,15 @@ def next_phase(
     return phase
 
 
-def jepa_weight(frac: float, lambda_: float, start_frac: float, ramp_frac: float) -> float:
-    """Weight of the JEPA loss: 0 before ``start_frac``, then up to ``lambda_`` over ``ramp_frac``.
+def jepa_weight(
+    frac: float, lambda_: float, start_frac: float, ramp_frac: float, stop_frac: float = 1.0
+) -> float:
+    """Weight of the JEPA loss: 0 before ``start_frac``, then up to ``lambda_`` over ``ramp_frac``,
+    and 0 again from ``stop_frac`` on.
 
-    ``ramp_frac`` 0 gives the whole weight at once.
+    ``ramp_frac`` 0 gives the whole weight at once; ``stop_frac`` 1 never switches it off.
     """
-    if frac < start_frac:
+    if frac < start_frac or (stop_frac < 1 and frac >= stop_frac):
         return 0.0
     if ramp_frac <= 0:
         return lambda_

@@ -41,6 +41,11 @@ Settings = dict[str, Any]
 # What a setting makes idle: if the key has this value, the keys with these beginnings do nothing.
 _IDLE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("jepa.lambda", 0, ("jepa.",)),
+    ("jepa.objective", "span", ("jepa.next_state.",)),
+    (
+        *("jepa.objective", "next_state"),
+        ("jepa.max_span_frac", "jepa.spans_per_sequence", "jepa.sampler", "jepa.within_documents"),
+    ),
     ("optim.matrix", "adamw", ("optim.muon_",)),
     ("model.tie_embeddings", True, ("optim.embed_lr", "optim.head_lr")),
     ("model.tie_embeddings", False, ("optim.tied_embed_lr", "model.tied_embed_init_std")),

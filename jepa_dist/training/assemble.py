@@ -11,9 +11,8 @@ from typing import Any
 from jepa_dist.build import (
     build_document_starts,
     build_ema,
+    build_joint_model,
     build_loader,
-    build_model,
-    build_objective,
     build_optimizer,
     build_validation,
 )
@@ -22,7 +21,6 @@ from jepa_dist.config import Config
 from jepa_dist.data.check import known_bos, load_checked_tokenizer
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.evaluate.weights import find_initial
-from jepa_dist.jepa.probe import TapProbe
 from jepa_dist.monitor.meter import Meter
 from jepa_dist.monitor.startup import Startup
 from jepa_dist.monitor.stragglers import RankTimes
@@ -85,12 +83,12 @@ def build_trainer(
     """
     identity = dict(identity or {})
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
-    state = _build_state(config, world, is_new=resume is None)
     tokenizer = load_checked_tokenizer(config, ("train", "val"))
     bos_id = known_bos(config, tokenizer)
+    state = _build_state(config, world, bos_id, is_new=resume is None)
     validation = build_validation(config, world, layout.micro_size, tokenizer)
     meter = meter or Meter(config.batch.sequences * config.model.seq_len, world.device)
-    time_communication(state.model, lambda: meter.communication())
+    time_communication(state.root, lambda: meter.communication())
     times = Times(meter, TrainingClock(), startup or Startup())
     saving: Saving = (
         Saving() if checkpointer is None else CheckpointSaving(checkpointer, state, times, identity)
@@ -103,7 +101,7 @@ def build_trainer(
     )
     stops = StopSignals(request, world, meter)
     instruments = _build_instruments(config, state, bos_id, times, saving, stops, rank_times)
-    loss = GlobalLoss(config, layout, state.model, state.objective, instruments.probe)
+    loss = GlobalLoss(config, layout, state.root, instruments.probe)
     train_step = TrainStep(state, layout, loss, instruments, meter)
     warms_up = config.parallel.compile and config.parallel.compile_warmup
     open_segment = functools.partial(build_segment, config, world, bos_id, times.clock, instruments)
@@ -160,19 +158,19 @@ def build_segment(
     )
 
 
-def _build_state(config: Config, world: World, *, is_new: bool) -> TrainState:
+def _build_state(config: Config, world: World, bos_id: int | None, *, is_new: bool) -> TrainState:
     values = None
     if is_new and config.train.init_from is not None:
         values = find_initial(Path(config.train.init_from).expanduser(), config).value
-    model, schedule = build_model(config, world, values)
+    root, schedule = build_joint_model(config, world, bos_id, values)
+    parameters = root.trained_parameters()
     return TrainState(
         world,
-        model,
+        root,
         schedule,
-        build_objective(config),
-        build_optimizer(config, model),
-        GradientClip(model.parameters(), config.optim.grad_clip_norm),
-        build_ema(config, model),
+        build_optimizer(config, parameters),
+        GradientClip(parameters.values(), config.optim.grad_clip_norm),
+        build_ema(config, parameters),
     )
 
 
@@ -196,16 +194,15 @@ def _build_instruments(
     rank_times: RankTimes,
 ) -> Instruments:
     world = state.world
-    tap = TapProbe(config.model.seq_len, config.jepa.max_span_frac, bos_id, world.device)
-    probe = Probe(tap)
-    histograms = Histograms(state.model, config.monitor.histogram_every)
+    probe = Probe(state.objective.probe(bos_id, world.device))
+    histograms = Histograms(state.root.trained_parameters(), config.monitor.histogram_every)
     compiles = Compiles()
     return Instruments(
         probe,
         histograms,
         compiles,
         everything=(
-            Speed(times.meter, saving, config, world),
+            Speed(times.meter, saving, state.root, world),
             StopRequests(stops),
             probe,
             Clipping(config.optim.grad_clip_norm),

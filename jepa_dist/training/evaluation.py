@@ -74,7 +74,7 @@ class Evaluation:
     def _validate(self, phase: int) -> dict[str, float | None]:
         """Validate once; parameters are shards again afterwards, as EMA and updates need."""
         try:
-            return self.validation.run(self._state.model, phase, self.stops.is_asked)
+            return self.validation.run(self._state.root, phase, self.stops.is_asked)
         finally:
             self._state.schedule.release()
 
@@ -90,7 +90,7 @@ class Evaluation:
         if self.tokenizer is None or self._config.eval.sample_tokens == 0:
             return {}
         text = generate(
-            self._state.model,
+            self._state.root,
             self.tokenizer,
             self._config.eval.prompt,
             num_tokens=self._config.eval.sample_tokens,

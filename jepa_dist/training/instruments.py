@@ -14,21 +14,28 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jepa_dist.config import Config
-from jepa_dist.jepa.probe import TapProbe
 from jepa_dist.monitor.clipped import ClippedShare
 from jepa_dist.monitor.compiles import CompileCounter
 from jepa_dist.monitor.meter import Meter
 from jepa_dist.monitor.stragglers import RankTimes
+from jepa_dist.objectives.joint import JointModel, Watch
+from jepa_dist.objectives.probe import TapProbe
 from jepa_dist.optim.histograms import Distribution, distributions
 from jepa_dist.optim.update_ratio import UpdateRatio
 from jepa_dist.parallel.reduce import StepReport
 from jepa_dist.parallel.world import World
 from jepa_dist.plan import StepPlan
 from jepa_dist.training.listeners import Publisher
-from jepa_dist.training.records import compiled_graphs, kinds_of_work, memory, mfu
+from jepa_dist.training.records import (
+    KindOfStep,
+    compiled_graphs,
+    kinds_of_work,
+    mean_flops,
+    memory,
+    mfu,
+)
 from jepa_dist.training.saving import Saving
 from jepa_dist.training.stopping import StopSignals
 
@@ -67,24 +74,25 @@ class Instrument:
 class Speed(Instrument):
     """Tokens per second, seconds by phase, and the share of the device's peak."""
 
-    def __init__(self, meter: Meter, saving: Saving, config: Config, world: World) -> None:
+    def __init__(self, meter: Meter, saving: Saving, root: JointModel, world: World) -> None:
         self._meter = meter
         self._saving = saving
-        self._config = config
+        self._root = root
         self._world = world
-        self._phases: Counter[int] = Counter()
-        """Steps since the last record by recurrence phase: they differ in FLOPs."""
+        self._steps: Counter[KindOfStep] = Counter()
+        """Steps since the last record by what they compute: they differ in FLOPs."""
 
     def begin(self, plan: StepPlan) -> None:
         """Start the step's time."""
         self._meter.step(plan.step, saving=self._saving.in_flight, times_communication=plan.log)
-        self._phases[plan.phase] += 1
+        self._steps[KindOfStep(plan.phase, plan.is_objective_on)] += 1
 
     def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
         """Return means over the steps since the last record."""
-        phases, self._phases = self._phases, Counter()
+        steps, self._steps = self._steps, Counter()
         speed = self._meter.lap()
-        return {**speed, **mfu(speed["tokens_per_second"], phases, self._config, self._world)}
+        flops = mean_flops(self._root.config, self._root.objective.flops_per_token, steps)
+        return {**speed, **mfu(speed["tokens_per_second"] * flops, self._world)}
 
 
 class StopRequests(Instrument):
@@ -105,9 +113,9 @@ class Probe(Instrument):
         self._tap = tap
         self._sums: dict[str, Tensor] = {}
 
-    def watch(self, tap_BTD: Tensor, tokens_BT: Tensor, num_rows: int) -> Tensor:
-        """Return the tapped states for the objective to read; see ``TapProbe.watch``."""
-        return self._tap.watch(tap_BTD, tokens_BT, num_rows)
+    def watcher(self, tokens_BT: Tensor, num_rows: int) -> Watch:
+        """Return what is to be shown the tapped states of a micro-batch; see ``TapProbe.watch``."""
+        return lambda states: self._tap.watch(states, tokens_BT, num_rows)
 
     def measure(self) -> None:
         """Take the numbers of what was watched; after every backward."""
@@ -126,15 +134,15 @@ class Probe(Instrument):
 class Histograms(Instrument):
     """Distributions of parameters and gradients every so many steps (0: never); for TensorBoard."""
 
-    def __init__(self, model: nn.Module, every: int) -> None:
-        self._model = model
+    def __init__(self, named_parameters: Mapping[str, Tensor], every: int) -> None:
+        self._named_parameters = named_parameters
         self._every = every
         self._taken: dict[str, Distribution] = {}
 
     def before_update(self, plan: StepPlan) -> None:
         """Count, in the steps that it is time to; collective."""
         is_due = self._every > 0 and (plan.step + 1) % self._every == 0
-        self._taken = distributions(self._model.named_parameters()) if is_due else {}
+        self._taken = distributions(self._named_parameters.items()) if is_due else {}
 
     def publish(self, publisher: Publisher, step: int) -> None:
         """Hand out what the last step found, if it counted."""

@@ -158,7 +158,7 @@ class Trainer:
         return {
             "step": plan.step + 1,
             "tokens": self.segment.tokens_after(plan),
-            **losses(plan, values, self.config),
+            **losses(plan, values, self.state.objective),
             "grad_norm": values["grad_norm"],
             "progress": plan.frac,
             "phase": plan.phase,

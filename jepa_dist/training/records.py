@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,64 +12,66 @@ import torch._dynamo
 
 import jepa_dist
 from jepa_dist.config import Config, ModelConfig
-from jepa_dist.jepa.loss import UNSTRUCTURED_LOSS
 from jepa_dist.model.flops import training_flops_per_token
 from jepa_dist.monitor.hardware import peak_flops, resident_gib
+from jepa_dist.objectives.objective import Objective
 from jepa_dist.parallel.shard import compute_dtype
 from jepa_dist.parallel.world import World
 from jepa_dist.plan import StepPlan
 
 
-def losses(plan: StepPlan, values: Mapping[str, float], config: Config) -> dict[str, float | None]:
+class KindOfStep(NamedTuple):
+    """What a step's FLOPs depend on."""
+
+    phase: int
+    """Recurrence phase."""
+    is_objective_on: bool
+
+
+def losses(
+    plan: StepPlan, values: Mapping[str, float], objective: Objective
+) -> dict[str, float | None]:
     """Means over the global batch of this step; JEPA's are None while it is off."""
-    ce, jepa = values["ce"], values["jepa"]
-    if plan.num_span_rows == 0:  # the objective is off, or no row has a span: no mean to report
-        off: dict[str, float | None] = {"loss/ce": ce, "loss/jepa": None, "loss/total": ce}
-        left_out = {} if plan.spans is None else _left_out(plan, config)
-        return {**off, "jepa/lambda": plan.jepa_weight, **left_out}
-    num_spans = plan.num_span_rows * config.jepa.spans_per_sequence
-    return {
-        "loss/ce": ce,
-        "loss/jepa": jepa,
-        "loss/total": ce + plan.jepa_weight * jepa,
-        "jepa/lambda": plan.jepa_weight,
-        "jepa/cos": 1.0 - jepa,
-        "jepa/relative": jepa / UNSTRUCTURED_LOSS,
-        "jepa/floored": values["floored"] / num_spans,
-        **_left_out(plan, config),
-    }
+    ce = values["ce"]
+    off = {"loss/ce": ce, "loss/jepa": None, "loss/total": ce, "jepa/lambda": plan.jepa_weight}
+    if not plan.is_objective_on:
+        return off
+    metrics = objective.metrics(plan.samples, values)
+    if objective.num_rows(objective.config, plan.samples) == 0:  # no row counts: no mean to report
+        return {**off, **metrics}
+    jepa = values["jepa"]
+    total = ce + plan.jepa_weight * jepa
+    return {**off, "loss/jepa": jepa, "loss/total": total, **metrics}
 
 
-def _left_out(plan: StepPlan, config: Config) -> dict[str, float]:
-    """Sequences without a span inside one document."""
-    if not config.jepa.within_documents:
-        return {}
-    return {"jepa/rows_without_span": config.batch.sequences - plan.num_span_rows}
-
-
-def mfu(
-    tokens_per_second: float, phases: Mapping[int, int], config: Config, world: World
-) -> dict[str, float]:
+def mfu(flops_per_second: float, world: World) -> dict[str, float]:
     """Share of the devices' peak; nothing where the peak is not known.
 
     Args:
-        tokens_per_second: Over all steps since the last record.
-        phases: How many of these steps ran in each recurrence phase.
-        config: The run.
-        world: Its devices.
+        flops_per_second: Of all devices, over all steps since the last record.
+        world: The devices.
     """
     if world.device.type != "cuda":
         return {}
     peak = peak_flops(torch.cuda.get_device_name(world.device))
     if peak is None:
         return {}
-    return {"mfu": tokens_per_second * mean_flops(config.model, phases) / (peak * world.world_size)}
+    return {"mfu": flops_per_second / (peak * world.world_size)}
 
 
-def mean_flops(model: ModelConfig, phases: Mapping[int, int]) -> float:
-    """FLOPs per trained token over steps of several recurrence phases (phase: how many)."""
-    flops = sum(count * training_flops_per_token(model, p) for p, count in phases.items())
-    return flops / sum(phases.values())
+def mean_flops(model: ModelConfig, objective: float, steps: Mapping[KindOfStep, int]) -> float:
+    """FLOPs per trained token over steps of several kinds.
+
+    Args:
+        model: The model.
+        objective: FLOPs per token of the objective while it is on.
+        steps: How many steps there were of each kind.
+    """
+    flops = sum(
+        count * (training_flops_per_token(model, kind.phase) + objective * kind.is_objective_on)
+        for kind, count in steps.items()
+    )
+    return flops / sum(steps.values())
 
 
 def facts(config: Config, device: torch.device) -> dict[str, str]:
@@ -106,7 +109,7 @@ def memory(device: torch.device) -> dict[str, float]:
 def kinds_of_work(plan: StepPlan) -> set[str]:
     """What a step did, as far as other graphs are compiled for it."""
     kinds = {"train"}
-    if plan.spans is not None:
+    if plan.is_objective_on:
         kinds.add("jepa")
     if plan.evaluate:
         kinds.add("evaluate")

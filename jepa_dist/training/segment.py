@@ -93,8 +93,8 @@ class Segment:
         grad_norm: Tensor,
     ) -> None:
         """Start the reduction of a step's numbers over the ranks; see ``MetricsReduction``."""
-        if plan.spans is not None:
-            self.ledger.spans_digest.update(plan.spans.astype("<i8").tobytes())
+        if plan.samples is not None:
+            self.ledger.spans_digest.update(plan.samples.astype("<i8").tobytes())
         self.reduction.submit(plan.step, sums, host_sums, digest, {"grad_norm": grad_norm})
 
     def take_in_arrived(self) -> None:

@@ -11,8 +11,9 @@ from jepa_dist.checkpoint import load
 from jepa_dist.checkpoint.manifest import STATE
 from jepa_dist.config import Config
 from jepa_dist.interop.safetensors_io import Weights, export_model
-from jepa_dist.jepa.loss import JepaLoss
 from jepa_dist.model.gpt import GPT
+from jepa_dist.objectives.joint import JointModel
+from jepa_dist.objectives.objective import PREFIX, Objective, is_objectives
 from jepa_dist.optim.clip import GradientClip
 from jepa_dist.optim.ema import EMA
 from jepa_dist.optim.optimizer import Optimizer
@@ -26,26 +27,42 @@ class TrainState:
     """This rank's part of everything that is trained. Its tensors change, its members do not."""
 
     world: World
-    model: GPT
+    root: JointModel
+    """The model and the objective; passes go through it."""
     schedule: Gathering
     """When parameters are gathered and gradients reduced."""
-    objective: JepaLoss
     optimizer: Optimizer
     clip_gradients: GradientClip
     ema: EMA
 
+    @property
+    def model(self) -> GPT:
+        """The model alone: what is exported."""
+        return self.root.model
+
+    @property
+    def objective(self) -> Objective:
+        """The objective, which may hold parameters of its own."""
+        return self.root.objective
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole state in tensors (live ones), by kind and name."""
-        parameters = {f"model/{name}": p for name, p in self.model.named_parameters()}
+        parameters: dict[str, Tensor] = {}
+        for kind, module in (("model", self.model), (PREFIX, self.objective)):
+            parameters |= {f"{kind}/{name}": p for name, p in module.named_parameters()}
         return parameters | self.optimizer.state_tensors() | self.ema.state_tensors()
 
     def restore(self, checkpoint: Path) -> Progress:
         """Fill all tensors from a checkpoint and return how far its run was. Collective.
 
+        The objective may have changed since: what it holds and the checkpoint does not keeps its
+        initial value.
+
         Raises:
             UserError: on every rank, if its tensors are not this run's.
         """
-        state = load(checkpoint, self.tensors(), self.world, verified=True)
+        tensors = self.tensors()
+        state = load(checkpoint, tensors, self.world, verified=True, is_optional=is_objectives)
         return progress_of(checkpoint / STATE, state)
 
     def export(self, folder: Path, config: Config, step: int, phase: int) -> None:
@@ -57,6 +74,8 @@ class TrainState:
             step: Optimizer steps done.
             phase: Recurrence phase of the last step.
         """
+
+        self.schedule.release()
 
         def export(weights: Weights) -> None:
             export_model(folder, self.model, config, step, self.world, phase=phase, weights=weights)

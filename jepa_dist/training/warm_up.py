@@ -12,7 +12,7 @@ from jepa_dist.config import Config
 from jepa_dist.data.loader import make_batch
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.parallel.communication import without_communication
-from jepa_dist.plan import StepPlan
+from jepa_dist.plan import StepPlan, sample_shape
 from jepa_dist.training.step import TrainStep
 from jepa_dist.training.stopping import StopSignals
 from jepa_dist.training.times import Times
@@ -59,16 +59,17 @@ class WarmUp(NoWarmUp):
         state, config, size = self._step.state, self._config, self._step.layout.micro_size
         rows = np.zeros((size, config.model.seq_len + 1), dtype=np.int64)
         batch = make_batch(rows, range(size), size).to(state.world.device)
-        spans = np.ones((config.batch.sequences, config.jepa.spans_per_sequence, 2), dtype=np.int64)
-        plan = StepPlan.of_nothing(phase, jepa_weight, spans if jepa_weight else None)
+        shape = sample_shape(config) if jepa_weight else None
+        samples = None if shape is None else np.ones(shape, dtype=np.int64)
+        plan = StepPlan.of_nothing(phase, jepa_weight, samples)
         for index in state.schedule.micro_batches(1):
-            with without_communication(state.model):
+            with without_communication(state.root):
                 loss, _ = self._step.loss(batch, plan, index)
                 loss.backward()
                 state.schedule.release()
                 state.optimizer.zero_grad()
                 with torch.no_grad():
-                    state.model(batch.tokens, batch.targets, batch.weight, phase=phase)
+                    state.root(batch.tokens, batch.targets, batch.weight, phase=phase)
                 state.schedule.release()
 
 

@@ -32,9 +32,10 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_dist.config import Config, load
-from jepa_dist.jepa.loss import JepaLoss
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.model.gpt import GPT
+from jepa_dist.objectives.objective import Objective
+from jepa_dist.objectives.span import SpanObjective
 from jepa_dist.parallel.shard import checkpoint_activations
 from tests.without_gpu import pretend
 from tests.without_gpu.table import ATTENTION, CHECKPOINTING, Graph, Table
@@ -203,7 +204,7 @@ def _compile_variant(
             checkpoint_activations(region, checkpointing)
         if name.startswith("blocks.") or not only_blocks:
             compiler.compile(name, region)
-    jepa_loss = JepaLoss(config.jepa.norm_floor)
+    jepa_loss = SpanObjective(config, bos_id=None)
     compiler.compile("jepa", jepa_loss)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model._apply(_gathered)
@@ -218,7 +219,7 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 def _run(
     model: GPT,
-    jepa_loss: JepaLoss | None,
+    jepa_loss: Objective | None,
     config: Config,
     compiler: Compiler,
     checkpointing: str,
@@ -229,7 +230,7 @@ def _run(
     weight = torch.ones(shape[0], device=pretend.DEVICE)
     for phase in range(LAST_PHASE + 1) if config.model.num_loops else [0]:
         with compiler.counting_runs(phase):
-            output = model(tokens, tokens, weight, phase=phase, tap=-1)
+            output = model(tokens, tokens, weight, phase=phase, taps=(-1,))
         if checkpointing == "none":  # checkpointing concerns gradients alone
             with torch.no_grad():
                 model(tokens, tokens, weight, phase=phase)
@@ -238,7 +239,7 @@ def _run(
             (shape[0], config.jepa.spans_per_sequence, 2), dtype=torch.int64, device=pretend.DEVICE
         )
         with compiler.counting_runs(0):
-            jepa_loss(output.tap_BTD, spans, weight)
+            jepa_loss(output.taps, tokens, weight, spans)
 
 
 def _summary(error: Exception) -> str:

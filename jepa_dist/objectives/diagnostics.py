@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jepa_dist.jepa.loss import span_cosines
+from jepa_dist.objectives.span_loss import span_cosines
 
 _TINY = 1e-30
 # States that differ by less than this share of their norm differ by rounding.
@@ -52,11 +52,30 @@ def describe_states(h_BTD: Tensor) -> dict[str, Tensor]:
     energy = later_BTD.square().sum(-1).mean()
     return {
         **_ranks(centred_BTD, energy),
+        "mean_cosine": mean_pairwise_cosine(h_BTD),
         "std": centred_BTD.square().mean((0, 1)).sqrt().mean(),
         "mean_share": mean_D.square().sum() / energy.clamp_min(_TINY),
         "clock_share": _clock_share(centred_BTD),
         "straightness": _straightness(h_BTD),
     }
+
+
+def effective_rank(h_BTD: Tensor) -> Tensor:
+    """Return the effective rank of states, as in ``describe_states``; float32 scalar."""
+    later_BTD = h_BTD[:, 1:].float()
+    energy = later_BTD.square().sum(-1).mean()
+    return _ranks(later_BTD - later_BTD.mean((0, 1)), energy)["effective_rank"]
+
+
+def mean_pairwise_cosine(h_BTD: Tensor) -> Tensor:
+    """Return the mean cosine over all pairs of states (without position 0), float32 scalar.
+
+    Anisotropy: 0 for directions without a preference, 1 if all states point one way. The squared
+    norm of the sum of N unit vectors is N plus the sum of all pairs' cosines.
+    """
+    unit_ND = torch.nn.functional.normalize(h_BTD[:, 1:].float().flatten(0, 1), dim=-1, eps=_TINY)
+    count = len(unit_ND)
+    return (unit_ND.sum(0).square().sum() - count) / max(1, count * (count - 1))
 
 
 def _ranks(centred_BTD: Tensor, energy: Tensor) -> dict[str, Tensor]:

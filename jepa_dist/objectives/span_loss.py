@@ -12,48 +12,34 @@ Tensor names carry their shape: B batch, T sequence, D model width, S spans of a
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from jepa_dist.objectives.cosine import at_least_float32, row_floor
 
 # Expected loss of unstructured (i.i.d.) states: context and patch share h[a-1] and h[b] with
 # opposite sign, so cos = -2 / (sqrt(4) * sqrt(2)) = -1/sqrt(2).
 UNSTRUCTURED_LOSS = 1.0 + 0.5**0.5
 
-_ABSOLUTE_FLOOR = 1e-8
 
+def span_loss(
+    h_BTD: Tensor, spans_BS2: Tensor, weight_B: Tensor, norm_floor: float
+) -> tuple[Tensor, Tensor]:
+    """Sum the loss over the sequences at hand; no communication.
 
-class JepaSums(NamedTuple):
-    """Sums over the sequences given, so that ranks and micro-batches can be added up."""
+    Args:
+        h_BTD: Hidden states, any floating dtype (computed in at least float32).
+        spans_BS2: int64 spans (a, b), legal as in ``objectives.spans``.
+        weight_B: float32 weight of each row (0 for padding).
+        norm_floor: See ``span_cosines``.
 
-    loss: Tensor
-    """Row weight times the mean loss over the row's spans, summed; scalar, at least float32."""
-    floored: Tensor
-    """Number of spans of which a norm hit the floor, float32 scalar (detached)."""
-
-
-class JepaLoss(nn.Module):
-    """The objective as a compile region of its own; holds no parameters.
-
-    Spans and weights are tensors and lambda is applied outside, so changing them never recompiles.
+    Returns:
+        Row weight times the mean loss over the row's spans, summed: scalar, at least float32. And
+        the number of spans of which a norm hit the floor, float32 scalar (detached).
     """
-
-    def __init__(self, norm_floor: float) -> None:
-        super().__init__()
-        self.norm_floor = norm_floor
-
-    def forward(self, h_BTD: Tensor, spans_BS2: Tensor, weight_B: Tensor) -> JepaSums:
-        """Sum the loss over the sequences at hand; no communication.
-
-        Args:
-            h_BTD: Tapped hidden states, any floating dtype (computed in at least float32).
-            spans_BS2: int64 spans (a, b), legal as in ``jepa.spans``.
-            weight_B: float32 weight of each row (0 for padding).
-        """
-        cosine_BS, floored_BS = span_cosines(h_BTD, spans_BS2, self.norm_floor)
-        loss_B = (1.0 - cosine_BS).mean(dim=1)
-        return JepaSums((weight_B * loss_B).sum(), (weight_B[:, None] * floored_BS).sum())
+    cosine_BS, floored_BS = span_cosines(h_BTD, spans_BS2, norm_floor)
+    loss_B = (1.0 - cosine_BS).mean(dim=1)
+    return (weight_B * loss_B).sum(), (weight_B[:, None] * floored_BS).sum()
 
 
 def span_cosines(h_BTD: Tensor, spans_BS2: Tensor, norm_floor: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +54,7 @@ def span_cosines(h_BTD: Tensor, spans_BS2: Tensor, norm_floor: float) -> tuple[T
         [B, S] cosines (float32, or float64 for float64 states) and [B, S] float 0/1.
     """
     context_BSD, patch_BSD = context_and_patch(h_BTD, spans_BS2)
-    floor_B1 = _norm_floor(h_BTD, norm_floor)
+    floor_B1 = row_floor(h_BTD, norm_floor)
     context_norm_BS = torch.linalg.vector_norm(context_BSD, dim=-1)
     patch_norm_BS = torch.linalg.vector_norm(patch_BSD, dim=-1)
     unit_context_BSD = context_BSD / torch.maximum(context_norm_BS, floor_B1).unsqueeze(-1)
@@ -85,24 +71,11 @@ def context_and_patch(h_BTD: Tensor, spans_BS2: Tensor) -> tuple[Tensor, Tensor]
     """
     before_BSD = _gather(h_BTD, spans_BS2[..., 0] - 1)
     end_BSD = _gather(h_BTD, spans_BS2[..., 1])
-    first_B1D, last_B1D = _at_least_float32(h_BTD[:, :1]), _at_least_float32(h_BTD[:, -1:])
+    first_B1D, last_B1D = at_least_float32(h_BTD[:, :1]), at_least_float32(h_BTD[:, -1:])
     context_BSD = (before_BSD - first_B1D) + (last_B1D - end_BSD)
     return context_BSD, end_BSD - before_BSD
 
 
 def _gather(h_BTD: Tensor, positions_BS: Tensor) -> Tensor:
     index_BSD = positions_BS.unsqueeze(-1).expand(-1, -1, h_BTD.size(-1))
-    return _at_least_float32(torch.gather(h_BTD, 1, index_BSD))
-
-
-def _norm_floor(h_BTD: Tensor, norm_floor: float) -> Tensor:
-    """Floor of the norms, [B, 1]."""
-    states = _at_least_float32(h_BTD.detach())
-    if norm_floor == 0:
-        return torch.full_like(states[:, :1, 0], _ABSOLUTE_FLOOR)
-    rms_B1 = states.square().sum(-1).mean(-1, keepdim=True).sqrt()
-    return (norm_floor * rms_B1).clamp_min(_ABSOLUTE_FLOOR)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return at_least_float32(torch.gather(h_BTD, 1, index_BSD))

@@ -1,1 +1,0 @@
-"""The JEPA objective: spans, and the loss on the hidden states at their ends."""

@@ -1,0 +1,1 @@
+"""Auxiliary objectives on hidden states, beside the model: ``jepa.objective`` chooses one."""

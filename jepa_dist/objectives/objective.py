@@ -1,0 +1,155 @@
+"""What the training core knows of an objective: the contract that each one fulfils.
+
+An objective is a module beside the GPT under the trained root (``joint.JointModel``). Its
+parameters are sharded by FSDP in the root's unit, so they add no collective; they are in the
+optimizer's groups (``optim/groups.py``), in the moving average and in checkpoints under
+``objective/NAME``, and in no exported model. ``docs/objective.md`` tells how to add one.
+
+Tensor names carry their shape: B batch, T sequence, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from jepa_dist.config import Config
+from jepa_dist.model.init import fan_in_uniform
+from jepa_dist.objectives.probe import TapProbe
+
+Samples: TypeAlias = NDArray[np.int64]
+Sampler: TypeAlias = Callable[[int], Samples]
+"""Returns the samples of a step for the global batch, [rows, ...]; a pure function of the step."""
+DocumentStarts: TypeAlias = Callable[[int], NDArray[np.bool_]]
+"""Returns where documents begin in the rows of a step's global batch, bool [rows, T]."""
+
+PREFIX = "objective"
+"""What names of the objective's tensors begin with, beside those of the model."""
+
+
+class Sums(NamedTuple):
+    """Sums over the rows given, so that micro-batches and ranks can be added up."""
+
+    loss: Tensor
+    """Row weight times the loss of the row, summed; scalar, at least float32."""
+    parts: dict[str, Tensor]
+    """What the metrics need besides: float32 scalars by name, detached."""
+
+
+class Objective(nn.Module):
+    """An auxiliary loss on the model's hidden states. Subclasses override what they need.
+
+    ``forward`` is a compile region: one graph. Nothing that changes over a run may be a constant of
+    it, and it communicates nothing.
+
+    Args:
+        config: The run.
+        bos_id: Id that begins every document; None if it is not known.
+    """
+
+    def __init__(self, config: Config, bos_id: int | None) -> None:
+        super().__init__()
+        self.config = config
+
+    # ------------------------------------------------------------------ what rank 0 samples
+
+    @classmethod
+    def sample_shape(cls, config: Config) -> tuple[int, ...] | None:
+        """Return the shape of what is sampled per row of the global batch; None: nothing is."""
+        return None
+
+    @classmethod
+    def reads_documents(cls, config: Config) -> bool:
+        """Return whether sampling needs to know where documents begin."""
+        return False
+
+    @classmethod
+    def sampler(cls, config: Config, documents: DocumentStarts | None) -> Sampler:
+        """Return what samples on rank 0; called only if ``sample_shape`` is not None.
+
+        Args:
+            config: The run.
+            documents: Where documents begin, if ``reads_documents``.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def num_rows(cls, config: Config, samples: Samples | None) -> int:
+        """Return the number of rows of the global batch that the loss is a mean over."""
+        return config.batch.sequences
+
+    # ------------------------------------------------------------------ the loss
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers whose states are read, in this order, as ``GPT.forward`` names them.
+
+        The first one is the state that the objective's gradient is measured at.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        states: Sequence[Tensor],
+        tokens_BT: Tensor,
+        weight_B: Tensor,
+        samples: Tensor | None,
+    ) -> Sums:
+        """Sum the loss over the rows at hand.
+
+        Args:
+            states: The hidden states of ``taps``, [B, T, D] each, in the activations' dtype.
+            tokens_BT: int64 input ids.
+            weight_B: float32 weight of each row (0 for padding).
+            samples: int64 [B, ...], these rows of what was sampled (zeros for padding rows).
+        """
+        raise NotImplementedError
+
+    def initial_value(
+        self, name: str, shape: torch.Size, *, seed: int, device: torch.device
+    ) -> Tensor:
+        """Return the full initial tensor of a parameter, float32; a function of seed and name.
+
+        The default is uniform within 1/sqrt(fan-in).
+        """
+        return fan_in_uniform(f"{PREFIX}.{name}", shape, seed, device)
+
+    # ------------------------------------------------------------------ what is reported
+
+    def metrics(self, samples: Samples | None, values: Mapping[str, float]) -> dict[str, float]:
+        """Return ``jepa/*`` metrics of a step in which the objective was on.
+
+        Args:
+            samples: What was sampled for the step.
+            values: ``jepa``, the mean loss, and the sums of ``Sums.parts`` over all ranks.
+        """
+        return {}
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of forward and backward per trained token, as ``model/flops.py`` counts them."""
+        return 0.0
+
+    def probe(self, bos_id: int | None, device: torch.device) -> TapProbe:
+        """Return what takes the objective's diagnostics out of a step (docs/objective.md)."""
+        return TapProbe()
+
+
+class NoObjective(Objective):
+    """No objective (``jepa.lambda`` is 0): reads nothing, samples nothing and is never called."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Return no layer."""
+        return ()
+
+
+def is_objectives(tensor: str) -> bool:
+    """Return whether a tensor of a checkpoint (KIND/NAME) is the objective's or its state's."""
+    kind, _, name = tensor.partition("/")
+    return kind == PREFIX or name.startswith(f"{PREFIX}.")

@@ -1,0 +1,127 @@
+"""Reads an objective's diagnostics out of a training step, without a second pass.
+
+The backward of the step computes both gradients that are compared: that of the whole loss arrives
+at the tapped state, and that of lambda * JEPA at a view of it which the objective alone reads.
+``diagnostics`` computes the numbers, docs/objective.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_dist.objectives.diagnostics import describe_states, gradient_products
+
+_PREFIX = "probe/"
+
+
+class TapProbe:
+    """Watches one micro-batch of a step: ``watch``, backward, ``measure``; then ``metrics``.
+
+    This class holds what every objective has. Subclasses add numbers in ``means`` and ``sums``,
+    and what becomes of them in ``own_metrics``.
+    """
+
+    def __init__(self) -> None:
+        self._watched: tuple[list[Tensor], Tensor] | None = None
+        self._gradients: dict[str, Tensor] = {}
+
+    def watch(self, states: Sequence[Tensor], tokens_BT: Tensor, num_rows: int) -> list[Tensor]:
+        """Take note of a micro-batch before its backward.
+
+        Args:
+            states: The tapped states [B, T, D] that the rest of the network reads; gradients are
+                compared at the first.
+            tokens_BT: Their input ids.
+            num_rows: How many of the rows are no padding.
+
+        Returns:
+            The same states, for the objective to read.
+        """
+        self._watched = [state.detach()[:num_rows] for state in states], tokens_BT[:num_rows]
+        tap_BTD, *others = states
+        view_BTD = tap_BTD.view_as(tap_BTD)
+        if tap_BTD.requires_grad:  # if not, no gradient arrives, and that is the finding
+            tap_BTD.register_hook(self._keep("total"))
+            view_BTD.register_hook(self._keep("objective"))
+        return [view_BTD, *others]
+
+    def measure(self) -> dict[str, Tensor]:
+        """Return what was watched, in float64 scalars that add up over ranks; none if nothing
+        was."""
+        if self._watched is None:
+            return {}
+        states, tokens_BT = self._watched
+        with torch.no_grad():
+            sums = dict(_scalars(self._parts(states, tokens_BT)))
+        self._watched = None
+        self._gradients = {}
+        return sums
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """Return the numbers of a step for its record, from the sums over all ranks.
+
+        All but the gradients' are means over the rows looked at (the first micro-batch of each
+        rank). None stands for what those rows cannot tell.
+        """
+        told = {
+            name.removeprefix(_PREFIX): value
+            for name, value in sums.items()
+            if name.startswith(_PREFIX)
+        }
+        rows = told["rows"]
+        ce, objective = math.sqrt(told["ce_sq"]), math.sqrt(told["jepa_sq"])
+        means = {
+            name.removeprefix("mean/"): value / rows
+            for name, value in told.items()
+            if name.startswith("mean/")
+        }
+        return {
+            "jepa/grad_ratio": objective / ce if ce > 0 else 0.0 if objective == 0 else None,
+            "jepa/grad_cos": told["dot"] / (ce * objective) if ce * objective > 0 else None,
+            **{f"jepa/{name}": value for name, value in means.items()},
+            **self.own_metrics(told),
+        }
+
+    def means(self, states: Sequence[Tensor], tokens_BT: Tensor) -> Mapping[str, Tensor]:
+        """Return metrics of the rows given, by name: scalars, reported as means over rows."""
+        return {}
+
+    def sums(self, states: Sequence[Tensor], tokens_BT: Tensor) -> Mapping[str, Tensor]:
+        """Return tensors that add up over ranks, for ``own_metrics``."""
+        return {}
+
+    def own_metrics(self, told: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return metrics from ``sums`` over all ranks (elements: NAME/i/j) and ``rows``."""
+        return {}
+
+    def _parts(self, states: Sequence[Tensor], tokens_BT: Tensor) -> dict[str, Tensor]:
+        tap_BTD, rows = states[0], len(states[0])
+        none = torch.zeros_like(tap_BTD)
+        objective, total = (self._gradients.get(key, none)[:rows] for key in ("objective", "total"))
+        means = {**describe_states(tap_BTD), **self.means(states, tokens_BT)}
+        return {
+            **gradient_products(objective, total),
+            **{f"mean/{name}": rows * value for name, value in means.items()},
+            **self.sums(states, tokens_BT),
+            "rows": torch.tensor(float(rows), device=tap_BTD.device),
+        }
+
+    def _keep(self, name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            self._gradients[name] = gradient.detach()
+
+        return hook
+
+
+def _scalars(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every element under a name of its own: ``probe/NAME/i/j``."""
+    for name, tensor in parts.items():
+        elements = tensor.double().flatten().unbind()
+        for place, element in zip(np.ndindex(*tensor.shape), elements, strict=True):
+            yield "/".join([_PREFIX + name, *map(str, place)]), element
