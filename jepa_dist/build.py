@@ -37,7 +37,10 @@ from jepa_dist.parallel.world import World
 
 
 def build_joint_model(
-    config: Config, world: World, bos_id: int | None = None
+    config: Config,
+    world: World,
+    bos_id: int | None = None,
+    values: InitialValue | None = None,
 ) -> tuple[JointModel, Gathering]:
     """Build the sharded, compiled model and objective with their initial weights.
 
@@ -45,6 +48,7 @@ def build_joint_model(
         config: The run.
         world: Ranks and mesh.
         bos_id: Id that begins every document; None if it is not known.
+        values: Weights of the model to start from; None: random ones.
     """
     with torch.device("meta"):
         model = JointModel(GPT(config.model), objective_class(config)(config, bos_id))
@@ -53,6 +57,8 @@ def build_joint_model(
         part, _, own_name = name.partition(".")
         if part == PREFIX:
             return model.objective.initial_value(own_name, shape, seed=config.seed, device=device)
+        if values is not None:
+            return values(own_name, shape, device=device)
         return initial_value(own_name, shape, config=config.model, seed=config.seed, device=device)
 
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)

@@ -100,6 +100,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     from jepa_dist.capacity import check_memory
     from jepa_dist.checkpoint import Checkpointer, Keep
     from jepa_dist.checkpoint.agreement import on_every_rank
+    from jepa_dist.evaluate.weights import find_initial
     from jepa_dist.model.summary import model_summary
     from jepa_dist.monitor.memory import memory_watched
     from jepa_dist.monitor.peers import Peers
@@ -132,6 +133,11 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
         if rank == 0:
             for line in (*messages, *start.messages):
                 print(line)
+        initial = config.train.init_from
+        if initial is not None and start.checkpoint is None:
+            on_every_rank(lambda: find_initial(Path(initial).expanduser(), config), world)
+            if rank == 0:
+                print(f"initial weights: {initial}")
         if not start.is_finished:
             world.decide(lambda: open_run_dir(run_dir, config, data))
             keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)

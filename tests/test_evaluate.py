@@ -20,8 +20,9 @@ from jepa_dist.data.shards import write_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
 from jepa_dist.evaluate import Validation
-from jepa_dist.evaluate.__main__ import find_windows, resolve
+from jepa_dist.evaluate.__main__ import find_windows
 from jepa_dist.evaluate.score import score
+from jepa_dist.evaluate.settings import EVALUATION
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.weights import find_weights, load_model
 from jepa_dist.evaluate.windows import Windows
@@ -241,18 +242,20 @@ def test_the_command_tells_mistakes_once_without_a_traceback(trained: tuple[Path
 def test_overrides_that_do_nothing_are_refused(trained: tuple[Path, dict]) -> None:
     config = find_weights(trained[0] / "run", "live").description.config
     with pytest.raises(UserError) as error:
-        resolve(config, ["train.steps=3", "model.seq_len=48", "batch.micro=2"])
+        EVALUATION.resolve(config, ["train.steps=3", "model.seq_len=48", "batch.micro=2"])
     assert len(error.value.problems) == 2
     with pytest.raises(UserError, match=r"did you mean 'batch.micro'"):
-        resolve(config, ["batch.micros=2"])
+        EVALUATION.resolve(config, ["batch.micros=2"])
     with pytest.raises(UserError, match="must be the world size 1"):
-        resolve(config, ["parallel.dp_replicate=2"])
+        EVALUATION.resolve(config, ["parallel.dp_replicate=2"])
 
 
 def test_an_evaluation_need_not_have_the_ranks_of_the_run(trained: tuple[Path, dict]) -> None:
     config = find_weights(trained[0] / "run", "live").description.config
     parallel = config.parallel.model_copy(update={"dp_replicate": 4, "dp_shard": 2})
-    resolved = resolve(config.model_copy(update={"parallel": parallel}), ["batch.micro=3"])
+    resolved = EVALUATION.resolve(
+        config.model_copy(update={"parallel": parallel}), ["batch.micro=3"]
+    )
     assert resolved.model == config.model
     assert resolved.data.val == config.data.val
     assert (resolved.parallel.dp_replicate, resolved.batch.micro) == (1, 3)

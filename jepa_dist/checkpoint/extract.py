@@ -15,13 +15,14 @@ from jepa_dist.checkpoint.shards import ShardFiles, assemble
 from jepa_dist.config import Config
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.interop.safetensors_io import Description, Weights
+from jepa_dist.interop.tensor_file import LazyTensors
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.objectives.objective import is_objectives
 
 _PREFIXES: dict[Weights, str] = {"live": "model/", "ema": "ema/"}
 
 
-def read_model(path: Path, weights: Weights) -> tuple[Description, dict[str, Tensor]]:
+def read_model(path: Path, weights: Weights) -> tuple[Description, Mapping[str, Tensor]]:
     """Return the model of a whole checkpoint, saved by any number of ranks, without objective.
 
     Args:
@@ -29,19 +30,25 @@ def read_model(path: Path, weights: Weights) -> tuple[Description, dict[str, Ten
         weights: The parameters themselves or their moving average.
 
     Returns:
-        What the tensors are, and the tensors by parameter name, on the CPU.
+        What the tensors are, and the tensors by parameter name, on the CPU; each is read when it
+        is looked up.
 
     Raises:
         UserError: it holds no such weights, or its state is not of a training run.
     """
     manifest, state = read_manifest(path), read_state(path)
     prefix = _PREFIXES[weights]
-    with ShardFiles(path) as files:
-        tensors = {
-            name.removeprefix(prefix): assemble(files, name, entry)
-            for name, entry in manifest.tensors.items()
-            if name.startswith(prefix) and not is_objectives(name)
-        }
+
+    def read(name: str) -> Tensor:
+        with ShardFiles(path) as files:
+            return assemble(files, f"{prefix}{name}", manifest.tensors[f"{prefix}{name}"])
+
+    names = [
+        name.removeprefix(prefix)
+        for name in manifest.tensors
+        if name.startswith(prefix) and not is_objectives(name)
+    ]
+    tensors = LazyTensors(names, read)
     if not tensors:
         raise UserError(
             f"{path}: holds no {prefix} tensors"

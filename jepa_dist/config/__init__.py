@@ -29,6 +29,7 @@ from jepa_dist.config.schema import (
     OptimConfig,
     ParallelConfig,
     ProfileConfig,
+    QuantizationConfig,
     RunConfig,
     TrainConfig,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "ProfileConfig",
+    "QuantizationConfig",
     "Resolved",
     "RunConfig",
     "TrainConfig",

@@ -6,6 +6,7 @@ from __future__ import annotations
 WATCHING = (
     *("run.", "monitor.", "checkpoint."),
     *("train.log_every", "train.stop_at", "train.max_bad_steps", "train.gc_every"),
+    "quantization.",  # of what is exported
 )
 # What is measured of the weights.
 MEASURING = ("eval.", "data.val")

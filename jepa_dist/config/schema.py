@@ -27,6 +27,10 @@ from jepa_dist.config.fields import (
 
 _MOST_EXECUTIONS = 2**14
 
+Bits = Annotated[int, Field(ge=2, le=8)]
+ClipSigmas = Annotated[float, Field(gt=0.0, le=1e3)]
+ClipFactor = Annotated[float, Field(gt=0.0, le=1e3)]
+
 
 class Section(BaseModel):
     """A group of options: strict types, no unknown keys, immutable."""
@@ -64,6 +68,10 @@ class TrainConfig(Section):
     schedules by that time; null: by steps alone."""
     stop_at: PositiveInt | None = None
     """Save a checkpoint and stop after this step; the schedules remain those of train.steps."""
+    init_from: PathText | None = None
+    """Weights to start from instead of random ones (docs/using.md): a finished run, an exported
+    model, a folder written for transformers, an artifact, or a final_model.pt. The architecture
+    must be the same. Only a new run reads it."""
     max_bad_steps: PositiveInt = 10
     """Roll back to the newest checkpoint after this many consecutive steps whose loss or gradient
     is not finite (such steps are skipped)."""
@@ -581,6 +589,45 @@ class MonitorConfig(Section):
     runs out, a snapshot is written there in any case."""
 
 
+class QuantizationConfig(Section):
+    """The quantized artifact that `jepa_dist export --format artifact` writes (docs/using.md).
+    Training ignores this section. Defaults are those of parameter-golf PR #1412."""
+
+    matrix_bits: Bits = 6
+    """Bits per element of all matrices but the token embedding."""
+    embed_bits: Bits = 8
+    """Bits per element of the token embedding."""
+    matrix_clip_sigmas: ClipSigmas = 12.85
+    """Half the range of a row of these matrices, in standard deviations of the row."""
+    embed_clip_sigmas: ClipSigmas = 20.0
+    """The same for the embedding."""
+    hessian_clip_lambda: NonNegative = 0.175
+    """Effect of a row's importance on its range; 0: none. Importance is the row's mean magnitude,
+    weighted by the Hessian's diagonal, relative to the other rows'."""
+    loop_layer_bits: Annotated[int, Field(ge=0, le=8)] = 0
+    """Bits of the matrices of looped blocks and of the MLPs of their repeats; 0: matrix_bits."""
+    loop_layer_clip_sigmas: Annotated[float, Field(ge=0.0, le=1e3)] = 0.0
+    """Range of those, if loop_layer_bits is set; 0: matrix_clip_sigmas."""
+    clip_mult_early: ClipFactor = 1.0
+    """Factor on the range in blocks 0 to 2, looped or not."""
+    clip_mult_loop: ClipFactor = 1.0
+    """Factor on the range in looped blocks."""
+    clip_mult_mid: ClipFactor = 1.0
+    """Factor on the range in blocks 3, 6 and 7."""
+    clip_mult_late: ClipFactor = 1.0
+    """Factor on the range in blocks from 8 on."""
+    float16_elements: Count = 65536
+    """Tensors of at most this many elements are stored as float16."""
+    calibration_sequences: PositiveInt = 64
+    """Number of training sequences from which the Hessians are collected, evenly spread over the
+    training data."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield the violated rules."""
+        if self.loop_layer_bits == 1:
+            yield "quantization.loop_layer_bits=1: must be 0 (matrix_bits) or 2 to 8"
+
+
 class Config(Section):
     """Everything that defines a run."""
 
@@ -598,3 +645,4 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    quantization: QuantizationConfig = QuantizationConfig()

@@ -1,6 +1,6 @@
 """Evaluate a trained model; also under torchrun.
 
-python -m jepa_dist.evaluate RUN [--sliding --stride 64] [--ema] [KEY=VALUE ...]
+jepa_dist evaluate RUN [--sliding --stride 64] [--ema] [--compare OTHER] [KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jepa_dist.command_line import Parser, program
-from jepa_dist.config import Config, as_override, check_world, flatten, load, to_dict
+from jepa_dist.config import Config
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.shards import find_shards
-from jepa_dist.errors import UserError
 from jepa_dist.evaluate.score import Score, score
+from jepa_dist.evaluate.settings import EVALUATION
 from jepa_dist.evaluate.stream import TokenStream
-from jepa_dist.evaluate.weights import Source, find_weights, load_model
+from jepa_dist.evaluate.weights import (
+    Source,
+    check_comparable,
+    find_weights,
+    load_model,
+    load_weights,
+)
 from jepa_dist.evaluate.windows import Windows
 from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
+from jepa_dist.interop.safetensors_io import Weights
 from jepa_dist.launched import (
     adopt_launcher,
     check_rendezvous,
     die_with_launcher,
     launched_rank,
-    launched_world_size,
     ranks_on_this_host,
 )
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.process_env import set_defaults
-
-# What of a run's configuration an evaluation goes by. The rest belongs to training; ranks are laid
-# out anew, since the evaluation may have others than the run had.
-_DATA = ("data.val", "data.tokenizer", "eval.sequences", "batch.micro")
-_TAKEN = ("model.", *_DATA, "parallel.compile", "parallel.precision")
-_CHANGEABLE = (*_DATA, "parallel.")
 
 _DEFAULT_STRIDE = 64
 
@@ -51,26 +51,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_rendezvous(os.environ)
     rank = launched_rank()
     with told_once(rank):
-        source = find_weights(arguments.path, "ema" if arguments.ema else "live")
-        config = resolve(source.description.config, arguments.overrides)
+        weights: Weights = "ema" if arguments.ema else "live"
+        source = find_weights(arguments.path, weights)
+        other = None if arguments.compare is None else find_weights(arguments.compare, weights)
+        if other is not None:
+            check_comparable(source, other)
+        config = EVALUATION.resolve(source.description.config, arguments.overrides)
         tokenizer = load_checked_tokenizer(config, ("val",))
         windows = find_windows(config, arguments.stride)
     with told_by_this_rank(rank):
         world = start_world(config.parallel)
         model = load_model(source, config.parallel, world)
+
+        def evaluate(what: Source) -> Score:
+            return score(
+                model,
+                windows,
+                phase=what.description.phase,
+                micro=config.batch.micro,
+                bytes_of=None if tokenizer is None else tokenizer.byte_counter(),
+                world=world,
+            )
+
         started = time.perf_counter()
-        result = score(
-            model,
-            windows,
-            phase=source.description.phase,
-            micro=config.batch.micro,
-            bytes_of=None if tokenizer is None else tokenizer.byte_counter(),
-            world=world,
-        )
+        result = evaluate(source)
         if world.is_main:
             print(report(source, windows, result, time.perf_counter() - started))
             if tokenizer is not None and tokenizer.note:
                 print(f"note     {tokenizer.note}")
+        if other is not None:
+            load_weights(other, model)
+            compared = evaluate(other)
+            if world.is_main:
+                print(report_gap(other, result, compared))
     stop_world()
 
 
@@ -80,7 +93,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog=program("jepa_dist.evaluate"),
         description="Loss and bits per byte of a trained model; also under torchrun.",
     )
-    parser.add_argument("path", type=Path, help="run directory, or an exported model")
+    parser.add_argument(
+        "path", type=Path, help="run directory, an exported model, or a quantized artifact"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -96,39 +111,19 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"tokens from one overlapping window to the next (default {_DEFAULT_STRIDE})",
     )
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OTHER",
+        help="evaluate this run or model on the same windows, too, and print the differences: the "
+        "run from which an artifact was made, for example",
+    )
     arguments = parser.parse_intermixed_args(argv)
     if arguments.stride is not None and not arguments.sliding:
         parser.error("--stride: only with --sliding")
     if arguments.sliding and arguments.stride is None:
         arguments.stride = _DEFAULT_STRIDE
     return arguments
-
-
-def resolve(trained: Config, overrides: Sequence[str]) -> Config:
-    """The configuration of an evaluation: the run's where it matters, with ``overrides``.
-
-    Raises:
-        UserError: an override that is unknown, ill-typed, or of no effect here, or a mesh that
-            does not fit the ranks.
-    """
-    idle = [
-        f"command line: {item}: has no effect on an evaluation; keys that have are "
-        f"{', '.join(_DATA)} and parallel.*"
-        for item in overrides
-        if "=" in item and not item.strip().startswith(_CHANGEABLE)
-    ]
-    if idle:
-        raise UserError(*idle)
-    taken = [
-        as_override(key, value)
-        for key, value in flatten(to_dict(trained))
-        if key.startswith(_TAKEN)
-    ]
-    world_size = launched_world_size()
-    # There is no training batch here that could be too small for the ranks.
-    config = load(None, [*taken, f"batch.sequences={world_size}", *overrides], {}).config
-    check_world(config, world_size)
-    return config
 
 
 def find_windows(config: Config, stride: int | None) -> Windows:
@@ -143,11 +138,9 @@ def find_windows(config: Config, stride: int | None) -> Windows:
 
 
 def report(source: Source, windows: Windows, result: Score, seconds: float) -> str:
-    """The result as lines of name and value."""
-    description = source.description
-    step = "" if description.step is None else f", step {description.step}"
+    """Return the result as lines of name and value."""
     lines = {
-        "weights": f"{source.path} ({description.weights}{step}, phase {description.phase})",
+        "weights": _describe(source),
         "windows": f"{len(windows)} of {windows.seq_len} tokens, stride {windows.stride}",
         "tokens": f"{result.num_tokens}",
         "bytes": f"{result.num_bytes}",
@@ -157,6 +150,32 @@ def report(source: Source, windows: Windows, result: Score, seconds: float) -> s
     }
     if not result.num_bytes:  # no tokenizer, or no text
         del lines["bytes"], lines["bpb"]
+    return _table(lines)
+
+
+def report_gap(other: Source, result: Score, compared: Score) -> str:
+    """Return the other model's result, and by how much the first one is worse, as lines of name
+    and value."""
+    gap, bits_gap = result.loss - compared.loss, result.bits_per_byte - compared.bits_per_byte
+    lines = {
+        "compared": _describe(other),
+        "its loss": f"{compared.loss:.6f} nats per token",
+        "its bpb": f"{compared.bits_per_byte:.6f} bits per byte",
+        "gap": f"{gap:+.6f} nats per token, {bits_gap:+.6f} bits per byte",
+    }
+    if not result.num_bytes:
+        del lines["its bpb"]
+        lines["gap"] = f"{gap:+.6f} nats per token"
+    return _table(lines)
+
+
+def _describe(source: Source) -> str:
+    description = source.description
+    step = "" if description.step is None else f", step {description.step}"
+    return f"{source.path} ({description.weights}{step}, phase {description.phase})"
+
+
+def _table(lines: dict[str, str]) -> str:
     return "\n".join(f"{name:<8} {value}" for name, value in lines.items())
 
 

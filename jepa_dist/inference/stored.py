@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,13 +13,15 @@ from jepa_dist.checkpoint.extract import read_model
 from jepa_dist.checkpoint.manifest import verify
 from jepa_dist.config import check
 from jepa_dist.errors import UserError
+from jepa_dist.interop.hf.folder import is_hf_folder, read_folder
 from jepa_dist.interop.safetensors_io import (
     Description,
     Weights,
     find_export,
     read_description,
-    read_state,
 )
+from jepa_dist.interop.tensor_file import lazy_tensors
+from jepa_dist.quantize.artifact import SUFFIX, read_artifact
 
 _CHECKPOINTS = "checkpoints"
 _MOST_STEPS_LISTED = 10
@@ -26,23 +29,31 @@ _MOST_STEPS_LISTED = 10
 
 @dataclass(frozen=True)
 class Stored:
-    """Weights as they were read."""
+    """Weights that were found."""
 
     path: Path
     """The checkpoint or tensor file."""
     description: Description
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     """By parameter name, on the CPU."""
     notes: tuple[str, ...] = ()
     """One line for each newer checkpoint that is damaged and was skipped."""
 
 
 def read_stored(run: Path, step: int | None, weights: Weights) -> Stored:
-    """Read the weights of a run; only formats that hold nothing but data, every digest compared.
+    """Read the weights of a run; see ``find_stored``."""
+    stored = find_stored(run, step, weights)
+    return replace(stored, tensors=dict(stored.tensors))
+
+
+def find_stored(run: Path, step: int | None, weights: Weights) -> Stored:
+    """Find the weights of a run; only formats that hold nothing but data, every digest compared.
+
+    Each tensor is read when it is looked up.
 
     Args:
-        run: A run directory, a folder with an exported model, its .safetensors file, or one
-            checkpoint.
+        run: A run directory, a folder with an exported model, its .safetensors file, one
+            checkpoint, a quantized artifact, or a folder written for transformers.
         step: Optimizer steps that the weights have seen; None takes the newest whole ones.
         weights: The parameters themselves or their moving average.
 
@@ -51,6 +62,10 @@ def read_stored(run: Path, step: int | None, weights: Weights) -> Stored:
     """
     if not run.exists():
         raise UserError(f"{run}: no such file or folder; expected a run directory")
+    if run.suffix == SUFFIX:
+        return _read_quantized(run, step)
+    if is_hf_folder(run):
+        return _read_hf(run, step, weights)
     if run.is_file():
         return _read_export(run, step, weights)
     if folders.step_of(run) is not None:
@@ -97,7 +112,7 @@ def _find_export(run: Path, weights: Weights, notes: list[str]) -> tuple[Path | 
         return None, None
 
 
-def _no_such_step(run: Path, step: int, steps: set[int | None]) -> UserError:
+def _no_such_step(run: Path, step: int, steps: Set[int | None]) -> UserError:
     known = sorted(each for each in steps if each is not None)
     listed = ", ".join(map(str, known[-_MOST_STEPS_LISTED:]))
     if len(known) > _MOST_STEPS_LISTED:
@@ -110,13 +125,33 @@ def _read_export(
 ) -> Stored:
     file = find_export(file, weights)
     description = read_description(file)
+    _check_description(file, description, step, weights)
+    return Stored(file, description, lazy_tensors(file), notes)
+
+
+def _read_hf(folder: Path, step: int | None, weights: Weights) -> Stored:
+    description, tensors = read_folder(folder)
+    _check_description(folder, description, step, weights)
+    return Stored(folder, description, tensors)
+
+
+def _check_description(
+    path: Path, description: Description, step: int | None, weights: Weights
+) -> None:
     if description.weights != weights:
         raise UserError(
-            f"{file}: holds {description.weights} weights, but {weights} weights were asked for"
+            f"{path}: holds {description.weights} weights, but {weights} weights were asked for"
         )
     if step is not None and description.step != step:
-        raise _no_such_step(file, step, {description.step})
-    return Stored(file, description, read_state(file), notes)
+        raise _no_such_step(path, step, {description.step})
+
+
+def _read_quantized(file: Path, step: int | None) -> Stored:
+    """The weights after quantization; live or average is what the artifact was made from."""
+    artifact = read_artifact(file)
+    if step is not None and artifact.description.step != step:
+        raise _no_such_step(file, step, {artifact.description.step})
+    return Stored(file, artifact.description, artifact.tensors())
 
 
 def _read_checkpoint(

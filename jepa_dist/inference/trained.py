@@ -192,7 +192,7 @@ def _build(stored: Stored) -> GPT:
     problems = mismatches(str(stored.path), expected, found)
     if problems:
         raise UserError(*problems)
-    model.load_state_dict(stored.tensors, assign=True)
+    model.load_state_dict(dict(stored.tensors), assign=True)
     return model.requires_grad_(False).eval()
 
 

@@ -23,7 +23,7 @@ import jepa_dist
 from jepa_dist.config import Config, check
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.files import MIB, partial_name, read_bytes, write_atomically
-from jepa_dist.interop.tensor_file import DTYPES, TensorFile
+from jepa_dist.interop.tensor_file import DTYPES, TensorFile, lazy_tensors
 from jepa_dist.interop.verify import Signature, mismatches
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.parallel.shard import fsdp_modules, local_slices
@@ -219,7 +219,15 @@ def read_description(path: Path) -> Description:
     Raises:
         UserError: missing (an unfinished export), damaged, or of another format version.
     """
-    beside = path.with_suffix(".json")
+    return read_description_file(path.with_suffix(".json"))
+
+
+def read_description_file(beside: Path) -> Description:
+    """What such a JSON file says.
+
+    Raises:
+        UserError: missing (an unfinished export), damaged, or of another format version.
+    """
     try:
         description = Description.model_validate_json(read_bytes(beside, MIB))
     except OSError as error:
@@ -276,5 +284,4 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged.
     """
-    with TensorFile(path) as file:
-        return {name: file.read(name) for name in file.signatures()}
+    return dict(lazy_tensors(path))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -186,3 +186,42 @@ class TensorFile:
             f"{self.path}: damaged: not a whole safetensors file ({reason}); copy or export it "
             "again"
         )
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is looked up.
+
+    Args:
+        names: In their order.
+        read: Returns the tensor of a name.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def lazy_tensors(path: Path) -> LazyTensors:
+    """Return the tensors of a file, on the CPU.
+
+    Raises:
+        UserError: it is damaged; also when a tensor is looked up.
+    """
+
+    def read(name: str) -> Tensor:
+        with TensorFile(path) as file:
+            return file.read(name)
+
+    with TensorFile(path) as file:
+        return LazyTensors(file.signatures(), read)

@@ -20,6 +20,7 @@ from jepa_dist.checkpoint import Checkpointer
 from jepa_dist.config import Config
 from jepa_dist.data.check import known_bos, load_checked_tokenizer
 from jepa_dist.data.layout import BatchLayout
+from jepa_dist.evaluate.weights import find_initial
 from jepa_dist.monitor.meter import Meter
 from jepa_dist.monitor.startup import Startup
 from jepa_dist.monitor.stragglers import RankTimes
@@ -84,7 +85,7 @@ def build_trainer(
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
     tokenizer = load_checked_tokenizer(config, ("train", "val"))
     bos_id = known_bos(config, tokenizer)
-    state = _build_state(config, world, bos_id)
+    state = _build_state(config, world, bos_id, is_new=resume is None)
     validation = build_validation(config, world, layout.micro_size, tokenizer)
     meter = meter or Meter(config.batch.sequences * config.model.seq_len, world.device)
     time_communication(state.root, lambda: meter.communication())
@@ -157,8 +158,11 @@ def build_segment(
     )
 
 
-def _build_state(config: Config, world: World, bos_id: int | None) -> TrainState:
-    root, schedule = build_joint_model(config, world, bos_id)
+def _build_state(config: Config, world: World, bos_id: int | None, *, is_new: bool) -> TrainState:
+    values = None
+    if is_new and config.train.init_from is not None:
+        values = find_initial(Path(config.train.init_from).expanduser(), config).value
+    root, schedule = build_joint_model(config, world, bos_id, values)
     parameters = root.trained_parameters()
     return TrainState(
         world,

@@ -1,0 +1,62 @@
+"""Which of a run's settings count when its trained model is used, and what may replace them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jepa_dist.config import Config, as_override, check_world, flatten, load, to_dict
+from jepa_dist.errors import UserError
+from jepa_dist.launched import launched_world_size
+
+
+@dataclass(frozen=True)
+class Relevant:
+    """The settings that matter for one use of a trained model.
+
+    The rest belongs to training; ranks are laid out anew, since there may be others than the run
+    had.
+    """
+
+    purpose: str
+    """With its article, for the messages."""
+    changeable: tuple[str, ...]
+    """Keys, or beginnings of keys that end in a dot, that the command line may set; they are
+    taken from the run otherwise. Of ``parallel.`` only compilation and precision are taken."""
+
+    def resolve(self, trained: Config, overrides: Sequence[str]) -> Config:
+        """Return the configuration: the run's where it matters, with ``overrides``.
+
+        Raises:
+            UserError: an override that is unknown, ill-typed, or of no effect here, or a mesh that
+                does not fit the ranks.
+        """
+        shown = [f"{key}*" if key.endswith(".") else key for key in self.changeable]
+        idle = [
+            f"command line: {item}: has no effect on {self.purpose}; keys that have are "
+            f"{', '.join(shown[:-1])} and {shown[-1]}"
+            for item in overrides
+            if "=" in item and not item.strip().startswith(self.changeable)
+        ]
+        if idle:
+            raise UserError(*idle)
+        of_run = tuple(key for key in self.changeable if key != "parallel.")
+        taken = [
+            as_override(key, value)
+            for key, value in flatten(to_dict(trained))
+            if key.startswith((*_ALWAYS_TAKEN, *of_run))
+        ]
+        world_size = launched_world_size()
+        # There is no training batch here that could be too small for the ranks.
+        config = load(None, [*taken, f"batch.sequences={world_size}", *overrides], {}).config
+        check_world(config, world_size)
+        return config
+
+
+_ALWAYS_TAKEN = ("model.", "parallel.compile", "parallel.precision")
+EVALUATION = Relevant(
+    "an evaluation", ("data.val", "data.tokenizer", "eval.sequences", "batch.micro", "parallel.")
+)
+CALIBRATION = Relevant(
+    "a quantized artifact", ("data.train", "batch.micro", "quantization.", "parallel.")
+)

@@ -1,0 +1,1 @@
+"""The quantized artifact: a trained model as one small file (GPTQ, float16 scales, brotli)."""
