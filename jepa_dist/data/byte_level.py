@@ -267,11 +267,17 @@ _LLAMA3 = (
 )
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# As tiktoken has it now: unlike Llama 3's, white space at the end of a text is one piece.
+_CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s+$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+
 # What the files leave out of vocabularies that are known by their number of tokens: the pattern
 # that cuts text, the id that begins documents, the number of ids with all special ones.
 _KNOWN = {
     50_256: (_GPT2, 50_256, 50_257),  # gpt2, r50k_base
-    100_256: (_LLAMA3, 100_257, 100_277),  # cl100k_base
+    100_256: (_CL100K, 100_257, 100_277),  # cl100k_base
     128_000: (_LLAMA3, 128_000, 128_256),  # Llama 3
     151_643: (_LLAMA3.replace("{1,3}", ""), 151_643, 151_936),  # Qwen
 }
