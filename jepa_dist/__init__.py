@@ -31,13 +31,13 @@ def load(
 
     Args:
         run: Run directory, exported model, or one checkpoint; made by any number of ranks.
-        step: Optimizer steps that the weights have seen; None takes the newest whole ones.
+        step: Optimizer step of the weights; None takes the newest intact ones.
         ema: Take the moving average of the weights.
         device: Where to put the model; None takes the GPU if there is one.
 
     Raises:
-        errors.UserError: nothing there, not at this step, no average, or damaged.
+        errors.UserError: no model there, none of this step, no moving average, or damaged files.
     """
-    from jepa_dist.inference import trained  # late: torch takes its seconds
+    from jepa_dist.inference import trained  # imported here because importing torch is slow
 
     return trained.load(run, step, ema, device)

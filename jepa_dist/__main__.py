@@ -14,13 +14,14 @@ _NAME = "jepa_dist"
 
 @dataclass(frozen=True)
 class _Subcommand:
-    """A module whose ``main`` reads ``sys.argv`` and returns the exit code (None is 0)."""
+    """A subcommand: a module whose ``main`` reads ``sys.argv`` and returns the exit code (None is
+    0)."""
 
     module: str
     summary: str
     examples: tuple[str, str]
     page: str
-    """The page of the documentation that explains it."""
+    """File name of its documentation page below docs/."""
 
 
 _SUBCOMMANDS = {
@@ -124,15 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
         return 0
     if name not in _SUBCOMMANDS:
         wrong = f"unknown subcommand {name!r}" if name else "no subcommand"
-        expected = f"expected {', '.join(_SUBCOMMANDS)}; --help says what they do"
+        expected = f"expected one of {', '.join(_SUBCOMMANDS)}; --help describes them"
         print(f"error: command line: {wrong}; {expected}", file=sys.stderr)
         return 2
     return _run(name, _SUBCOMMANDS[name], rest)
 
 
 def _run(name: str, subcommand: _Subcommand, rest: list[str]) -> int | str | None:
-    """Call the subcommand as if it had been started itself: ranks and benchmarks that it starts
-    read their own command line."""
+    """Run the subcommand's ``main`` with ``sys.argv`` set to its own command line, which processes
+    that it starts may read."""
     sys.argv = [f"{_NAME} {name}", *rest]
     try:
         code: int | str | None = importlib.import_module(subcommand.module).main()

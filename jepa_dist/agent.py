@@ -1,8 +1,8 @@
-"""torchrun, except that it ends with what happened to the ranks, not with a traceback of its own.
+"""torchrun that reports failed ranks without printing its own traceback.
 
 Called by launch/multinode.sh on every host, and for each run of a sweep; takes torchrun's
 arguments: ``python -m jepa_dist.agent --nproc-per-node=2 -m jepa_dist.train ...``. Exit code
-128 + n after signal n (the ranks have had their time to save by then), 1 if ranks failed.
+128 + n after signal n (once the ranks have had time to save), 1 if ranks failed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 
-# When the agent that keeps the rendezvous ends first, torch's C++ tells the others so with a stack
-# trace for each connection. Read when torch is imported; the ranks keep what the user has set.
+# When the agent that hosts the rendezvous store exits first, torch's C++ code prints a stack trace
+# for each connection on the other hosts. The variable is read when torch is imported; the ranks
+# inherit the user's value.
 _LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 

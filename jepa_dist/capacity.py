@@ -1,4 +1,4 @@
-"""Whether the run fits into memory at all, before anything large is allocated."""
+"""Memory check: does the run fit, estimated before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import psutil
 import torch
 
 from jepa_dist.config import Config
+from jepa_dist.dist_env import ranks_on_this_host
 from jepa_dist.errors import UserError
-from jepa_dist.launched import ranks_on_this_host
 from jepa_dist.parallel.world import World
 
 _FLOAT = 4
@@ -21,10 +21,10 @@ _CGROUP_LIMITS = (
 
 
 def check_memory(config: Config, world: World) -> None:
-    """Compare the least that the ranks of this host need with what there is.
+    """Compare a lower bound of the memory that this host's ranks need with what is available.
 
     Raises:
-        UserError: it cannot be enough.
+        UserError: the memory cannot be enough.
     """
     state, activations = needed_bytes(config, world.world_size)
     if world.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What all command lines have in common."""
+"""Argument parser, error handling and module checks shared by all commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GUARD = re.compile(r"^if __name__ == \"__main__\":", re.MULTILINE)
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports mistakes as everything else does: one line, once."""
+    """An argument parser that reports a mistake as a one-line ``UserError``."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage.
@@ -27,10 +27,10 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: always.
         """
-        raise UserError(f"command line: {message}; --help shows how to call it")
+        raise UserError(f"command line: {message}; --help shows the usage")
 
 
-# What input may provoke at places that no reader foresees, in words.
+# Limits that unusual input may exceed anywhere in the code, with a description of each.
 _LIMITS: dict[type[Exception], str] = {
     OverflowError: "a number is too large",
     RecursionError: "something is nested too deeply",
@@ -41,10 +41,10 @@ UNFORESEEN: tuple[type[Exception], ...] = (OSError, *_LIMITS)
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Turn what limits of the system and of Python raise into problems of one line.
+    """Turn errors from limits of the system and of Python into one-line problems.
 
     For the entry points: a file name that is too long, a number that does not fit, text nested too
-    deeply. The line names the place in the code, since no reader has named the input.
+    deeply. The line names the place in the code, since the input at fault is not known there.
 
     Raises:
         UserError: for OSError, OverflowError, RecursionError and MemoryError.
@@ -57,15 +57,15 @@ def errors_in_one_line() -> Iterator[None]:
         raise UserError(f"{name}: {error.strerror or error}") from error
     except tuple(_LIMITS) as error:
         what = next(words for kind, words in _LIMITS.items() if isinstance(error, kind))
-        told = f": {error}" if str(error) else ""
+        detail = f": {error}" if str(error) else ""
         raise UserError(
-            f"{what} ({type(error).__name__}{told}, in {_place_of(error)}); look for such a value "
-            "in the command line and in the files that it names"
+            f"{what} ({type(error).__name__}{detail}, in {_place_of(error)}); look for such a "
+            "value in the command line and in the files that it names"
         ) from error
 
 
 def _place_of(error: BaseException) -> str:
-    """The innermost line of this package that an error passed through, as module:line."""
+    """Return the innermost line of this package in the error's traceback, as module:line."""
     root = Path(__file__).parent
     place = "the command"
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -82,12 +82,12 @@ def program(module: str) -> str:
 
 
 def refuse_module_without_command() -> None:
-    """End the process with exit code 2 if ``python -m`` names a module that is no command.
+    """Exit with code 2 if ``python -m`` names a module that is not a command.
 
-    Python would import such a module and end with exit code 0, without a word. Called while the
-    package is imported, which is before the module that ``-m`` names.
+    Python would import such a module and exit with code 0, without any output. Called while the
+    package is imported, which happens before the module that ``-m`` names is.
     """
-    if sys.argv[:1] != ["-m"]:  # what it is while Python looks for the module
+    if sys.argv[:1] != ["-m"]:  # its value while Python locates the module
         return
     name = sys.orig_argv[-len(sys.argv)].rpartition("-m")[2].removesuffix(".__main__")
     if name != _ROOT and not name.startswith(f"{_ROOT}."):
@@ -95,7 +95,7 @@ def refuse_module_without_command() -> None:
     commands = list_commands()
     if name not in commands and _exists(name):
         print(
-            f"error: python -m {name}: this module is no command; commands are "
+            f"error: python -m {name}: this module is not a command; commands are "
             f"{', '.join(commands)}",
             file=sys.stderr,
         )
@@ -105,7 +105,7 @@ def refuse_module_without_command() -> None:
 def _exists(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ImportError:  # Python says which
+    except ImportError:  # Python itself reports which module is missing
         return False
 
 

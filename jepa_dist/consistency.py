@@ -1,7 +1,7 @@
-"""See that all ranks were started alike: configuration, data, code and libraries.
+"""Check that all ranks use the same configuration, data, code and libraries.
 
-Ranks on several nodes read their own files. A different shard, setting or version on one of them
-would train a wrong model without an error (world-size invariance), or hang in a collective.
+Each node reads its own files. A different shard, setting or version on one of them would train a
+wrong model without an error (breaking world-size invariance), or hang in a collective.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import jepa_dist
 from jepa_dist.config import Config, flatten, to_dict
 from jepa_dist.errors import SharedError
 
-if TYPE_CHECKING:  # the statement is made before torch is imported
+if TYPE_CHECKING:  # the statement is computed before torch is imported
     from torch._C._distributed_c10d import Store
 
-# Libraries that decide what is computed or read.
+# Libraries whose version can change results or file formats.
 _LIBRARIES = ("torch", "torchdata", "numpy", "safetensors", "pydantic")
 _SHOWN_KEYS = 8
 _SHOWN_CHARACTERS = 80
@@ -34,7 +34,7 @@ Statement = Mapping[str, str]
 
 
 def statement(config: Config, data: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return what must be the same on every rank, by key.
+    """Return everything that must be identical on all ranks, as key -> text.
 
     Args:
         config: As resolved by this rank.
@@ -79,8 +79,8 @@ def differences(statements: Sequence[Statement]) -> list[str]:
         for rank, each in enumerate(statements):
             ranks_by_value.setdefault(each.get(key, _ABSENT), []).append(rank)
         if len(ranks_by_value) > 1:
-            told = [f"{_short(v)} on {_ranks(ranks)}" for v, ranks in ranks_by_value.items()]
-            phrases.append(f"{key}: {', '.join(told[:4])}{', ...' * (len(told) > 4)}")
+            found = [f"{_short(v)} on {_ranks(ranks)}" for v, ranks in ranks_by_value.items()]
+            phrases.append(f"{key}: {', '.join(found[:4])}{', ...' * (len(found) > 4)}")
     return phrases
 
 
@@ -89,7 +89,7 @@ def _short(value: str) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """``rank 3`` or ``ranks 0-1, 4``."""
+    """Return e.g. ``rank 3`` or ``ranks 0-1, 4``."""
     groups: list[list[int]] = []
     for rank in ranks:
         if groups and rank == groups[-1][1] + 1:
@@ -103,25 +103,25 @@ def _ranks(ranks: Sequence[int]) -> str:
 def check_alike(mine: Statement, store: Store, rank: int, world_size: int) -> None:
     """Compare the statements of all ranks through ``store``. Collective.
 
-    Needs no process group: ranks that differ may be unable to form one. Whole statements travel
-    only if their digests differ.
+    Needs no process group: ranks that differ may be unable to form one. Full statements are
+    exchanged only if their digests differ.
 
     Raises:
-        SharedError: on every rank: they differ; one line names keys, values and ranks.
+        SharedError: on every rank, if they differ; one line names keys, values and ranks.
     """
     digest = hashlib.blake2b(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     if len(set(_exchange("digest", digest, store, rank, world_size))) == 1:
         return
-    told = _exchange("statement", json.dumps(mine), store, rank, world_size)
-    phrases = differences([json.loads(each) for each in told])
-    # The rank that keeps the store leaves last.
+    statements = _exchange("statement", json.dumps(mine), store, rank, world_size)
+    phrases = differences([json.loads(each) for each in statements])
+    # Rank 0 hosts the store, so it must exit last.
     store.add("read", 1)
     deadline = time.monotonic() + _LEAVE_AFTER_SECONDS
     while rank == 0 and store.add("read", 0) < world_size and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
     more = len(phrases) - _SHOWN_KEYS
     raise SharedError(
-        f"the ranks were not started alike: {'; '.join(phrases[:_SHOWN_KEYS])}"
+        f"the ranks differ in what they were started with: {'; '.join(phrases[:_SHOWN_KEYS])}"
         + (f"; and {more} more" if more > 0 else "")
         + "; start all of them with the same command, on the same data and code"
     )

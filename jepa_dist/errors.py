@@ -1,7 +1,7 @@
-"""The exceptions for problems that the user can fix.
+"""Exceptions for problems that the user can fix.
 
 The entry points print them without a traceback, one line per problem, and exit with their code
-(contract C7). A message names the key, file or rank, what was expected, and the way out.
+(contract C7). A message names the key, file or rank, what was expected, and how to fix it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TrainingError(SharedError):
 
 
 def invalid_fields(error: ValidationError) -> list[str]:
-    """Return ``a.b: what was expected`` for each field that pydantic refuses."""
+    """Return ``a.b: what was expected`` for each field that failed pydantic's validation."""
     return [_invalid_field(item["loc"], item["msg"]) for item in error.errors()]
 
 
@@ -48,7 +48,7 @@ def _invalid_field(location: tuple[int | str, ...], message: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` as one printable line: what files hold may contain anything."""
+    """Return ``text`` as one printable line; text read from files may contain anything."""
     text = " ".join(text.splitlines()) if len(text.splitlines()) > 1 else text
     if len(text) > _LONGEST_PROBLEM:  # the end says what was expected
         half = _LONGEST_PROBLEM // 2

@@ -1,8 +1,8 @@
-"""How a rank ends when something goes wrong: loudly, at once, and with the right exit code (C7).
+"""How a rank exits after an error: immediately, with a clear message and the right exit code (C7).
 
-Mistakes that every rank sees alike (configuration, data, run directory) are told once, by rank 0.
-A failure of one rank is told by that rank, which then leaves without waiting for anybody: torchrun
-sees it and ends the others.
+Errors that all ranks raise (configuration, data, run directory) are printed once, by rank 0. An
+error on one rank is printed by that rank, which then exits without waiting for the others: torchrun
+notices and terminates them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from jepa_dist.errors import SharedError, UserError
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 128 + 2
 
-# Ranks other than 0 leave this much later, or torchrun would end rank 0 before it has spoken.
+# Ranks other than 0 exit this much later; otherwise torchrun could terminate rank 0 before it has
+# printed the error.
 _LET_MAIN_SPEAK_SECONDS = 2.0
-# Longest wait for a note about a failure: the file system may be what hangs.
+# Longest wait for recording a failure: the file system itself may hang.
 _NOTE_SECONDS = 5.0
 
-# What the dynamic loader says of a file of the compiler's cache that was not written to its end.
+# The dynamic loader's messages for a truncated file in the compiler's cache.
 _BROKEN_LIBRARY = re.compile(
     r"(/[^:\n]+\.so): (?:file too short|invalid ELF header|cannot read file data|"
     r"ELF file data encoding|object file has no|failed to map segment|ELF load command)"
@@ -39,20 +40,23 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def told_by_host() -> Iterator[None]:
-    """For checks before the ranks meet: the first rank of each host prints the problems of its own
-    command, files and environment, all others of the host leave with the same code."""
+def exit_on_host_error() -> Iterator[None]:
+    """Exit on a ``UserError`` raised before the process group exists.
+
+    The first rank of each host prints the problems of its own command, files and environment; the
+    host's other ranks exit silently with the same code.
+    """
     try:
         with errors_in_one_line():
             yield
     except UserError as error:
-        _tell_host(error)
+        _exit_per_host(error)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _tell_host(error: UserError) -> NoReturn:
-    # The environment may be what is wrong: without a number this process speaks.
+def _exit_per_host(error: UserError) -> NoReturn:
+    # The environment itself may be wrong: without a valid local rank, this process prints.
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     if local_rank == "0" or not local_rank.isdecimal():
         _print_problems(error, prefix="" if rank in ("0", "") else f"[rank {rank}] ")
@@ -62,12 +66,12 @@ def _tell_host(error: UserError) -> NoReturn:
 
 
 @contextmanager
-def told_once(rank: int, on_failure: Callable[[], None] | None = None) -> Iterator[None]:
-    """For what fails on every rank alike: rank 0 prints the problems, all exit with its code.
+def exit_on_user_error(rank: int, on_failure: Callable[[], None] | None = None) -> Iterator[None]:
+    """Exit on a ``UserError`` that every rank raises: rank 0 prints it, all exit with its code.
 
     Args:
-        rank: This one.
-        on_failure: Called first.
+        rank: This process's rank.
+        on_failure: Called before the error is printed.
     """
     try:
         with errors_in_one_line():
@@ -75,81 +79,83 @@ def told_once(rank: int, on_failure: Callable[[], None] | None = None) -> Iterat
     except UserError as error:
         if on_failure is not None:
             on_failure()
-        if isinstance(error.__cause__, UNFORESEEN) and rank != 0:  # perhaps of this rank alone
+        if isinstance(error.__cause__, UNFORESEEN) and rank != 0:  # possibly on this rank only
             _print_problems(error, prefix=f"[rank {rank}] ")
-        _tell_once(error, rank)
+        _exit_together(error, rank)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _tell_once(error: UserError, rank: int) -> NoReturn:
+def _exit_together(error: UserError, rank: int) -> NoReturn:
     if rank == 0:
         _print_problems(error, prefix="")
     else:
         time.sleep(_LET_MAIN_SPEAK_SECONDS)
     if _has_process_group():
-        # Tearing down the interpreter with one about aborts now and then.
-        _leave(error.exit_code)
+        # With an open process group, the interpreter's normal exit occasionally aborts.
+        _exit_now(error.exit_code)
     sys.exit(error.exit_code)
 
 
 @contextmanager
-def told_by_this_rank(rank: int, on_failure: Callable[[str], None] | None = None) -> Iterator[None]:
-    """For what may fail on one rank only: it reports and leaves at once, skipping all clean-up.
+def exit_on_rank_error(
+    rank: int, on_failure: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Exit immediately on an error that may be raised on this rank only, skipping all clean-up.
 
-    Clean-up would wait for ranks that wait for this one.
+    Clean-up would deadlock: it waits for ranks that wait for this one.
 
     Args:
-        rank: This one.
-        on_failure: Called first, with one line that says what happened.
+        rank: This process's rank.
+        on_failure: Called before the error is printed, with one line that describes it.
     """
     try:
-        with _noted(on_failure):
+        with _call_on_failure(on_failure):
             yield
     except SharedError as error:
         log.error("%s", error)
-        _tell_once(error, rank)
+        _exit_together(error, rank)
     except UserError as error:
         _record_for_torchrun(error)
         log.error("%s", error)
         _print_problems(error, prefix=f"[rank {rank}] ")
-        _leave(error.exit_code)
+        _exit_now(error.exit_code)
     except KeyboardInterrupt:
         print(f"[rank {rank}] interrupted", file=sys.stderr)
-        _leave(EXIT_INTERRUPTED)
+        _exit_now(EXIT_INTERRUPTED)
     except Exception as error:
         _record_for_torchrun(error)
         if (broken := _broken_library(error)) is not None:
             log.exception("failed")
             _print_problems(broken, prefix=f"[rank {rank}] ")
-            _leave(broken.exit_code)
+            _exit_now(broken.exit_code)
         log.exception("failed")
         print(f"[rank {rank}] failed:", file=sys.stderr)
         traceback.print_exc()
         if _is_broken_collective(error):
             print(
-                f"[rank {rank}] a collective broke: most likely another rank ended first; "
-                "its own message says why",
+                f"[rank {rank}] a collective failed, most likely because another rank exited "
+                "first; see that rank's message",
                 file=sys.stderr,
             )
-        _leave(EXIT_FAILURE)
+        _exit_now(EXIT_FAILURE)
 
 
 @contextmanager
-def _noted(on_failure: Callable[[str], None] | None) -> Iterator[None]:
+def _call_on_failure(on_failure: Callable[[str], None] | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
         if on_failure is not None:
-            # The error that is under way matters more than a note that cannot be written.
+            # The error being raised matters more than a failure to record it.
             reason = str(error).partition("\n")[0] or type(error).__name__
             call_with_limit(on_failure, reason)
         raise
 
 
 def call_with_limit(note: Callable[[str], None], reason: str) -> None:
-    """Call ``note``, for some seconds: a file system that hangs must not keep a rank here."""
+    """Call ``note`` in a thread and wait a few seconds at most, in case the file system hangs."""
 
     def call() -> None:
         with suppress(Exception):
@@ -161,17 +167,17 @@ def call_with_limit(note: Callable[[str], None], reason: str) -> None:
 
 
 def _broken_library(error: BaseException) -> UserError | None:
-    """A compiled library that was cut short, if that is what ended the run.
+    """Return an error that names the truncated compiled library, if one caused ``error``.
 
-    A process that is killed while it compiles may leave one in the cache of compiled graphs, which
-    every later start loads.
+    A process that is killed while it compiles may leave one in the cache of compiled graphs, and
+    every later start loads it.
     """
     seen: BaseException | None = error
     while seen is not None:
         if found := _BROKEN_LIBRARY.search(str(seen)):
             folder = os.path.dirname(found[1])
             return UserError(
-                f"{found[1]}: not a whole library ({found[0].rpartition(': ')[2]}): a process was "
+                f"{found[1]}: incomplete library ({found[0].rpartition(': ')[2]}): a process was "
                 "killed while it compiled, or the disk was full; delete this file's folder "
                 f"({folder}) or all of the compiler's cache (TORCHINDUCTOR_CACHE_DIR)"
             )
@@ -206,7 +212,7 @@ def _record_for_torchrun(error: BaseException) -> None:
         get_error_handler().record_exception(error)
 
 
-def _leave(code: int) -> NoReturn:
+def _exit_now(code: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

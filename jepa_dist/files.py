@@ -1,8 +1,8 @@
-"""Files in folders that others can write to: regular files of a bounded size, or one clear error.
+"""Safe file access in folders that others can write to: regular files of bounded size only.
 
-A FIFO in place of a file blocks whoever opens it, a device never ends, and a file of a thousand
-gigabytes does not fit into memory. Every function here raises ``OSError`` with a reason in words
-(``strerror``) instead, so that callers handle such a file like one that cannot be read.
+Opening a FIFO blocks, reading a device never ends, and a file of a terabyte does not fit into
+memory. Every function here raises ``OSError`` with a readable ``strerror`` instead, so that callers
+handle such a file like one that cannot be read.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def open_regular(path: Path, limit: int | None = None) -> io.FileIO:
 
     Args:
         path: The file.
-        limit: Most bytes that it may have.
+        limit: Maximum size in bytes.
 
     Raises:
-        OSError: it cannot be opened, is no regular file, or is larger.
+        OSError: it cannot be opened, is not a regular file, or is larger.
     """
     # Without O_NONBLOCK, opening a FIFO waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -49,15 +49,16 @@ def check_regular(path: Path, limit: int | None = None) -> None:
     """Raise if ``open_regular`` would, without opening the file.
 
     Raises:
-        OSError: it is missing, no regular file, or larger.
+        OSError: it is missing, not a regular file, or larger.
     """
     _check(path, path.stat(), limit)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The contents of a regular file of at most ``limit`` bytes.
+    """Return the contents of a regular file of at most ``limit`` bytes.
 
-    Never more than the size that the file system states: files of /proc state 0 and may be endless.
+    Reads no more than the size that the file system reports; files in /proc report 0 and may be
+    endless.
 
     Raises:
         OSError: as ``open_regular``.
@@ -68,9 +69,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path, limit: int) -> Any:
-    """The JSON in a regular file of at most ``limit`` bytes.
+    """Return the parsed JSON of a regular file of at most ``limit`` bytes.
 
-    The parser refuses what is not UTF-8, lone surrogates, deep nesting (200 levels) and integers
+    The parser rejects invalid UTF-8, lone surrogates, deep nesting (200 levels) and integers
     of thousands of digits.
 
     Raises:
@@ -81,14 +82,14 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def read_lines(path: Path, limit: int | None = None) -> Iterator[bytes]:
-    """The lines of a regular file, without holding more than one of them.
+    """Yield the lines of a regular file, holding one at a time in memory.
 
-    What is appended meanwhile is not read. A line of more than 4 MiB comes as several, none of
-    which is valid JSON.
+    Lines appended while reading are ignored. A line of more than 4 MiB is yielded in several parts,
+    none of which is valid JSON.
 
     Args:
         path: The file.
-        limit: Most bytes that it may have: for callers that keep what they read.
+        limit: Maximum size in bytes, for callers that keep all lines.
 
     Raises:
         OSError: as ``open_regular``.
@@ -102,10 +103,10 @@ def read_lines(path: Path, limit: int | None = None) -> Iterator[bytes]:
 
 
 def open_to_append(path: Path) -> io.FileIO:
-    """Open a regular file, or make one, to append to.
+    """Open a regular file for appending; create it if it does not exist.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: it cannot be opened, or is not a regular file.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o666)
@@ -118,7 +119,7 @@ def open_to_append(path: Path) -> io.FileIO:
 
 
 def open_to_append_lines(path: Path) -> io.FileIO:
-    """``open_to_append``; a last line that a crash cut short is ended first.
+    """Open as ``open_to_append`` does, and terminate a last line that a crash cut short.
 
     Raises:
         OSError: as ``open_to_append``.
@@ -133,26 +134,25 @@ def open_to_append_lines(path: Path) -> io.FileIO:
 
 
 def make_new(path: Path) -> IO[bytes]:
-    """Open a new file for writing; whatever else has its name is unlinked, never written through.
+    """Open a new file for writing; an existing file or link of that name is unlinked first.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     path.unlink(missing_ok=True)
     return open(path, "xb")
 
 
 def partial_name(path: Path) -> Path:
-    """Return a name beside ``path`` for what is being written, that nobody can have put anything
-    in the place of."""
+    """Return an unpredictable temporary name in the folder of ``path``."""
     return path.with_name(f".{path.name[:200]}.{uuid4().hex[:12]}.partial")
 
 
 def delete(path: Path) -> None:
-    """Delete a file or link, or a folder and all in it; links are not followed.
+    """Delete a file or link, or a folder and its contents; links are not followed.
 
     Raises:
-        OSError: with a reason in words: something of it cannot be deleted.
+        OSError: part of it cannot be deleted; ``strerror`` says why.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink()
@@ -161,12 +161,12 @@ def delete(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str, *, sync: bool = False) -> None:
-    """Let a file appear under its name when all of it is written.
+    """Write a file under a temporary name, then rename it.
 
     Args:
-        path: The file; an earlier one is replaced.
-        text: What it holds, written in UTF-8.
-        sync: Wait until the contents are on the disk.
+        path: The file; an existing one is replaced.
+        text: Its contents, encoded as UTF-8.
+        sync: Flush the contents to disk (fsync) before renaming.
 
     Raises:
         OSError: it cannot be written.
@@ -190,5 +190,5 @@ def _check(path: Path, status: os.stat_result, limit: int | None) -> None:
         kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
         raise OSError(kind, "not a regular file", str(path))
     if limit is not None and status.st_size > limit:
-        problem = f"{status.st_size} bytes, more than the {limit} that such a file may have"
+        problem = f"{status.st_size} bytes, but such a file may have at most {limit}"
         raise OSError(errno.EFBIG, problem, str(path))

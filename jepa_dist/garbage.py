@@ -1,8 +1,9 @@
-"""Python's garbage collector, run at chosen steps instead of whenever it sees fit.
+"""Python's garbage collector, run at fixed steps instead of automatically.
 
-An automatic collection stops one rank, at a moment of its own, and all others wait for it in the
+An automatic collection pauses one rank at an arbitrary moment while all others wait for it in the
 next collective: with many ranks the pauses add up. Here all ranks collect at the same steps, and
-what exists when the first step is done (modules, compiled graphs) is not looked at again.
+objects that exist after the first step (modules, compiled graphs) are frozen, i.e. not scanned
+again.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import gc
 
 
 class ScheduledCollection:
-    """Switches automatic collection off until closed.
+    """Garbage collection every ``every`` steps; automatic collection is disabled until closed.
 
     Args:
-        every: Steps between collections; 0 leaves everything to Python.
+        every: Steps between collections; 0 keeps Python's automatic collection.
     """
 
     def __init__(self, every: int) -> None:
@@ -24,11 +25,12 @@ class ScheduledCollection:
             gc.disable()
 
     def after_step(self, step: int, graphs: int) -> None:
-        """Collect if it is time to.
+        """Collect if this step is due.
 
         Args:
-            step: The step that is done, the same on every rank.
-            graphs: Compiled so far; what came with a new one is long-lived and set aside.
+            step: The completed step, the same on every rank.
+            graphs: Number of graphs compiled so far; after a new one, all live objects are
+                frozen, since what compilation creates is long-lived.
         """
         if self._every == 0:
             return
@@ -40,7 +42,7 @@ class ScheduledCollection:
             gc.collect()
 
     def close(self) -> None:
-        """Leave it to Python again."""
+        """Re-enable automatic collection."""
         if self._every:
             gc.unfreeze()
             gc.enable()

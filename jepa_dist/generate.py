@@ -1,9 +1,9 @@
-"""Text from a model: token by token, also while the model is sharded.
+"""Text generation, token by token; also works while the model is sharded.
 
-Every token is one forward pass over one row of ``seq_len`` positions, whatever has been written
-so far: always the same shape, never longer than in training (no rotary rescale), nothing cached.
-That is slow and meant for a short sample now and then; ``inference.decoding`` is faster, with a
-whole model. The passes run uncompiled: a graph of this shape would serve nothing else.
+Every token takes one forward pass over one row of ``seq_len`` positions, whatever the length of the
+text so far: always the same shape, never longer than in training (no rotary rescale), no KV cache.
+This is slow and meant for an occasional short sample; ``inference.decoding`` is faster, but needs
+an unsharded model. The passes are not compiled: nothing else would use a graph of this shape.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def generate(
     phase: int,
     device: torch.device,
 ) -> str:
-    """The prompt as the beginning of a document, continued by ``num_tokens`` tokens.
+    """Return the prompt, as the start of a document, continued by ``num_tokens`` tokens.
 
-    Collective where the model is sharded: every rank makes the same number of passes, and what
-    one of them draws concerns nobody else. FSDP units may be gathered afterwards (release them).
+    Collective where the model is sharded: every rank makes the same number of passes, each with
+    the tokens it has sampled itself. FSDP units may still be gathered afterwards (release them).
 
     Args:
         model: The model; its vocabulary is the tokenizer's.
         tokenizer: Encodes the prompt and decodes the result.
         prompt: Beginning of the text; may be empty.
         num_tokens: How many tokens to add.
-        temperature: Logits are divided by this before drawing; 0 takes the likeliest token.
-        seed: Of the draws; nothing else is random, and no other generator is touched.
+        temperature: Logits are divided by this before sampling; 0 takes the most likely token.
+        seed: Of the sampling; nothing else is random, and no global generator is used.
         phase: Recurrence phase to run the model in.
         device: Where the model is.
 
@@ -60,8 +60,8 @@ def generate(
 def next_logits(
     model: GPT | JointModel, ids: Sequence[int], phase: int, device: torch.device
 ) -> Tensor:
-    """Return the logits after the last of ``ids``, float64 [V] on the CPU; of more ids than
-    ``model.seq_len`` the last ones are the context."""
+    """Return the logits after the last of ``ids``, float64 [V] on the CPU; the context is the last
+    ``model.seq_len`` ids."""
     length = model.config.seq_len
     context = ids[-length:]
     tokens_BT = torch.zeros(1, length, dtype=torch.int64)
@@ -71,7 +71,7 @@ def next_logits(
 
 
 def draw(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """Return a token id drawn from the softmax of logits / temperature; at 0 the likeliest id."""
+    """Sample a token id from softmax(logits / temperature); at 0 return the most likely id."""
     if temperature == 0:
         return int(logits_V.argmax())
     probabilities_V = torch.softmax(logits_V / temperature, dim=0)

@@ -1,6 +1,6 @@
-"""Whether this host can run a rank: temporary folder, shared memory, the address to meet at.
+"""Checks that this host can run a rank: temporary folder, shared memory, rendezvous address.
 
-What is checked here would otherwise end in a wait of minutes, or in an error without a cause.
+Without them, such a problem shows up as a timeout after minutes, or as an unexplained error.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import tempfile
 from pathlib import Path
 
 from jepa_dist.config import Config
+from jepa_dist.dist_env import check_rendezvous, ranks_on_this_host
 from jepa_dist.errors import UserError
-from jepa_dist.launched import check_rendezvous, ranks_on_this_host
 
-# A socket's path has at most 107 characters; to TMPDIR multiprocessing adds
-# "/pymp-xxxxxxxx/listener-xxxxxxxx".
+# A socket's path has at most 107 characters, and multiprocessing appends
+# "/pymp-xxxxxxxx/listener-xxxxxxxx" to TMPDIR.
 _LONGEST_TEMPORARY = 107 - 32
 _SHARED = Path("/dev/shm")
-# Semaphores and the like, besides the batches.
+# For semaphores etc., in addition to the batches.
 _SHARED_SLACK = 2**20
 _TOKEN_BYTES = 8
-# Room that compilers need for temporary files.
+# Free space that compilers need for temporary files.
 _COMPILER_BYTES = 64 * 2**20
 
 
 def check_host(config: Config) -> None:
-    """Check what training needs of this host besides memory.
+    """Check what training needs on this host, apart from memory.
 
     Raises:
-        UserError: everything that is missing, one line each.
+        UserError: one line for each problem.
     """
     problems: list[str] = []
     for check in (_check_meeting, _check_temporary, _check_shared):
@@ -41,14 +41,14 @@ def check_host(config: Config) -> None:
         raise UserError(*problems)
 
 
-def check_room_to_compile() -> None:
-    """See that compilers have room for their temporary files, whose errors name no folder.
+def check_compiler_space() -> None:
+    """Check the free space for compilers' temporary files; their own errors name no folder.
 
     Raises:
-        UserError: they have not.
+        UserError: too little space.
     """
     folder = os.environ.get("TMPDIR", "")
-    if not os.path.isdir(folder):  # Python passes over a full one, compilers do not
+    if not os.path.isdir(folder):  # Python skips a full one, compilers do not
         folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if free < _COMPILER_BYTES:
@@ -64,7 +64,7 @@ def _check_meeting(_: Config) -> None:
 
 
 def _check_temporary(config: Config) -> None:
-    """The folder for temporary files can be written, and sockets fit into it."""
+    """Check that the temporary folder is writable and its path is short enough for sockets."""
     folder = os.environ.get("TMPDIR", "/tmp")
     try:
         folder = tempfile.gettempdir()
@@ -86,7 +86,7 @@ def _check_temporary(config: Config) -> None:
 
 
 def _check_shared(config: Config) -> None:
-    """Shared memory holds the batches that the loader processes keep ready."""
+    """Check that shared memory can hold the batches that the loader processes prefetch."""
     data, rows = config.data, min(config.batch.micro, config.batch.sequences)
     if data.workers == 0:
         return
@@ -95,7 +95,7 @@ def _check_shared(config: Config) -> None:
     try:
         free = shutil.disk_usage(_SHARED).free
     except OSError:
-        return  # this system keeps shared memory elsewhere
+        return  # this system has shared memory elsewhere
     if free < needed:
         raise UserError(
             f"{_SHARED}: {free / 2**20:.1f} MiB are free, and data.workers={data.workers} with "

@@ -1,7 +1,7 @@
-"""Standard output and error that never end a run, and hand no control codes to a terminal.
+"""Standard output and error that never raise, and write no control codes to a terminal.
 
-They survive a closed pipe, a full disk and an ASCII terminal. What a run prints may come from files
-of others (names, text samples); a terminal would obey the escape sequences in it.
+They tolerate a closed pipe, a full disk and an ASCII terminal. Text that a run prints may come from
+others' files (names, text samples); a terminal would execute the escape sequences in it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def keep_output_alive() -> None:
 
 
 def report_lost_output() -> None:
-    """Log what was lost before there was a log file; later losses are logged as they happen."""
+    """Log output lost before the log file existed; later losses are logged when they occur."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, LossyStream):
             stream.report()
@@ -92,7 +92,7 @@ class LossyStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Write whole lines, keep the rest for later; never raises OSError."""
+        """Write complete lines, buffer the rest; never raises OSError."""
         with self._lock:
             self._pending += escape_controls(text)
             if "\n" in text or "\r" in text:
@@ -100,7 +100,7 @@ class LossyStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Write what is pending, or drop it."""
+        """Write the pending text; drop it if that fails."""
         with self._lock:
             data = self._pending.encode(self._encoding, errors="backslashreplace")
             self._pending = ""

@@ -1,29 +1,29 @@
-"""Environment variables that a training process needs, set where the user has not.
+"""Defaults of environment variables that a training process needs.
 
-They are read when CUDA and the compiler start. The commands set them themselves, so that they hold
-under plain torchrun, too, and not only under this project's launchers.
+They are read when CUDA and the compiler are initialized. The commands set them, rather than this
+project's launch scripts, so that they apply under plain torchrun too.
 """
 
 from __future__ import annotations
 
 import os
 
-# The older name, of which torch still takes note.
+# The second is the older name, which torch still reads.
 _ALLOCATOR, _OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-# Inductor starts this many at most, however many cores there are.
+# Inductor's own upper limit.
 _MOST_COMPILE_THREADS = 32
 
 
 def set_defaults(ranks_on_host: int) -> None:
-    """Set allocator and compiler variables that are not set; call before CUDA is used.
+    """Set allocator and compiler variables that the user has not set; call before CUDA is used.
 
-    * CUDA's allocator grows its segments instead of adding new ones (less fragmentation when
-      phases, JEPA and evaluation change the sizes).
-    * Inductor's compile processes are shared out: by default every rank would start as many as the
-      host has cores, up to 32.
+    * Expandable segments in CUDA's allocator: less fragmentation when phases, JEPA and evaluation
+      change tensor sizes.
+    * Inductor's compile processes: the host's cores divided by its ranks. By default every rank
+      would start one per core, up to 32.
 
     Args:
-        ranks_on_host: Ranks that share this host's cores.
+        ranks_on_host: Number of ranks on this host.
     """
     if _OLD_ALLOCATOR not in os.environ:
         os.environ.setdefault(_ALLOCATOR, "expandable_segments:True")

@@ -1,4 +1,4 @@
-"""How far a run is: the part of its state that is not tensors, and what a checkpoint says of it."""
+"""Progress of a run: its state apart from tensors, as stored in a checkpoint's ``state.json``."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from jepa_dist.errors import UserError, invalid_fields
 
 # A step plan carries integers as float64.
-_Whole = Annotated[int, Field(ge=0, lt=2**53)]
+_Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Digest = Annotated[str, Field(pattern="^([0-9a-f]{32})?$")]
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class Progress:
-    """How far a run is, besides its tensors (contract C5); nothing in it depends on the ranks."""
+    """A run's state apart from its tensors (contract C5); independent of the number of ranks."""
 
-    step: _Whole = 0
-    """Optimiser steps done."""
-    samples_consumed: _Whole = 0
+    step: _Count = 0
+    """Completed optimizer steps."""
+    samples_consumed: _Count = 0
     phase: Annotated[int, Field(ge=0, le=2)] = 0
     """Recurrence phase of the last step."""
     seconds: Annotated[float, Field(ge=0)] = 0.0
-    """Training time spent, over all starts of the run."""
+    """Training time, summed over all starts of the run."""
     tokens_digest: _Digest = ""
     spans_digest: _Digest = ""
-    skip_start: _Whole = 0
-    """Of the one stretch of samples that the run passed over when it rolled back."""
-    skip_count: _Whole = 0
-    bad_steps: _Whole = 0
-    """Steps whose update was skipped, because loss or gradient was not finite."""
-    bad_in_row: _Whole = 0
-    """Those of them that the last steps are; a run that is interrupted often rolls back, too."""
-    bad_row_sample: _Whole = 0
-    """First sample of that row, in samples consumed before it."""
+    skip_start: _Count = 0
+    """Start and length of the sample range that the run skips after a roll-back."""
+    skip_count: _Count = 0
+    bad_steps: _Count = 0
+    """Steps whose update was skipped because the loss or gradient was not finite."""
+    bad_in_row: _Count = 0
+    """Consecutive bad steps up to the last one; stored so that a run that is interrupted often
+    still reaches the number at which it rolls back."""
+    bad_row_sample: _Count = 0
+    """``samples_consumed`` before the first of these consecutive bad steps."""
 
     @property
     def skip(self) -> range:
-        """Samples passed over, as places in the order."""
+        """Skipped samples, as indices in the training order."""
         return range(self.skip_start, self.skip_start + self.skip_count)
 
 
-# Later versions of the state have more keys; those that every version has are required.
+# Newer versions write more keys; the ones that every version has written are required.
 _REQUIRED = ("step", "samples_consumed", "phase", "seconds", "tokens_digest", "spans_digest")
 
 
@@ -60,22 +61,22 @@ class _Identity(BaseModel):
 
 @dataclass(frozen=True)
 class RunState:
-    """What the ``state.json`` of a run's checkpoint says."""
+    """Contents of the ``state.json`` of a run's checkpoint."""
 
     progress: Progress
     config: Mapping[str, Any]
-    """As it was resolved; keys may be those of another version."""
+    """The resolved configuration; may have keys of another version."""
     data_fingerprint: str
-    """Of the training data."""
+    """Digest of the training data."""
     validation_fingerprint: str | None
-    """Of what the run is validated on; None in checkpoints that do not say."""
+    """Identifies the validation data; None in checkpoints of versions that did not store it."""
 
 
 def progress_of(file: Path, state: Mapping[str, Any]) -> Progress:
-    """How far the run is that left ``state`` in ``file``.
+    """Return the ``Progress`` stored in ``state``, the contents of ``file``.
 
     Raises:
-        UserError: keys that are missing or hold what no run writes; one line each.
+        UserError: one line for each key that is missing or has an invalid value.
     """
     missing = [f"{file}: {key}: missing; {_REMEDY}" for key in _REQUIRED if key not in state]
     if missing:
@@ -84,11 +85,11 @@ def progress_of(file: Path, state: Mapping[str, Any]) -> Progress:
     try:
         return Progress(**known)
     except ValidationError as error:
-        raise UserError(*_told(file, error)) from None
+        raise UserError(*_explain(file, error)) from None
 
 
 def run_state(file: Path, state: Mapping[str, Any]) -> RunState:
-    """What ``state`` says of the run that left it in ``file``.
+    """Return the ``RunState`` stored in ``state``, the contents of ``file``.
 
     Raises:
         UserError: as ``progress_of``.
@@ -97,7 +98,7 @@ def run_state(file: Path, state: Mapping[str, Any]) -> RunState:
     try:
         identity = _Identity.model_validate(state)
     except ValidationError as error:
-        raise UserError(*_told(file, error)) from None
+        raise UserError(*_explain(file, error)) from None
     return RunState(
         progress, identity.config, identity.data_fingerprint, identity.validation_fingerprint
     )
@@ -106,5 +107,5 @@ def run_state(file: Path, state: Mapping[str, Any]) -> RunState:
 _REMEDY = "not the state of a training run; use another checkpoint"
 
 
-def _told(file: Path, error: ValidationError) -> list[str]:
+def _explain(file: Path, error: ValidationError) -> list[str]:
     return [f"{file}: {field}; {_REMEDY}" for field in invalid_fields(error)]

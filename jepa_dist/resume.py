@@ -1,8 +1,8 @@
-"""Where a run begins: anew, where its newest checkpoint left it, or at another run's checkpoint.
+"""Where a start begins: at step 0, at the run's newest checkpoint, or at another run's checkpoint.
 
-``checkpoint.resume=auto`` (the default) makes the same command, typed again, go on where the run
-was. Another world size, mesh, precision or JEPA setting is fine and is told; another model, seed
-or data set is refused with the difference listed (contracts C5, C7).
+With ``checkpoint.resume=auto`` (the default) the same command resumes the run. Another world size,
+mesh, precision or JEPA setting is accepted and printed; another model, seed or data set is
+rejected, with the differences listed (contracts C5, C7).
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from jepa_dist.parallel.world import World
 from jepa_dist.progress import Progress, RunState, run_state
 from jepa_dist.run_lock import LOCK_NAME
 
-# Keys that a checkpoint cannot go on without being the same, by the beginning of their names.
+# Keys that must not change when a run resumes: exact names, or prefixes that end with a dot.
 _ESSENTIAL = ("seed", "model.", "optim.matrix", "data.tokenizer")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where to begin."""
+    """Where a start begins."""
 
     checkpoint: Path | None
-    """Known to be whole and to fit; None begins anew."""
+    """A verified checkpoint that fits the configuration; None starts at step 0."""
     step: int
-    """Optimiser steps done by then."""
+    """Optimizer steps completed in the checkpoint."""
     seconds: float
-    """Training time spent by then."""
+    """Training time in the checkpoint."""
     is_finished: bool
-    """Whether there is nothing left to do."""
+    """Whether the run is already finished."""
     messages: tuple[str, ...]
-    """What the user should know."""
+    """Messages for the user."""
     decay_from: float | None = None
     """Where the decay of the learning rates begins, if the configuration says "now"."""
 
@@ -79,31 +79,31 @@ def find_start(
     world: World,
     validation_fingerprint: str | None = None,
 ) -> Start:
-    """Decide where to begin. Collective; the same on every rank.
+    """Decide where to begin. Collective; the result is the same on every rank.
 
     Args:
-        config: The run as it is asked for now.
+        config: The run's configuration now.
         run_dir: Its directory, which may hold an earlier part of it.
-        data_fingerprint: Of the training data now (rank 0's counts).
+        data_fingerprint: Digest of the training data now (rank 0's is used).
         world: The ranks.
-        validation_fingerprint: Of what it is validated on now; None does not compare.
+        validation_fingerprint: Identifies the validation data now; None skips the comparison.
 
     Raises:
-        UserError: on every rank: a directory or checkpoint that does not fit, or is damaged.
+        UserError: on every rank, for a directory or checkpoint that does not fit or is damaged.
     """
     mode, now = config.checkpoint.resume, (data_fingerprint, validation_fingerprint)
-    occupied = world.decide(lambda: _is_occupied(run_dir))
+    occupied = world.run_on_main(lambda: _is_occupied(run_dir))
     if mode != "auto":
         if occupied:
             raise UserError(
                 f"run.dir={run_dir}: exists already and is not overwritten; name another one "
-                "(run.dir=...), or go on with it (checkpoint.resume=auto)"
+                "(run.dir=...), or resume it (checkpoint.resume=auto)"
             )
         if mode == "never":
             _refuse_now(config)
             return Start(None, 0, 0.0, False, ())
         named = Path(mode).expanduser()
-        folder = world.decide(lambda: _folder_of_checkpoints(named))
+        folder = world.run_on_main(lambda: _folder_of_checkpoints(named))
         if folder is not None:
             return _start_at_newest(folder, named, config, now, world)
         verify_together(named, world)
@@ -111,24 +111,24 @@ def find_start(
     if not occupied:
         _refuse_now(config)
         return Start(None, 0, 0.0, False, ())
-    world.decide(lambda: check_run_files(run_dir))
+    world.run_on_main(lambda: check_run_files(run_dir))
     found = find_resumable(run_dir / "checkpoints", world)
     if found.path is not None:
         return _start_at(found.path, found.messages, config, now, world)
     if found.messages:
         raise UserError(
             *found.messages,
-            f"run.dir={run_dir}: none of its checkpoints is whole; name another run.dir to begin "
-            "anew",
+            f"run.dir={run_dir}: all of its checkpoints are damaged; name another run.dir to start "
+            "a new run",
         )
     _refuse_now(config)
-    world.decide(lambda: _refuse_unless_same(run_dir, config))
-    told = f"{run_dir}: stopped before its first checkpoint; beginning anew"
-    return Start(None, 0, 0.0, False, (told,))
+    world.run_on_main(lambda: _refuse_unless_same(run_dir, config))
+    message = f"{run_dir}: stopped before its first checkpoint; starting at step 0"
+    return Start(None, 0, 0.0, False, (message,))
 
 
 def _refuse_now(config: Config) -> None:
-    """Refuse to begin anew what is to be a branch."""
+    """Raise if ``schedule.decay_from=now`` is used without a checkpoint to start from."""
     if config.schedule.decay_from == "now":
         raise UserError(
             "schedule.decay_from=now: there is no checkpoint that the decay could begin at; name "
@@ -137,10 +137,10 @@ def _refuse_now(config: Config) -> None:
 
 
 def _folder_of_checkpoints(named: Path) -> Path | None:
-    """The folder whose newest checkpoint is meant, if ``named`` is none itself.
+    """Return the folder of checkpoints that ``named`` stands for; None if it is one checkpoint.
 
     Raises:
-        UserError: it is nothing that a run can continue from.
+        UserError: it is not something that a run can resume from.
     """
     if named.name == LATEST and not named.is_dir():
         return named.parent
@@ -153,8 +153,8 @@ def _folder_of_checkpoints(named: Path) -> Path | None:
     key = f"checkpoint.resume={named}"
     if not named.exists():
         raise UserError(
-            f"{key}: there is no such folder; python -m jepa_dist.checkpoint ls RUN lists the "
-            "checkpoints of a run (or auto, or never)"
+            f"{key}: no such folder; python -m jepa_dist.checkpoint ls RUN lists the checkpoints "
+            "of a run (expected one of them, auto, or never)"
         )
     raise UserError(
         f"{key}: is a file; expected the folder of a checkpoint, e.g. "
@@ -168,9 +168,7 @@ def _start_at_newest(
 ) -> Start:
     found = find_resumable(folder, world)
     if found.path is None:
-        raise UserError(
-            *found.messages, f"checkpoint.resume={named}: holds no checkpoint that is whole"
-        )
+        raise UserError(*found.messages, f"checkpoint.resume={named}: holds no intact checkpoint")
     return _start_at(found.path, found.messages, config, fingerprints, world)
 
 
@@ -184,25 +182,28 @@ def _start_at(
     def compare() -> tuple[Progress, list[str], float | None]:
         state = run_state(checkpoint / STATE, read_state(checkpoint))
         if state.progress.step != read_manifest(checkpoint).step:
-            raise UserError(f"{checkpoint / STATE}: is not of the step that the manifest names")
+            raise UserError(
+                f"{checkpoint / STATE}: step {state.progress.step} differs from the manifest's; "
+                "use another checkpoint"
+            )
         decay_from = _decay_from(config, state)
         now = config if decay_from is None else _with_decay(config, decay_from)
         return state.progress, differences(checkpoint, state, now, *fingerprints), decay_from
 
-    progress, changes, decay_from = world.decide(compare)
+    progress, changes, decay_from = world.run_on_main(compare)
     step = progress.step
-    is_finished = world.decide(lambda: _is_finished(config, progress))
-    told = (
+    is_finished = world.run_on_main(lambda: _is_finished(config, progress))
+    message = (
         f"{config.run.dir}: finished already, after step {step}; nothing to do"
         if is_finished
-        else f"going on from {checkpoint}, after step {step}"
+        else f"resuming from {checkpoint}, after step {step}"
     )
-    lines = (*messages, *changes, told)
+    lines = (*messages, *changes, message)
     return Start(checkpoint, step, progress.seconds, is_finished, lines, decay_from)
 
 
 def _is_finished(config: Config, progress: Progress) -> bool:
-    """Whether all steps are done and what follows them (export, status) is, too."""
+    """Return whether all steps, and the export after them, are done."""
     step, limit = progress.step, config.train.max_wallclock_seconds
     is_complete = step >= config.train.steps or (limit is not None and progress.seconds >= limit)
     status = read_status(Path(config.run.dir).expanduser())
@@ -216,10 +217,10 @@ def differences(
     data_fingerprint: str,
     validation_fingerprint: str | None = None,
 ) -> list[str]:
-    """What is not as it was, one line per key that may change.
+    """Return one line for each key that changed since the checkpoint and may change.
 
     Raises:
-        UserError: what must not change did; all of it.
+        UserError: one line for each key that changed and must not.
     """
     before, now = dict(flatten(state.config)), dict(flatten(to_dict(config)))
     changed = [
@@ -238,26 +239,26 @@ def differences(
     if state.data_fingerprint != data_fingerprint and not config.checkpoint.allow_other_data:
         refused.append(
             "data.train: not the shards that it was trained on (checkpoint.allow_other_data=true "
-            "goes on with these)"
+            "accepts them)"
         )
     if refused:
         raise UserError(
-            *(f"{checkpoint}: cannot go on from it: {line}" for line in refused),
-            "give it the run's own settings, or begin anew in another run.dir",
+            *(f"{checkpoint}: cannot resume from it: {line}" for line in refused),
+            "use the run's own settings, or start a new run in another run.dir",
         )
-    told = [x for x in changed if not x.startswith(WATCHING + MEASURING + ("data.",))]
+    accepted = [x for x in changed if not x.startswith(WATCHING + MEASURING + ("data.",))]
     if None not in (state.validation_fingerprint, validation_fingerprint) and (
         state.validation_fingerprint != validation_fingerprint
     ):
-        told.append(
-            "what the run is validated on (data.val, eval.sequences): val/* are not comparable "
-            "with those before; reports leave the earlier ones out"
+        accepted.append(
+            "the validation data (data.val, eval.sequences): val/* are not comparable with earlier "
+            "values, which reports omit"
         )
-    return [f"changed since the checkpoint: {x}" for x in told]
+    return [f"changed since the checkpoint: {x}" for x in accepted]
 
 
 def open_run_dir(run_dir: Path, config: Config, data: Mapping[str, Any]) -> None:
-    """Make the run directory, or take it up again; on rank 0.
+    """Create the run directory, or update the files of an existing one; on rank 0.
 
     Raises:
         UserError: it cannot be written.
@@ -278,7 +279,7 @@ def _is_occupied(run_dir: Path) -> bool:
 
 
 def _refuse_unless_same(run_dir: Path, config: Config) -> None:
-    """A directory without checkpoints is gone on with only by the very run that made it."""
+    """Raise unless a run directory without checkpoints was created with this same configuration."""
     try:
         before = read_mapping(run_dir / "config.yaml")
     except UserError:

@@ -1,15 +1,15 @@
-"""One owner per run directory: ``run.lock``, created whole and kept fresh while the run lives.
+"""One owner per run directory: the lock file ``run.lock``, created atomically, renewed regularly.
 
-Two starts of one command at the same time would train into the same files. The lock says who has
-the directory (host, pid, start time); its modification time, renewed every few seconds, is the
-proof of life. It is created by a hard link, which exists or not on shared file systems too (flock
-is local on some of them). A lock whose owner is dead is taken over:
+Two starts of one command at the same time would write to the same files. The lock names the owner
+(host, pid, start time), which updates the file's modification time every few seconds. It is created
+by a hard link, which is atomic on shared file systems too (flock is local on some of them). A lock
+whose owner is dead is taken over:
 
-* an owner on this machine is dead if its process is gone: known at once (torchrun's restarts);
-* any other owner is dead if the lock has not been renewed for ``STALE_SECONDS`` as seen from here,
-  so that clocks need not agree (a job that SLURM requeues on another host).
+* an owner on this machine is dead if its process is gone: detected immediately (torchrun restarts);
+* any other owner is dead if the lock has not been renewed for ``STALE_SECONDS`` as observed from
+  here, so that clocks need not agree (a job that SLURM requeues on another host).
 
-An owner that loses its lock nevertheless (suspended for that long) ends at its next renewal.
+An owner that lost its lock because it was suspended for that long exits at its next renewal.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ LOCK_NAME = "run.lock"
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
 
-# A lock this much older than a file that was just made beside it needs no watching.
+# A lock this much older than a file just created next to it is stale without further observation.
 _LONG_DEAD_SECONDS = 600.0
 _LOOK_SECONDS = 0.5
-# Two starts that take over a dead owner's lock at the same moment: the later one has it.
+# If two starts take over a stale lock at the same moment, the later one wins; wait this long before
+# reading back which one that is.
 _SETTLE_SECONDS = 0.5
 _JOIN_SECONDS = 5.0
 _MAX_BYTES = 4096
@@ -47,21 +48,21 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 @dataclass(frozen=True)
 class Owner:
-    """What the lock says."""
+    """Contents of the lock file."""
 
     host: str
     machine: str
-    """Boot and process namespace: pids compare only within one."""
+    """Boot id and pid namespace: pids are comparable only within one."""
     pid: int
     process_started: int
-    """Clock ticks since boot; tells a process from a later one of the same pid."""
+    """Clock ticks since boot; distinguishes the process from a later one with the same pid."""
     started: str
-    """When the run was started, for people."""
+    """When the run was started, readable."""
     token: str
 
 
 class RunLock:
-    """The lock of one run directory; for rank 0. ``acquire`` it before anything is decided."""
+    """The lock of one run directory; for rank 0. ``acquire`` it before reading the directory."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -73,15 +74,15 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
 
     def acquire(self) -> tuple[str, ...]:
-        """Take the lock, from a dead owner if need be; may wait up to ``STALE_SECONDS``.
+        """Take the lock, from a dead owner if necessary; may wait up to ``STALE_SECONDS``.
 
-        A directory that cannot be written is left unlocked: nothing can be written there.
+        A read-only directory is not locked.
 
         Returns:
-            What the user should know.
+            Messages for the user.
 
         Raises:
-            UserError: another start of the run is alive.
+            UserError: another process of the run is alive.
         """
         try:
             self._made_folder = not self._run_dir.exists()
@@ -99,12 +100,12 @@ class RunLock:
         return messages
 
     def release(self) -> None:
-        """Give the directory back; one that was made for the lock alone goes, too."""
+        """Delete the lock, and the directory if it was created for the lock and is empty."""
         if not self._is_held:
             return
         self._is_held = False
         self._end.set()
-        self._thread.join(_JOIN_SECONDS)  # a file system that hangs keeps it
+        self._thread.join(_JOIN_SECONDS)  # with a time limit: the file system may hang
         with suppress(OSError):
             owner, _ = _look(self._path)
             if owner is not None and owner.token == self._me.token:
@@ -119,10 +120,10 @@ class RunLock:
             while not _create(partial, self._path, self._me.token):
                 owner, renewed = _look(self._path)
                 if renewed is None:
-                    continue  # released meanwhile
+                    continue  # released in the meantime
                 why = self._why_dead(owner, renewed, partial)
                 if _look(self._path)[1] != renewed:
-                    continue  # somebody else took it, or the owner lives
+                    continue  # another process took it, or the owner is alive
                 os.replace(partial, self._path)
                 time.sleep(_SETTLE_SECONDS)
                 found, _ = _look(self._path)
@@ -134,15 +135,15 @@ class RunLock:
         return ()
 
     def _why_dead(self, owner: Owner | None, renewed: int, fresh: Path) -> tuple[str, ...]:
-        """Return what to say about a dead owner.
+        """Return messages for the user about a dead owner.
 
         Args:
             owner: None if the lock cannot be read.
-            renewed: Its modification time.
-            fresh: A file made just now on the same file system, for the age.
+            renewed: The lock's modification time, in ns.
+            fresh: A file just created on the same file system, to compute the lock's age.
 
         Raises:
-            UserError: it is alive.
+            UserError: the owner is alive.
         """
         if owner is not None and owner.machine == self._me.machine:
             if _is_alive(owner):
@@ -159,16 +160,16 @@ class RunLock:
                     raise self._in_use(now_owner or owner)
         who = "an unknown process" if owner is None else f"process {owner.pid} on {owner.host}"
         return (
-            f"{self._run_dir}: was in use by {who}, which has given no sign of life for "
+            f"{self._run_dir}: was in use by {who}, which has not renewed its lock for "
             f"{STALE_SECONDS:.0f} s or more; taken over",
         )
 
     def _in_use(self, owner: Owner | None) -> UserError:
         if owner is None:
-            who, stop = "another process", "end it"
+            who, stop = "another process", "stop it"
         else:
             who = f"process {owner.pid} on {owner.host}, started {owner.started}"
-            stop = f"end it first (kill {owner.pid} there: it saves)"
+            stop = f"stop it first (kill {owner.pid} there: it saves a checkpoint)"
         return UserError(
             f"run.dir={self._run_dir}: is in use by {who}, which is alive; {stop}, or name another "
             "one (run.dir=...)"
@@ -176,7 +177,7 @@ class RunLock:
 
     def _keep(self) -> None:
         while not self._end.wait(RENEW_SECONDS):
-            # A file system that fails for a while must not end the run.
+            # A temporary file system failure must not end the run.
             with suppress(OSError):
                 self._renew()
 
@@ -192,7 +193,7 @@ class RunLock:
         with suppress(Exception):
             print(
                 f"error: run.dir={self._run_dir}: was taken over by process {owner.pid} on "
-                f"{owner.host} while this one gave no sign of life; this one ends",
+                f"{owner.host} because this one did not renew its lock; this one exits",
                 file=sys.stderr,
                 flush=True,
             )
@@ -200,8 +201,8 @@ class RunLock:
 
 
 def is_in_use(run_dir: Path) -> bool | None:
-    """Return whether the owner of ``run_dir`` is alive; None if there is no lock, or that cannot
-    be seen at once."""
+    """Return whether the owner of ``run_dir`` is alive; None if there is no lock, or if it would
+    take waiting to tell."""
     try:
         owner, renewed = _look(run_dir / LOCK_NAME)
     except OSError:
@@ -217,12 +218,12 @@ def is_in_use(run_dir: Path) -> bool | None:
 
 
 def _create(partial: Path, path: Path, token: str) -> bool:
-    """Publish ``partial`` as ``path`` unless that exists; whole, and once among all hosts."""
+    """Link ``partial`` to ``path`` unless that exists; atomic, also among hosts."""
     try:
         os.link(partial, path)
         return True
     except FileExistsError:
-        # Over NFS a link that was made may be reported as existing when the answer got lost.
+        # Over NFS, a link just created may be reported as existing if the reply was lost.
         owner, _ = _look(path)
         return owner is not None and owner.token == token
     except OSError as error:
@@ -239,12 +240,12 @@ def _create(partial: Path, path: Path, token: str) -> bool:
 def _look(path: Path) -> tuple[Owner | None, int | None]:
     """Return the owner (None if unreadable) and the modification time (None if no lock).
 
-    Opening the file, rather than asking for its attributes, makes NFS ask the server.
+    Opening the file, rather than calling stat, makes an NFS client query the server.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        if path.is_symlink():  # it leads nowhere, and is in the way
+        if path.is_symlink():  # a dangling link, which still blocks the name
             return None, path.lstat().st_mtime_ns
         return None, None
     try:
@@ -275,7 +276,7 @@ def _this_process() -> Owner:
 
 
 def _machine() -> str:
-    """Return what is the same for all processes that see each other's pids (Linux)."""
+    """Return an id shared by exactly the processes that see each other's pids (Linux)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"

@@ -1,4 +1,4 @@
-"""Configurations and sweeps that come with the package, found by name from any folder."""
+"""Configurations and sweeps shipped with the package, found by name from any folder."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def _find(name: str | Path, folder: Path, prefix: str) -> Path:
         if str(path) in (stem, file.name, f"{prefix}/{file.name}"):
             return file
     if path.suffix or len(path.parts) != 1 or path.exists():
-        return path  # reading it says what is wrong
+        return path  # opening it raises an error that names it
     raise UserError(
-        f"{path}: no such file, and no configuration of this name comes with the package; expected "
+        f"{path}: no such file, and no shipped configuration has this name; expected "
         f"a YAML file or one of {', '.join(shipped)}"
     )

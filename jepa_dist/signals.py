@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted here, acted on by all ranks together through the plan."""
+"""Signals that ask a run to stop: recorded here, acted on by all ranks through the step plan."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ import threading
 import time
 from collections.abc import Callable
 
+from jepa_dist.dist_env import parent_death_signal, set_parent_death_signal
 from jepa_dist.failure import call_with_limit
-from jepa_dist.launched import parent_death_signal, set_parent_death_signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 EXIT_GRACE_OVER = 4
 
-# Keys on a terminal: who presses one again does not want to wait. Other senders (schedulers,
-# launchers) repeat themselves, and have SIGKILL.
+# Sent by keys on a terminal; pressing one again requests an immediate exit. Other senders
+# (schedulers, launchers) repeat signals, and use SIGKILL to force an exit.
 _IMPATIENT = (signal.SIGINT, signal.SIGQUIT)
 
-# Where nohup (or a shell, for a job in the background) has these ignored, they stay so.
+# They stay ignored if nohup (or a shell, for a background job) has set them to be ignored.
 _OF_TERMINALS = (signal.SIGHUP, signal.SIGQUIT)
 
-# One request may arrive twice: SLURM signals every process of a step, and torchrun passes on to its
-# ranks what it gets.
+# One request may arrive twice: SLURM signals every process of a step, and torchrun forwards signals
+# to its ranks.
 _ECHO_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop. Installs handlers.
+    """Records whether this process was asked to stop; the constructor installs signal handlers.
 
-    Further signals change nothing, except that a SIGINT or SIGQUIT that is no echo of the first
-    signal (within two seconds) exits at once.
+    Later signals are ignored, except that a SIGINT or SIGQUIT more than two seconds after the first
+    signal exits immediately (within two seconds it counts as a duplicate).
 
-    The step is finished, a checkpoint saved, and every rank stops at the same step, because rank 0
-    puts it into the plan (contract C2). A thread receives the signals: Python would not run a
-    handler while the main thread waits in a collective, and that is where a rank that must be
-    ended is stuck.
+    All ranks finish the same step, save a checkpoint and stop, because rank 0 puts the stop into
+    the step plan (contract C2). A thread receives the signals: Python would not run a handler while
+    the main thread waits in a collective, which is where a rank that must exit may be stuck.
 
-    That thread also takes over the wish to end with the parent process (``die_with_launcher``), and
-    gives it up at the first signal: torchrun exits when it is asked to stop a second time, while
-    its ranks still save.
+    That thread also takes over the parent death signal (``die_with_launcher``), and clears it at
+    the first stop signal: torchrun exits when it is asked to stop a second time, while its ranks
+    are still saving.
 
     Args:
-        grace_seconds: From the first signal on; a process that still runs then exits (code 4).
+        grace_seconds: If the process still runs this long after the first signal, it exits (code
+            4).
         on_stop: Called once, at the first signal, by the thread that receives it.
         on_give_up: Called with the reason, in one line, before that exit.
     """

@@ -14,18 +14,18 @@ from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
 from jepa_dist.consistency import Statement, statement
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
-from jepa_dist.errors import TrainingError
-from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
-from jepa_dist.host import check_host, check_room_to_compile
-from jepa_dist.launched import (
+from jepa_dist.dist_env import (
     adopt_launcher,
     die_with_launcher,
     launched_rank,
     launched_world_size,
+    print_local_ranks,
     ranks_on_this_host,
-    tell_place,
 )
-from jepa_dist.monitor.run_dir import check_run_dir, note_failure
+from jepa_dist.errors import TrainingError
+from jepa_dist.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
+from jepa_dist.host import check_compiler_space, check_host
+from jepa_dist.monitor.run_dir import check_run_dir, record_failure
 from jepa_dist.monitor.startup import Startup
 from jepa_dist.output import keep_output_alive
 from jepa_dist.process_env import set_defaults
@@ -35,7 +35,7 @@ from jepa_dist.run_lock import RunLock
 def main() -> None:
     """Check everything that can be checked, then train."""
     keep_output_alive()
-    with told_by_host():
+    with exit_on_host_error():
         arguments = parse_arguments()
         adopt_launcher(os.environ, will_meet=not (arguments.print_config or arguments.check))
         die_with_launcher()
@@ -49,21 +49,21 @@ def main() -> None:
         check_world(config, launched_world_size())
         check_data(config)
         if config.parallel.compile:
-            check_room_to_compile()
+            check_compiler_space()
         if arguments.check:
             check_run_dir(Path(config.run.dir).expanduser())
             return
         check_host(config)
         mine = statement(config, data := fingerprint_data(config))
-    tell_place()
+    print_local_ranks()
     train(config, data, mine)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; options may stand anywhere.
+    """Parse the command line; options may appear anywhere.
 
     Raises:
-        UserError: not understood.
+        UserError: invalid arguments.
     """
     parser = Parser(prog=program("jepa_dist.train"), description=__doc__)
     parser.add_argument(
@@ -80,29 +80,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="check configuration, data and run directory as a start would, then exit",
+        help="run a start's checks of configuration, data and run directory, then exit",
     )
     return parser.parse_intermixed_args()
 
 
 def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
-    """Join the other ranks and run to the end, or until asked to stop.
+    """Create the process group and train until the run is finished or asked to stop.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         data: Fingerprints of the shards by split.
-        mine: What must be the same on every rank.
+        mine: This rank's statement of what must be identical on all ranks.
     """
     startup = Startup()
     startup.done("check")
-    # Imported late: mistakes in the configuration are told before torch takes its seconds.
+    # Imported here, so that configuration errors are printed before the slow import of torch.
     from jepa_dist.build import chosen_attention
     from jepa_dist.capacity import check_memory
-    from jepa_dist.checkpoint import Checkpointer, Keep
+    from jepa_dist.checkpoint import Checkpointer, RetentionPolicy
     from jepa_dist.checkpoint.agreement import on_every_rank
     from jepa_dist.evaluate.weights import find_initial
     from jepa_dist.model.summary import model_summary
-    from jepa_dist.monitor.memory import memory_watched
+    from jepa_dist.monitor.memory import explain_out_of_memory
     from jepa_dist.monitor.peers import Peers
     from jepa_dist.monitor.profiler import StepProfiler
     from jepa_dist.monitor.reporter import Reporter
@@ -119,15 +119,15 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     rank = launched_rank()
     run_dir = Path(config.run.dir).expanduser()
     record_collectives(run_dir / "logs")
-    with told_by_this_rank(rank):
+    with exit_on_rank_error(rank):
         world = start_world(config.parallel, mine)
     startup.done("process_group")
     lock = RunLock(run_dir)
     validated_on = f"{data['val']['digest']}:{config.eval.sequences}"
-    with told_once(rank, on_failure=lock.release):
+    with exit_on_user_error(rank, on_failure=lock.release):
         attention = chosen_attention(config.model, config.parallel, world.device)
         on_every_rank(lambda: check_memory(config, world), world)
-        messages = world.decide(lock.acquire)
+        messages = world.run_on_main(lock.acquire)
         start = find_start(config, run_dir, data["train"]["digest"], world, validated_on)
         config = start.resolve(config)
         if rank == 0:
@@ -139,10 +139,10 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
             if rank == 0:
                 print(f"initial weights: {initial}")
         if not start.is_finished:
-            world.decide(lambda: open_run_dir(run_dir, config, data))
-            keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
+            world.run_on_main(lambda: open_run_dir(run_dir, config, data))
+            keep = RetentionPolicy(config.checkpoint.keep_last, config.checkpoint.keep_every)
             checkpointer = Checkpointer(run_dir / "checkpoints", world, keep)
-            peers = Peers(run_dir, rank, world.decide(lambda: uuid.uuid4().hex))
+            peers = Peers(run_dir, rank, world.run_on_main(lambda: uuid.uuid4().hex))
             if rank == 0:
                 peers.remove_old_reports()
     startup.done("find_checkpoint")
@@ -151,13 +151,13 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
         def note(reason: str) -> None:
             peers.report_failure(reason)
             try:
-                note_failure(run_dir, rank, reason)
+                record_failure(run_dir, rank, reason)
             finally:
                 lock.release()
 
         with (
-            told_by_this_rank(rank, on_failure=note),
-            memory_watched(run_dir, rank, snapshot=config.monitor.memory_snapshot),
+            exit_on_rank_error(rank, on_failure=note),
+            explain_out_of_memory(run_dir, rank, snapshot=config.monitor.memory_snapshot),
         ):
             log_to_run_dir(run_dir, rank)
             identity = {
@@ -224,7 +224,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
 
 
 def describe_kernels(config: ParallelConfig, attention: str) -> str:
-    """Return a line that says which kernels this start runs."""
+    """Return one line that names the kernels of this start."""
     line = f"attention kernel: {attention} (parallel.attention={config.attention})"
     if not config.deterministic:
         return line
@@ -234,7 +234,7 @@ def describe_kernels(config: ParallelConfig, attention: str) -> str:
 
 
 def fingerprint_data(config: Config) -> dict[str, Any]:
-    """What the shards are, by split."""
+    """Return the fingerprint of the shards, by split."""
     return {
         split: fingerprint(find_shards(pattern, f"data.{split}"))
         for split, pattern in (("train", config.data.train), ("val", config.data.val))

@@ -311,7 +311,7 @@ def nested(depth: int) -> Any:
 # What is wrong and a word that the message has.
 STATES: dict[str, tuple[Spoil, str]] = {
     **{f"step {v!r}": (state(step=v), "step") for v in ("abc", None, 1e30, -1, True, [8], 2**70)},
-    "another step": (state(step=7), "not of the step"),
+    "another step": (state(step=7), "differs from the manifest's"),
     **{f"no {key}": (without(key), key) for key in ("step", "seconds", "config", "phase")},
     "no samples": (without("samples_consumed"), "samples_consumed"),
     "samples 2^70": (state(samples_consumed=2**70), "samples_consumed"),

@@ -1,4 +1,4 @@
-"""``parallel.attention``: the chosen kernel is the one that runs, whatever the caches hold."""
+"""``parallel.attention``: the chosen kernel runs, whatever the compiler's caches contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks: real tiny runs, whose counts are right; their times are nobody's promise."""
+"""The benchmarks: tiny real runs; counts are checked, times are not."""
 
 from __future__ import annotations
 

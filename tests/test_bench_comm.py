@@ -1,4 +1,4 @@
-"""What a step sends: counted on real ranks, equal to the formulas, and no gradient is lost."""
+"""Communication of a step, counted on real ranks: equal to the formulas, with correct gradients."""
 
 from __future__ import annotations
 

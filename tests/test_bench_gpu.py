@@ -1,4 +1,4 @@
-"""bench gpu: every part runs small on the CPU, and what fails costs only itself."""
+"""bench gpu: every part with toy sizes on the CPU; a failing part does not affect the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from jepa_dist.bench import parts_machine
 from jepa_dist.bench.child import read_events
-from jepa_dist.bench.common import time_in_turn
+from jepa_dist.bench.common import time_interleaved
 from jepa_dist.bench.expected import CARDS, Expected
 from jepa_dist.bench.gpu import _result, table
 from jepa_dist.bench.parts import PARTS, plan
@@ -87,7 +87,7 @@ def test_where_a_step_waits_for_the_device() -> None:
     (here,) = waits_for_device(wait, CPU)
     assert here == f"{__file__}:{wait.__code__.co_firstlineno + 1}"
     # Called from the package, its line is told, not that of what it calls.
-    (within,) = waits_for_device(lambda: time_in_turn({"wait": wait}, 1, CPU), CPU)
+    (within,) = waits_for_device(lambda: time_interleaved({"wait": wait}, 1, CPU), CPU)
     name, _, line = within.partition(":")
     source = (REPOSITORY / "jepa_dist" / name).read_text().splitlines()
     assert source[int(line) - 1].strip() == "call()"
@@ -213,11 +213,11 @@ def test_what_is_not_comparable_is_not_compared(
 
 @pytest.mark.slow
 def test_only_what_hangs_is_lost(tmp_path: Path) -> None:
-    """A process that stops is ended when the part's time is up, and another one goes on."""
+    """A process that hangs is killed at the part's time limit, and another one continues."""
     tasks = [Task("collectives"), Task("copies"), Task("launches")]
     told: list[Outcome] = []
     # Limits: 36 s to start, 24 s for copies.
-    supervisor = Supervisor(meet(), SMALL, tmp_path, 200.0, patience=0.4, tell=told.append)
+    supervisor = Supervisor(meet(), SMALL, tmp_path, 200.0, patience=0.4, report=told.append)
 
     def stop_during_copies() -> None:
         deadline = time.monotonic() + 60
@@ -247,7 +247,7 @@ def test_only_what_hangs_is_lost(tmp_path: Path) -> None:
 
 
 def test_no_time(tmp_path: Path) -> None:
-    supervisor = Supervisor(meet(), SMALL, tmp_path, 5.0, patience=1.0, tell=lambda _: None)
+    supervisor = Supervisor(meet(), SMALL, tmp_path, 5.0, patience=1.0, report=lambda _: None)
     (outcome,) = supervisor.run([Task("launches")])
     assert (outcome.status, outcome.reason) == ("left out", "no time left")
 
@@ -322,7 +322,7 @@ def test_under_torchrun_a_rank_that_dies_costs_its_part_alone(tmp_path: Path) ->
     assert len(ended) == 5
     (off,) = result["off"]
     assert off == "step gpt_36m: failed: rank 1: the process died with SIGKILL"
-    assert f"off: {off}" in finished.output
+    assert f"problem: {off}" in finished.output
     found = figures(result)
     assert found["hsdp gpt_36m: worst difference of losses %"] < 0.1
     assert found["stragglers: matmul, slowest of median"] > 0

@@ -1,4 +1,4 @@
-"""The scale benchmark: real ranks and simulated clusters, whose counts are right."""
+"""The scale benchmark: real ranks, and correct counts for simulated clusters."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_simulated_cluster_sends_what_the_formulas_say(tiny: Path, tmp_path: P
         # Rank 0's shards are the largest; up to padding they are the W-th part.
         assert memory["parameters"] >= 4 * model["parameters"] / ranks
         assert memory["gradients"] == memory["parameters"] == memory["average"]
-        assert memory["parameters"] < memory["optimiser"] < 2 * memory["parameters"]
+        assert memory["parameters"] < memory["optimizer"] < 2 * memory["parameters"]
         is_accumulated = run["micro_batches"] > 1
         assert (memory["whole gradients"] == 4 * model["parameters"]) == is_accumulated
         assert (memory["gathered parameters"] == 2 * model["parameters"]) == is_accumulated

@@ -1,4 +1,4 @@
-"""The benchmarks of a training step: what they compare is comparable, what they count is right."""
+"""The benchmarks of a training step: comparable loops and correct counts."""
 
 from __future__ import annotations
 

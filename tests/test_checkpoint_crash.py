@@ -1,4 +1,4 @@
-"""Ranks killed at every stage of a save, full disks, read-only folders: what is left is whole."""
+"""Ranks killed at every stage of a save, full disks, read-only folders: checkpoints stay intact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_dist.checkpoint import Checkpointer, Keep, published, shards, storage, verify
+from jepa_dist.checkpoint import Checkpointer, RetentionPolicy, published, shards, storage, verify
 from jepa_dist.checkpoint import folder as folders
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import World
@@ -66,7 +66,7 @@ CRASHES: dict[str, tuple[int, object, str, Callable[..., Any], int]] = {
 
 def save_and_die(rank: int, world_size: int, folder: str, crash: str) -> None:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=1))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=1))
     victim, owner, name, instead, _ = CRASHES[crash]
     if rank == victim:
         setattr(owner, name, instead)
@@ -74,12 +74,12 @@ def save_and_die(rank: int, world_size: int, folder: str, crash: str) -> None:
 
 
 def start_again(rank: int, world_size: int, folder: str) -> None:
-    Checkpointer(Path(folder), start(world_size), Keep(last=1)).close()
+    Checkpointer(Path(folder), start(world_size), RetentionPolicy(last=1)).close()
 
 
 @pytest.fixture(scope="module")
 def one_checkpoint(tmp_path_factory):
-    """A folder with a whole checkpoint of step 3."""
+    """A folder with an intact checkpoint of step 3."""
     folder = tmp_path_factory.mktemp("run")
     run_ranks(save_steps, 2, str(folder), [3])
     return folder
@@ -112,7 +112,7 @@ def test_the_next_start_clears_what_a_crash_left(tmp_path, one_checkpoint):
 
 def save_until_killed(rank: int, world_size: int, folder: str, victim: int, delay: float) -> None:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=2))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=2))
     if rank == victim:
         threading.Timer(delay, die).start()
     for step in range(1000):
@@ -151,7 +151,7 @@ def try_to_save(checkpointer: Checkpointer, world: World) -> tuple[tuple[str, ..
 
 
 def check_refused(results: list[Any], folder: Path, reason: str) -> None:
-    """Alike on every rank, in seconds; the old checkpoint is whole and nothing else is there."""
+    """Every rank raises the same error in seconds; only the old checkpoint is left, intact."""
     problems = results[0][0]
     assert all(reason in problem and str(folder) in problem for problem in problems)
     assert all(of_rank == problems and seconds < 20 * slowdown() for of_rank, seconds in results)
@@ -162,7 +162,7 @@ def check_refused(results: list[Any], folder: Path, reason: str) -> None:
 
 def save_beyond_the_limit(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=1))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
@@ -180,7 +180,7 @@ def test_a_write_that_fails_on_one_rank_fails_on_all(tmp_path, one_checkpoint):
 
 def save_to_full_disk(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=2))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=2))
     result = try_to_save(checkpointer, world)
     # The space was given back: a small one fits.
     checkpointer.save(10, {"plain": torch.ones(5)}, {"step": 10}, wait=True)
@@ -211,14 +211,14 @@ def test_a_full_disk(small_disk):
 
 def save_to_what_became_read_only(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=1))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=1))
     if rank == 0:
         mount = str(Path(folder).parent)
         subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
     torch.distributed.barrier()
     result = try_to_save(checkpointer, world)
     with pytest.raises(UserError, match="Read-only file system"):
-        Checkpointer(Path(folder) / "new", world, Keep(last=1))
+        Checkpointer(Path(folder) / "new", world, RetentionPolicy(last=1))
     return result
 
 

@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: named, skipped, refused on every rank, never executed."""
+"""Damaged and hostile checkpoints: reported, skipped or rejected on every rank, never executed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARD = "shard_00001.safetensors"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Whole checkpoints of the steps 3 and 8."""
+    """Intact checkpoints of steps 3 and 8."""
     folder = tmp_path_factory.mktemp("run")
     run_ranks(save_steps, 2, str(folder), [3, 8])
     return folder
@@ -76,7 +76,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 def try_all(rank: int, world_size: int, folders: list[str]) -> Any:
-    """For each folder: what is found, and what loading the damaged one says."""
+    """For each folder, return the found checkpoint and the error of loading the damaged one."""
     world = start(world_size)
     state = make_state(world)
     results = []
@@ -102,7 +102,7 @@ def test_damage_is_named_on_every_rank_and_the_one_before_is_taken(saved, tmp_pa
         assert seconds < 10 * slowdown()
         assert found.path == tmp_path / name / "step_00000003", name
         (message,) = found.messages
-        assert message.startswith(f"{damaged}: skipped, it is not whole: ")
+        assert message.startswith(f"{damaged}: skipped, damaged or incomplete: ")
         assert "\n" not in message
         assert any(DAMAGES[name][0] in problem for problem in problems), (name, problems)
         assert verify(damaged) != []
@@ -169,7 +169,7 @@ class Hostile:
 
 
 def reseal(path: Path, **changes: Any) -> None:
-    """A manifest that is consistent with whatever lies in the folder now."""
+    """Write a manifest that is consistent with the files in the folder."""
     manifest = read_manifest(path)
     files = {}
     for name in manifest.files:

@@ -1,4 +1,4 @@
-"""What lies in the folder of checkpoints beside checkpoints: cleared, or told and passed over."""
+"""Other entries in the folder of checkpoints: deleted, or reported and ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of real gloo ranks: what is saved at one world size loads bit-equal at another."""
+"""Checkpoints of real gloo ranks load bit-equal at another world size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import load as torch_load
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
-from jepa_dist.checkpoint import Checkpointer, Keep, find_resumable, load
+from jepa_dist.checkpoint import Checkpointer, RetentionPolicy, find_resumable, load
 from jepa_dist.checkpoint.manifest import read_manifest
 from jepa_dist.config import ParallelConfig
 from jepa_dist.errors import UserError
@@ -35,7 +35,7 @@ PLAIN = ("adam_step/uneven", "plain", "plain_bf16")
 
 
 def whole(name: str, step: int = 0) -> Tensor:
-    """The value of a tensor at a step, the same everywhere."""
+    """Return the value of a tensor at a step, the same on every rank."""
     generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
     value = torch.rand(SHAPES[name], generator=generator)
     return value.bfloat16() if name.endswith("bf16") else value
@@ -57,7 +57,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def unequal(state: dict[str, Tensor], step: int = 0) -> list[str]:
-    """Names of the tensors that are not bit-equal to what they should be."""
+    """Return the names of tensors that differ from their expected values."""
     gathered = {
         name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         for name, tensor in state.items()
@@ -71,7 +71,7 @@ def start(world_size: int, replicas: int = 1) -> World:
 
 def save_steps(rank: int, world_size: int, folder: str, steps: list[int], replicas: int = 1) -> Any:
     world = start(world_size, replicas)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=10))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=10))
     for step in steps:
         checkpointer.save(step, make_state(world, step), {"step": step, "nested": {"a": [1.5]}})
     checkpointer.close()

@@ -1,4 +1,4 @@
-"""What a save promises to the training loop, and which checkpoints it lets go."""
+"""Asynchronous saves as seen by the training loop, and the retention policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import Shard
 
 from jepa_dist.checkpoint import (
     Checkpointer,
-    Keep,
+    RetentionPolicy,
     find_resumable,
     load,
     set_aside_after,
@@ -25,7 +25,7 @@ from jepa_dist.checkpoint import (
     verify,
 )
 from jepa_dist.checkpoint.manifest import read_manifest, read_state
-from jepa_dist.checkpoint.retention import expendable
+from jepa_dist.checkpoint.retention import superseded_steps
 from jepa_dist.config import ParallelConfig
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import start_world, stop_world
@@ -41,7 +41,7 @@ from tests.test_checkpoint_roundtrip import (
 
 @contextmanager
 def writing_held() -> Iterator[threading.Event]:
-    """Shards are written only once the event is set."""
+    """Block the writing of shards until the event is set."""
     go, write = threading.Event(), storage.write_shard
 
     def held(*args: Any) -> Any:
@@ -69,7 +69,7 @@ def writing_fails(on_rank: int, rank: int, error: Exception) -> Iterator[None]:
 
 def train_on_while_saving(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=5))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=5))
     state, progress = make_state(world, 1), {"step": 1, "losses": [1.0]}
     with writing_held() as go:
         stall = checkpointer.save(1, state, progress)
@@ -81,11 +81,11 @@ def train_on_while_saving(rank: int, world_size: int, folder: str) -> Any:
         assert checkpointer.in_flight
         assert checkpointer.poll() == []
         go.set()
-        assert not checkpointer.has_landed
+        assert not checkpointer.save_completed
         checkpointer.wait()
     (report,) = checkpointer.poll()
     assert not checkpointer.in_flight
-    assert not checkpointer.has_landed
+    assert not checkpointer.save_completed
     assert report.stall_seconds == stall > 0
     assert report.is_first
     assert report.background_seconds > 0
@@ -107,7 +107,7 @@ def test_a_snapshot_does_not_see_what_training_does_next(tmp_path):
 
 def save_twice_at_once(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=5))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=5))
     state = make_state(world, 1)
     with writing_held() as go:
         checkpointer.save(1, state, {"step": 1})
@@ -134,7 +134,7 @@ def test_one_save_at_a_time_and_the_next_one_waits(tmp_path):
 
 def fail_in_the_background(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=5))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=5))
     state = make_state(world, 1)
     told = []
     calls = [
@@ -168,7 +168,7 @@ def test_a_failed_save_is_raised_on_every_rank_and_the_next_one_works(tmp_path):
 
 def save_the_same_step(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=5))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=5))
     for seed in (1, 2, 3):
         checkpointer.save(4, make_state(world, seed), {"step": seed})
     checkpointer.close()
@@ -193,7 +193,7 @@ def test_a_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path
 
 
 def save_no_json(rank: int, world_size: int, folder: str) -> None:
-    checkpointer = Checkpointer(Path(folder), start(world_size), Keep(last=1))
+    checkpointer = Checkpointer(Path(folder), start(world_size), RetentionPolicy(last=1))
     with pytest.raises(TypeError):
         checkpointer.save(1, {}, {"path": Path()})
     checkpointer.close()
@@ -205,27 +205,27 @@ def save_no_json(rank: int, world_size: int, folder: str) -> None:
 @pytest.mark.parametrize(
     ("unhealthy", "keep", "kept"),
     [
-        ([], Keep(last=1), [60]),
-        ([], Keep(last=3), [40, 50, 60]),
-        ([], Keep(last=1, every=30), [30, 60]),
-        ([40, 50, 60], Keep(last=2), [30, 50, 60]),
-        ([60], Keep(last=1), [50, 60]),
-        ([10, 20, 30, 40, 50, 60], Keep(last=1), [60]),
+        ([], RetentionPolicy(last=1), [60]),
+        ([], RetentionPolicy(last=3), [40, 50, 60]),
+        ([], RetentionPolicy(last=1, every=30), [30, 60]),
+        ([40, 50, 60], RetentionPolicy(last=2), [30, 50, 60]),
+        ([60], RetentionPolicy(last=1), [50, 60]),
+        ([10, 20, 30, 40, 50, 60], RetentionPolicy(last=1), [60]),
     ],
 )
 def test_retention_keeps_the_last_the_nth_and_the_last_healthy_one(unhealthy, keep, kept):
     health = {step: step not in unhealthy for step in (10, 20, 30, 40, 50, 60)}
-    assert [step for step in health if step not in expendable(health, keep)] == kept
+    assert [step for step in health if step not in superseded_steps(health, keep)] == kept
 
 
 def test_a_policy_that_keeps_nothing_is_refused():
     with pytest.raises(ValueError, match="last"):
-        Keep(last=0)
+        RetentionPolicy(last=0)
 
 
 def save_many(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    checkpointer = Checkpointer(Path(folder), world, Keep(last=2, every=4))
+    checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=2, every=4))
     for step in range(1, 8):
         if rank == 0 and step == 6:
             shard = Path(folder) / "step_00000005" / "shard_00000.safetensors"
@@ -246,7 +246,7 @@ def test_retention_on_the_disk_never_counts_or_deletes_a_damaged_one(tmp_path):
 
 def roll_back(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    moved = world.decide(lambda: set_aside_after(Path(folder), 3))
+    moved = world.run_on_main(lambda: set_aside_after(Path(folder), 3))
     found = find_resumable(Path(folder), world)
     assert found.path is not None
     return [path.name for path in moved], found.path.name
@@ -264,7 +264,7 @@ def test_after_a_roll_back_later_checkpoints_are_not_resumed_from(tmp_path):
 def test_snapshots_of_a_cuda_device(tmp_path):
     world = start_world(ParallelConfig())
     try:
-        checkpointer = Checkpointer(tmp_path, world, Keep(last=2))
+        checkpointer = Checkpointer(tmp_path, world, RetentionPolicy(last=2))
         values = torch.arange(float(2**22))
         state = {
             "model/x": distribute_tensor(values.to(world.device), world.mesh, [Shard(0)]),

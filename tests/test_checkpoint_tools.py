@@ -1,4 +1,4 @@
-"""``python -m jepa_dist.checkpoint`` on checkpoints of a real model, optimiser and EMA."""
+"""``python -m jepa_dist.checkpoint`` on checkpoints of a real model, optimizer and EMA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from jepa_dist.build import build_ema, build_joint_model, build_optimizer
-from jepa_dist.checkpoint import Checkpointer, Keep, load
+from jepa_dist.checkpoint import Checkpointer, RetentionPolicy, load
 from jepa_dist.checkpoint.__main__ import main
 from jepa_dist.config import Config, to_dict
 from jepa_dist.interop.safetensors_io import check_tensors, read_description, read_state
@@ -44,7 +44,7 @@ def build_state(config: Config, world: World) -> dict[str, Tensor]:
 def train_and_save(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
     config = run_config(folder)
     world = start_world(config.parallel)
-    checkpointer = Checkpointer(Path(folder) / "run/checkpoints", world, Keep(last=5))
+    checkpointer = Checkpointer(Path(folder) / "run/checkpoints", world, RetentionPolicy(last=5))
     state = build_state(config, world)
     progress = {"config": to_dict(config), "phase": 2, "data_fingerprint": {"train": 1}}
     for step in (10, 20, 30):
@@ -96,7 +96,7 @@ def load_whole(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
     }
 
 
-def test_model_optimiser_and_average_load_at_another_world_size(trained):
+def test_model_optimizer_and_average_load_at_another_world_size(trained):
     run, expected = trained
     found = run_ranks(load_whole, 3, str(run.parent))[0]
     kinds = {"model", "objective", "ema", "exp_avg", "momentum"}
@@ -115,7 +115,7 @@ def test_ls_lists_step_size_age_ranks_health_and_damage(run, capsys):
     assert first.split()[0] == "20"
     assert "KiB" in first
     assert "no: " in first
-    assert "its digest does not hold" in first
+    assert "its digest does not match" in first
     assert second.split()[:2] == ["25", "?"]
     assert "not a finished checkpoint" in second
     assert third.split()[-3:] == ["2", "UNHEALTHY", "yes"]
@@ -124,10 +124,10 @@ def test_ls_lists_step_size_age_ranks_health_and_damage(run, capsys):
 
 def test_verify_names_what_is_damaged(run, capsys):
     assert call("verify", run) == 0
-    assert capsys.readouterr().out.count(": whole") == 3
+    assert capsys.readouterr().out.count(": intact") == 3
     file = damage(run, 20)
     assert call("verify", run) == 1
-    assert f"{file}: damaged: its digest does not hold" in capsys.readouterr().out
+    assert f"{file}: damaged: its digest does not match" in capsys.readouterr().out
     assert call("verify", run / "checkpoints/step_00000010") == 0
 
 
@@ -148,7 +148,7 @@ def test_diff_tells_configuration_tensors_and_norms(run, trained, capsys):
 def save_variant(rank: int, world_size: int, folder: str) -> None:
     config = tiny_config(Path(folder), train__steps=99)
     world = start_world(config.parallel)
-    checkpointer = Checkpointer(Path(folder) / "checkpoints", world, Keep(last=1))
+    checkpointer = Checkpointer(Path(folder) / "checkpoints", world, RetentionPolicy(last=1))
     tensors = {"model/wide": torch.ones(int(folder[-1]), 3), f"model/{folder[-1]}": torch.ones(1)}
     state = {"config": {**to_dict(config), "seed": int(folder[-1])}}
     checkpointer.save(1, tensors, state, wait=True)
@@ -185,7 +185,7 @@ def test_export_takes_the_newest_whole_one_and_says_so(run, tmp_path, capsys):
     damage(run, 30)
     assert call("export", run, tmp_path / "out") == 0
     assert read_description(tmp_path / "out/model.safetensors").step == 20
-    assert "step_00000030: skipped, it is not whole" in capsys.readouterr().err
+    assert "step_00000030: skipped, damaged or incomplete" in capsys.readouterr().err
     assert call("export", run / "checkpoints/step_00000030", tmp_path / "out") == 2
 
 

@@ -58,7 +58,10 @@ def test_help_has_two_examples_and_a_page(
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [([], "no subcommand; expected train, "), (["tarin"], "unknown subcommand 'tarin'; expected")],
+    [
+        ([], "no subcommand; expected one of train, "),
+        (["tarin"], "unknown subcommand 'tarin'; expected one of"),
+    ],
 )
 def test_unknown_subcommands(
     arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""What Python's and the system's limits raise ends every command in one line, exit code 2."""
+"""Errors from limits of Python and the system end every command in one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from jepa_dist.checkpoint.__main__ import main as checkpoint
 from jepa_dist.command_line import errors_in_one_line
 from jepa_dist.errors import UserError
-from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
+from jepa_dist.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
 from jepa_dist.interop.parameter_golf import main as parameter_golf
 from jepa_dist.report.__main__ import main as report
 
@@ -50,7 +50,7 @@ def test_limits_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> N
     (problem,) = caught.value.problems
     assert word in problem
     assert len(problem) < 500
-    for guard in (told_by_host, lambda: told_once(0)):
+    for guard in (exit_on_host_error, lambda: exit_on_user_error(0)):
         with pytest.raises(SystemExit) as left, guard():
             call()
         assert left.value.code == 2
@@ -59,7 +59,7 @@ def test_limits_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_rank_that_fails_alone_speaks(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit), told_once(3):
+    with pytest.raises(SystemExit), exit_on_user_error(3):
         memory()
     assert capsys.readouterr().err.startswith("[rank 3] error: there is not enough memory")
 
@@ -103,12 +103,12 @@ def test_a_library_that_was_cut_short_is_named(
     def leave(code: int) -> None:
         raise _LeftError(code)
 
-    monkeypatch.setattr("jepa_dist.failure._leave", leave)
-    with pytest.raises(_LeftError) as left, told_by_this_rank(0):
+    monkeypatch.setattr("jepa_dist.failure._exit_now", leave)
+    with pytest.raises(_LeftError) as left, exit_on_rank_error(0):
         raise RuntimeError("backend='inductor' raised") from OSError(f"{file}: {reason}")
     assert left.value.args == (2,)
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{file}: not a whole library ({reason})" in line
+    assert f"{file}: incomplete library ({reason})" in line
     assert "TORCHINDUCTOR_CACHE_DIR" in line
 
 
@@ -122,7 +122,7 @@ def test_a_note_that_hangs_does_not_keep_the_rank(monkeypatch: pytest.MonkeyPatc
     def leave(code: int) -> None:
         raise _LeftError(code)
 
-    monkeypatch.setattr("jepa_dist.failure._leave", leave)
-    with pytest.raises(_LeftError), told_by_this_rank(0, on_failure=hang):
+    monkeypatch.setattr("jepa_dist.failure._exit_now", leave)
+    with pytest.raises(_LeftError), exit_on_rank_error(0, on_failure=hang):
         raise UserError("x")
     released.set()

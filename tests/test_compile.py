@@ -31,7 +31,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class CountingBackend:
-    """Stands in for inductor: runs graphs as they are and remembers their code."""
+    """A backend in place of Inductor: runs graphs eagerly and records their code."""
 
     def __init__(self) -> None:
         self.graphs: list[str] = []

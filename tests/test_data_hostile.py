@@ -518,7 +518,7 @@ def test_a_module_without_command_says_so() -> None:
             [sys.executable, "-m", name, "RUN"], capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 2
-        assert_one_line(done.stderr, f"python -m {name}: this module is no command")
+        assert_one_line(done.stderr, f"python -m {name}: this module is not a command")
     commands = list_commands()
     assert {"jepa_dist", "jepa_dist.train", "jepa_dist.data.prepare", "jepa_dist.evaluate"} <= set(
         commands

@@ -1,4 +1,4 @@
-"""The doctor: what it measures on real ranks, what it finds, and what it refuses."""
+"""The doctor: measurements on real ranks, findings, and rejected environments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from jepa_dist.config import ParallelConfig
-from jepa_dist.doctor.judge import Report, findings, table
-from jepa_dist.doctor.measure import allreduce_gbps, check_files, clock_offset, ring_gbps
-from jepa_dist.doctor.place import interface_to, obstacles
+from jepa_dist.doctor.findings import Report, findings, table
+from jepa_dist.doctor.probes import allreduce_gbps, check_files, clock_offset, ring_gbps
+from jepa_dist.doctor.topology import interface_to, obstacles
 from jepa_dist.parallel.world import World, start_world
 from tests.commands import TORCHRUN, Finished, run_command
 from tests.forked import run_module
@@ -58,7 +58,7 @@ def report(rank: int, **changes: Any) -> Report:
 
 
 def found(*changes: tuple[int, dict[str, Any]]) -> list[str]:
-    """What is found on eight ranks, some of which are not well."""
+    """Return the findings for eight ranks, some of which have problems."""
     odd = dict(changes)
     return findings([report(rank, **odd.get(rank, {})) for rank in range(8)], "runs", 10)
 
@@ -99,7 +99,7 @@ def test_a_clock_that_cannot_be_told_is_not_blamed() -> None:
 
 
 def test_slow_ranks_are_named() -> None:
-    """A throttled GPU and a bad cable, by rank and node; the usual spread is nothing."""
+    """A throttled GPU and a slow link are reported by rank and node; the usual spread is not."""
     throttled, cable = {"matmul_tflops": 412.0}, {"ring_gbps": 11.0}
     assert found((3, throttled), (6, cable)) == [
         "rank 3 on n1: matmul 412 TFLOP/s, 59% of the median 703",
@@ -124,8 +124,8 @@ TWO_NODES = {"RANK": "1", "GROUP_WORLD_SIZE": "2"}
 def test_loopback_is_refused_on_several_nodes(master: str) -> None:
     environ = {**TWO_NODES, "MASTER_ADDR": master, "GLOO_SOCKET_IFNAME": "lo"}
     (told,) = obstacles(environ, same_machine=False)
-    assert told.startswith(f"the rendezvous is at {master}, which is each node itself (loopback)")
-    assert "there are 2 nodes" in told
+    assert told.startswith(f"rendezvous at {master}: a loopback address, which on each of the ")
+    assert "2 nodes" in told
     assert not list(obstacles(environ, same_machine=True))
     assert not list(obstacles({**environ, "GROUP_WORLD_SIZE": "1"}, same_machine=False))
 
@@ -133,14 +133,14 @@ def test_loopback_is_refused_on_several_nodes(master: str) -> None:
 def test_a_master_that_does_not_resolve() -> None:
     environ = {**TWO_NODES, "MASTER_ADDR": "n1.invalid", "GLOO_SOCKET_IFNAME": "lo"}
     (told,) = obstacles(environ, same_machine=False)
-    assert told.startswith("the rendezvous is at n1.invalid, a name that does not resolve here")
+    assert told.startswith("rendezvous at n1.invalid: this name does not resolve here")
 
 
 def test_a_host_name_that_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's /etc/hosts: gloo would listen at 127.0.1.1, and nobody could connect."""
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     (told,) = obstacles({**TWO_NODES, "MASTER_ADDR": "192.0.2.1"}, same_machine=False)
-    assert told.startswith("the host name localhost resolves to ")
+    assert told.startswith("host name localhost: resolves to ")
     assert "set GLOO_SOCKET_IFNAME" in told
 
 
@@ -152,7 +152,7 @@ def test_interfaces_that_are_named(value: str, is_known: bool) -> None:
     told = list(obstacles({"NCCL_SOCKET_IFNAME": value}, same_machine=False))
     assert bool(told) is not is_known
     if told:
-        assert told[0].startswith(f"NCCL_SOCKET_IFNAME={value}: no such interface here; there are ")
+        assert told[0].startswith(f"NCCL_SOCKET_IFNAME={value}: no such interface on this host; ")
 
 
 def test_the_interface_to_the_rendezvous() -> None:
@@ -222,7 +222,7 @@ def _copy_badly(shared: Path, own: Path) -> None:
 
 
 def test_a_folder_with_other_content(tmp_path: Path) -> None:
-    assert run_ranks(_stale, 2, tmp_path) == ["", "holds other content than rank 0 wrote"]
+    assert run_ranks(_stale, 2, tmp_path) == ["", "has other content than rank 0 wrote"]
 
 
 def _speed(rank: int, world_size: int) -> tuple[float | None, float | None]:
@@ -246,8 +246,8 @@ def test_links_are_measured_where_there_are_any(world_size: int) -> None:
 
 
 def off(finished: Finished) -> list[str]:
-    """What was found, but for speed: this machine may have more to do than our ranks."""
-    told = re.findall(r"^off: (.*)", finished.output, re.MULTILINE)
+    """Return the findings except on speed, since this machine may be busy."""
+    told = re.findall(r"^problem: (.*)", finished.output, re.MULTILINE)
     assert finished.code == (1 if told else 0), finished.output
     return [line for line in told if not re.search(r": (matmul|link) ", line)]
 
@@ -288,20 +288,20 @@ def test_under_torchrun(tmp_path: Path) -> None:
 def test_a_full_disk_ends_with_code_1(tmp_path: Path) -> None:
     finished = doctor("--dir", tmp_path, "--need-gib", 1e9)
     assert finished.code == 1
-    assert "1 off:" in finished.output
-    assert re.search(r"off: .*GiB free, less than 1e\+09 \(--need-gib\)", finished.output)
+    assert "1 problem(s) found:" in finished.output
+    assert re.search(r"problem: .*GiB free, less than 1e\+09 \(--need-gib\)", finished.output)
 
 
 def test_loopback_ends_before_anybody_waits(tmp_path: Path) -> None:
-    """Two nodes as torchrun tells of them; the others need not even exist."""
+    """Two nodes in torchrun's environment variables; the other one need not exist."""
     environ = {
         **{"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 2},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511, "GLOO_SOCKET_IFNAME": "lo"},
     }
     finished = doctor("--dir", tmp_path, **environ)
     assert finished.code == 1
-    assert "the rendezvous is at 127.0.0.1, which is each node itself" in finished.output
-    assert finished.output.count("off: ") == 1
+    assert "rendezvous at 127.0.0.1: a loopback address" in finished.output
+    assert finished.output.count("problem: ") == 1
 
 
 @pytest.mark.slow
@@ -333,9 +333,9 @@ def test_nodes_with_different_folders(tmp_path: Path) -> None:
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [1, 1, 1], outputs
-    told = [line for line in outputs[0].splitlines() if line.startswith("off: n")]
+    told = [line for line in outputs[0].splitlines() if line.startswith("problem: n")]
     assert len(told) == 1
-    assert told[0].startswith(f"off: n2: {tmp_path}/shared: does not show what rank 0 wrote")
+    assert told[0].startswith(f"problem: n2: {tmp_path}/shared: does not show what rank 0 wrote")
     assert outputs[1:] == ["", ""]
 
 

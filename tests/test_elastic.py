@@ -1,4 +1,4 @@
-"""torchrun's restarts and the checkpoints together: a killed rank costs work, never the run."""
+"""torchrun's restarts with checkpoints: a killed rank costs steps, but does not end the run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_killed_rank_costs_work_but_not_the_run(
         job.rank(victim).kill()
         finished: Finished = job.wait(120)
     assert finished.code == 0, finished.output
-    assert "going on from" in finished.output
+    assert "resuming from" in finished.output
     ours, expected = records(run_dir), undisturbed[-2] | undisturbed[-1]
     assert [record["step"] for record in ours] == [*range(1, STEPS + 1), STEPS]
     assert ours[-1]["final"] is True

@@ -1,4 +1,4 @@
-"""Garbage is collected at the steps that are due, and only there."""
+"""Garbage is collected at the scheduled steps only."""
 
 from __future__ import annotations
 

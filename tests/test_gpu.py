@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jepa_dist.checkpoint import Checkpointer, Keep, published
+from jepa_dist.checkpoint import Checkpointer, RetentionPolicy, published
 from jepa_dist.config import Config, to_dict
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
 from jepa_dist.generate import generate
 from jepa_dist.model.gpt import GPT
-from jepa_dist.monitor.memory import memory_watched
+from jepa_dist.monitor.memory import explain_out_of_memory
 from jepa_dist.optim.histograms import Distribution
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.plan import StepPlan
@@ -166,7 +166,9 @@ def train_with_checkpoints(
     recorder, identity = Recorder(), {"config": to_dict(config), "data_fingerprint": "data"}
     world = start_world(config.parallel)
     try:
-        checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=2))
+        checkpointer = Checkpointer(
+            Path(config.run.dir) / "checkpoints", world, RetentionPolicy(last=2)
+        )
         trainer = build_trainer(config, world, checkpointer, resume, identity)
         before = state_of(trainer)
         trainer.run(recorder)
@@ -249,11 +251,11 @@ def test_histograms_and_probes(corpus: Path) -> None:
 @cuda_only
 def test_memory_snapshots(corpus: Path, tmp_path: Path) -> None:
     try:
-        with memory_watched(tmp_path / "end", 0, snapshot=True):
+        with explain_out_of_memory(tmp_path / "end", 0, snapshot=True):
             train(tiny_config(corpus, train__steps=2))
         with (
             pytest.raises(UserError, match=r"lower batch\.micro"),
-            memory_watched(tmp_path / "full", 0, snapshot=True),
+            explain_out_of_memory(tmp_path / "full", 0, snapshot=True),
         ):
             torch.empty(2**50, dtype=torch.uint8, device=DEVICE)
     finally:

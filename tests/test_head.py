@@ -1,4 +1,4 @@
-"""The chunked head against full logits: the same numbers, a fraction of the memory."""
+"""The chunked head versus full logits: the same numbers with less memory."""
 
 from __future__ import annotations
 

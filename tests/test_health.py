@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_dist.checkpoint import Checkpointer, Keep, published
+from jepa_dist.checkpoint import Checkpointer, RetentionPolicy, published
 from jepa_dist.checkpoint.manifest import read_manifest, read_state
 from jepa_dist.config import Config, to_dict
 from jepa_dist.errors import TrainingError
@@ -57,7 +57,9 @@ def train(
     rank: int, world_size: int, config: Config, samples: range, poisoned_rank: int, value: float
 ) -> dict[str, Any]:
     world = start_world(config.parallel)
-    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=9))
+    checkpointer = Checkpointer(
+        Path(config.run.dir) / "checkpoints", world, RetentionPolicy(last=9)
+    )
     identity = {"config": to_dict(config), "data_fingerprint": "data"}
     trainer = build_trainer(config, world, checkpointer, None, identity)
     poison(trainer, samples, poisoned_rank, value)
@@ -121,7 +123,7 @@ def losses(rank: int, world_size: int, config: Config, skipped: int) -> list[dic
     return seen
 
 
-def test_skipping_is_as_if_the_optimiser_had_not_been_called(tmp_path: Path) -> None:
+def test_skipping_is_as_if_the_optimizer_had_not_been_called(tmp_path: Path) -> None:
     settings = config(tmp_path, train__steps=9, train__max_bad_steps=9)
     expected = run_ranks(losses, 2, settings, 4)[0]
     records = run_ranks(train, 2, settings, range(4 * 6, 5 * 6), 0, float("nan"))[0]["records"]
@@ -178,7 +180,9 @@ def test_a_run_that_ends_in_skipped_steps_is_not_finished(tmp_path: Path) -> Non
 def resumed(rank: int, world_size: int, config: Config, at: str, samples: range) -> dict[str, Any]:
     """The run from a checkpoint on, where all losses are finite again or not."""
     world = start_world(config.parallel)
-    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=9))
+    checkpointer = Checkpointer(
+        Path(config.run.dir) / "checkpoints", world, RetentionPolicy(last=9)
+    )
     identity = {"config": to_dict(config), "data_fingerprint": "data"}
     trainer = build_trainer(config, world, checkpointer, Path(at), identity)
     poison(trainer, samples, 0, float("nan"))

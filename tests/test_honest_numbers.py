@@ -230,7 +230,7 @@ def test_validations_on_other_data_are_no_part_of_the_curve(tmp_path: Path) -> N
     run, other = read_runs([write_run(tmp_path / "a", records), write_run(tmp_path / "b", plain)])
     assert run.series["val/loss"].steps.tolist() == [4]
     assert run.series["loss/ce"].steps.tolist() == [1, 2, 4]
-    assert any("val/* up to step 2 left out" in note for note in run.notes)
+    assert any("val/* up to step 2 omitted" in note for note in run.notes)
     assert len(difference(run, other, "val/loss")[0]) == 0
     assert any("validation data" in reason for reason in pairing([run, other]))
 
@@ -245,7 +245,7 @@ def test_settings_that_changed_and_other_precision_are_no_pair(tmp_path: Path) -
     plain, changed, unlike = read_runs(folders)
     assert pairing([plain, plain]) == []
     (reason,) = pairing([plain, changed])
-    assert reason == "changed: settings changed on the way in changed (see notes)"
+    assert reason == "changed: settings changed during changed (see notes)"
     assert "optim.beta1 changed from 0.9 to 0.8 at step 2" in changed.notes
     assert pairing([plain, unlike]) == ["other: torch 2.11 against 2.13"]
 
@@ -255,7 +255,7 @@ def test_another_validation_set_is_told_when_resuming(tmp_path: Path) -> None:
     before = RunState(Progress(), to_dict(config), "data", "a:0")
     assert differences(tmp_path, before, config, "data", "a:0") == []
     (told,) = differences(tmp_path, before, config, "data", "a:5")
-    assert told.startswith("changed since the checkpoint: what the run is validated on (data.val,")
+    assert told.startswith("changed since the checkpoint: the validation data (data.val,")
     old = replace(before, validation_fingerprint=None)  # a checkpoint that does not say
     assert differences(tmp_path, old, config, "data", "a:5") == []
 

@@ -1,4 +1,4 @@
-"""Crafted files end in one clear line, within a limit of time and memory for each of them."""
+"""Crafted files lead to a one-line error, within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jepa_dist.config import Config
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.alarms import JepaAlarms
 from jepa_dist.monitor.history import RunHistory, read_starts
-from jepa_dist.monitor.run_dir import check_run_files, note_failure, read_status, write_run_dir
+from jepa_dist.monitor.run_dir import check_run_files, read_status, record_failure, write_run_dir
 from jepa_dist.monitor.watchdog import read_heartbeats
 from jepa_dist.monitor.writer import MetricsWriter
 from jepa_dist.parallel.world import start_world
@@ -99,7 +99,7 @@ def test_lying_checkpoints(checkpoints: Path, spoil: Spoil) -> None:
     spoil(path)
     outcome = run_limited(commands(path), SECONDS, MEGABYTES)
     assert_ended_well(outcome)
-    assert f"{path}: whole" not in outcome.lines or "damaged" in outcome.text, outcome.text
+    assert f"{path}: intact" not in outcome.lines or "damaged" in outcome.text, outcome.text
     assert not (checkpoints / "out" / "model.json").exists()
 
 
@@ -107,7 +107,7 @@ def test_sound_checkpoints_pass_under_the_same_limits(checkpoints: Path) -> None
     path = checkpoints / "step_00000008"
     outcome = run_limited(commands(path), SECONDS, MEGABYTES)
     assert outcome.kind == "ok"
-    assert outcome.lines[0] == f"{path}: whole"
+    assert outcome.lines[0] == f"{path}: intact"
     assert "damaged" not in outcome.text
     assert (checkpoints / "out" / "model.json").exists()
 
@@ -201,7 +201,7 @@ def read_everything(run: Path) -> Callable[[], None]:
         lambda: check_run_files(run),
         lambda: print(*describe(read_results([member])), sep="\n"),
         report,
-        lambda: note_failure(run, 0, "a reason"),
+        lambda: record_failure(run, 0, "a reason"),
         lambda: read_heartbeats(run / "heartbeats", 1),
         lambda: JepaAlarms(1e-5, 0.25).recall(run / "metrics.jsonl"),
         history,

@@ -1,4 +1,4 @@
-"""The ranks of a start find each other in a store that earlier starts have used."""
+"""Rendezvous of one start's ranks in a store that earlier starts have used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_ranks_killed_while_they_met_are_no_obstacle() -> None:
 
 
 def test_ranks_that_do_not_come_are_told() -> None:
-    with pytest.raises(UserError, match="only 1 of 3 ranks have come within"):
+    with pytest.raises(UserError, match="only 1 of 3 ranks have connected within"):
         store_of_this_start(HashStore(), 0, 3, timedelta(seconds=0.1))
 
 

@@ -20,7 +20,7 @@ from jepa_dist.model.layers import rope_tables
 CPU = torch.device("cpu")
 
 
-def initialised(config: ModelConfig, seed: int = 0) -> GPT:
+def initialized(config: ModelConfig, seed: int = 0) -> GPT:
     model = GPT(config)
     for name, parameter in model.named_parameters():
         parameter.data = initial_value(name, parameter.shape, config, seed, CPU)
@@ -130,7 +130,7 @@ def test_initial_values() -> None:
         model_dim=64, num_heads=4, num_kv_heads=2, embedding_dim=48, tie_embeddings=False,
         qk_gain_init=4.0, x0_mix=True, branch_scales=True, unet_skips=True, skip_gates=True,
     )  # fmt: skip
-    values = dict(initialised(config).named_parameters())
+    values = dict(initialized(config).named_parameters())
     assert values["tok_emb.weight"].std().item() == pytest.approx(1.0, rel=0.05)
     for name in ("lm_head.weight", "blocks.1.attn.proj.weight", "blocks.1.mlp.proj.weight"):
         assert not values[name].any()
@@ -148,7 +148,7 @@ def test_initial_values() -> None:
 
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
     config = ModelConfig(tied_embed_init_std=0.005)
-    one, same, other = (dict(initialised(config, s).named_parameters()) for s in (1, 1, 2))
+    one, same, other = (dict(initialized(config, s).named_parameters()) for s in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["tok_emb.weight"], other["tok_emb.weight"])
     first, second = (one[f"blocks.{i}.attn.c_q.weight"] for i in (0, 1))

@@ -1,4 +1,4 @@
-"""Plain numbers: compile counting, the digest, rates, the run directory."""
+"""Compile counting, rolling digest, step timer, run directory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jepa_dist.errors import UserError
 from jepa_dist.monitor.compiles import CompileCounter
 from jepa_dist.monitor.hardware import peak_flops
 from jepa_dist.monitor.history import RunHistory, young_interval
-from jepa_dist.monitor.meter import TRAINING_PHASES, Meter, RollingDigest
 from jepa_dist.monitor.run_dir import write_run_dir
+from jepa_dist.monitor.step_timer import TRAINING_PHASES, RollingDigest, StepTimer
 from jepa_dist.monitor.writer import MetricsWriter
 
 
@@ -42,7 +42,7 @@ def test_the_digest_sees_every_step_in_order() -> None:
 
 @pytest.fixture
 def exact_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time passes in ``time.sleep`` alone, exactly as long as asked for."""
+    """Replace the clock: time passes only in ``time.sleep``, exactly as requested."""
     now = 0.0
 
     def sleep(seconds: float) -> None:
@@ -55,7 +55,7 @@ def exact_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("exact_sleep")
 def test_evaluation_is_not_training_time() -> None:
-    meter = Meter(1000, torch.device("cpu"))
+    meter = StepTimer(1000, torch.device("cpu"))
     for step in range(4):
         meter.step(step)
     with meter.phase("data_wait"):
@@ -74,7 +74,7 @@ def test_evaluation_is_not_training_time() -> None:
 
 @pytest.mark.usefixtures("exact_sleep")
 def test_communication_is_set_apart_from_the_pass_that_waits_for_it() -> None:
-    meter = Meter(1000, torch.device("cpu"))
+    meter = StepTimer(1000, torch.device("cpu"))
     meter.step(0, times_communication=True)
     with meter.phase("forward"):
         time.sleep(0.05)
@@ -96,7 +96,7 @@ def test_communication_is_set_apart_from_the_pass_that_waits_for_it() -> None:
 @pytest.mark.usefixtures("exact_sleep")
 def test_communication_of_timed_steps_stands_for_all() -> None:
     """Measured in one step of three: 0.1 s of each step's 0.15 s."""
-    meter = Meter(1000, torch.device("cpu"))
+    meter = StepTimer(1000, torch.device("cpu"))
     for step in range(3):
         meter.step(step, times_communication=step == 2)
         with meter.phase("backward"):
@@ -117,7 +117,7 @@ def test_communication_of_timed_steps_stands_for_all() -> None:
 
 @pytest.mark.usefixtures("exact_sleep")
 def test_slowdown_while_a_checkpoint_is_written() -> None:
-    meter = Meter(1000, torch.device("cpu"))
+    meter = StepTimer(1000, torch.device("cpu"))
     for step in range(6):
         meter.step(step, saving=step >= 3)
         time.sleep(0.05 if step < 3 else 0.1)
@@ -128,7 +128,7 @@ def test_slowdown_while_a_checkpoint_is_written() -> None:
 
 
 def test_places_count_phases() -> None:
-    meter = Meter(1000, torch.device("cpu"))
+    meter = StepTimer(1000, torch.device("cpu"))
     meter.step(7)
     with meter.phase("forward"):
         inside = meter.place

@@ -1,4 +1,4 @@
-"""``python -m jepa_dist.bench monitor``: both runs take their turns, and are told apart."""
+"""``python -m jepa_dist.bench monitor``: both runs are measured, interleaved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A full disk costs numbers, not the run."""
+"""A full disk loses records, but does not end the run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Leave not a byte."""
+    """Fill the file system completely."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -96,7 +96,7 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_training_goes_on_over_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
-    """A real run whose disk is full for a while; stopped at last with room for a checkpoint."""
+    """A real run whose disk is full temporarily; stopped when there is space for a checkpoint."""
     write_corpus(tmp_path)
     config = tmp_path / "config.yaml"
     config.touch()

@@ -1,4 +1,4 @@
-"""Traces of single steps, and what is said when memory runs out."""
+"""Traces of single steps, and errors on out-of-memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from jepa_dist.config import ProfileConfig, load
 from jepa_dist.errors import UserError
-from jepa_dist.monitor.memory import memory_watched
+from jepa_dist.monitor.memory import explain_out_of_memory
 from jepa_dist.monitor.profiler import StepProfiler
 from tests.commands import TORCHRUN, TRAIN, run_command
 from tests.tiny import REPOSITORY, tiny_overrides, write_corpus
@@ -96,7 +96,7 @@ def test_ranks_of_a_real_run_are_traced(tmp_path: Path) -> None:
 
 
 def test_memory_that_runs_out_gives_advice(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught, memory_watched(tmp_path, 0, snapshot=True):
+    with pytest.raises(UserError) as caught, explain_out_of_memory(tmp_path, 0, snapshot=True):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
     text = "\n".join(caught.value.problems)
     assert "Tried to allocate 20 GiB" in text
@@ -105,14 +105,14 @@ def test_memory_that_runs_out_gives_advice(tmp_path: Path) -> None:
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), memory_watched(tmp_path, 0, snapshot=False):
+    with pytest.raises(KeyError), explain_out_of_memory(tmp_path, 0, snapshot=False):
         raise KeyError("x")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_without_memory_ends_with_advice(tmp_path: Path) -> None:
-    """The real command, with an optimiser that finds no memory."""
+    """The real command, with an optimizer that raises an out-of-memory error."""
     write_corpus(tmp_path)
     (tmp_path / "config.yaml").touch()
     script = tmp_path / "starved.py"
@@ -138,6 +138,9 @@ def test_a_run_without_memory_ends_with_advice(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_snapshot_is_left_when_memory_runs_out(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="memory_viz"), memory_watched(tmp_path, 3, snapshot=True):
+    with (
+        pytest.raises(UserError, match="memory_viz"),
+        explain_out_of_memory(tmp_path, 3, snapshot=True),
+    ):
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
     assert (tmp_path / "profile" / "memory_rank_3.pickle").stat().st_size > 0

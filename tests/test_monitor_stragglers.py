@@ -1,4 +1,4 @@
-"""A slow rank among real ones is found, named, and warned about once."""
+"""A slow rank among real ones is detected, named, and warned about once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SLOW_RANK = 1
 
 
 class Slow(nn.Module):
-    """A region on a device that has trouble."""
+    """A region on a slow device."""
 
     def __init__(self, region: nn.Module) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_waiting_for_a_slow_rank_is_communication(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_comparing_changes_no_number(corpus: Path) -> None:
-    """Bit for bit, and nothing is said where nobody is compared."""
+    """Equal bit for bit, and no metrics where ranks are not compared."""
     short = {"train__steps": 12, "monitor__jepa_every": 0}
     on = run_ranks(train, 2, tiny_config(corpus, **short), False)[0]
     off = run_ranks(train, 2, tiny_config(corpus, monitor__straggler_ratio=0, **short), False)[0]

@@ -1,4 +1,4 @@
-"""What TensorBoard shows, read back with its own reader: of records, and of real runs."""
+"""TensorBoard event files of records and real runs, read back with TensorBoard's own reader."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run with everything on, stopped after 7 steps and gone on with to its end."""
+    """A real run with all monitoring, stopped after 7 steps and resumed to its end."""
     folder = tmp_path_factory.mktemp("run")
     write_corpus(folder)
     config = folder / "config.yaml"

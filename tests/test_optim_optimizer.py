@@ -1,4 +1,4 @@
-"""The composed optimiser, clipping and EMA: in one process, on ranks, and across world sizes."""
+"""The composed optimizer, clipping and EMA: in one process, on ranks, and across world sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that ends takes its peers with it, also while they hang in a collective."""
+"""When a rank exits, its peers exit too, also while they hang in a collective."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ import sys
 import time
 from pathlib import Path
 
-from jepa_dist.monitor.meter import Place
+from jepa_dist.monitor.step_timer import Place
 from jepa_dist.monitor.peers import Peers
 from jepa_dist.monitor.watchdog import Watchdog
 
@@ -82,4 +82,4 @@ def test_a_report_from_another_host_ends_a_rank(tmp_path: Path) -> None:
         finished = process.wait(60)
     assert finished.code == 1
     assert "[rank 0] error: rank 1 on " in finished.output
-    assert "the cause; leaving" in finished.output
+    assert "the cause; exiting" in finished.output

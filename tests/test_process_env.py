@@ -1,4 +1,4 @@
-"""Allocator and compiler variables: defaults, and what the user sets wins."""
+"""Allocator and compiler variables: defaults, which the user's values override."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replicas hold the same bits, or the run ends before its first step; meshes as small as can be."""
+"""Replicas hold identical bits, or the run ends before its first step; meshes have minimal rank."""
 
 from __future__ import annotations
 

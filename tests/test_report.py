@@ -63,7 +63,7 @@ def steps(count: int, **changes: Any) -> list[dict[str, Any]]:
 
 
 class Page(HTMLParser):
-    """What is in a page; fails on elements that are not closed where they should be."""
+    """Parser of a page; fails on elements that are not closed correctly."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -125,7 +125,11 @@ def test_a_real_run_becomes_a_page_and_a_picture(trained: Path, tmp_path: Path) 
     assert page.cells("val/bpb") == [f"{final['val/bpb']:.4f} at step 20"]
     assert page.cells("val/ema_bpb") == [f"{final['val/ema_bpb']:.4f} at step 20"]
     assert page.tags.count("svg") == page.tags.count("figure") >= 12
-    for title in ("cross-entropy, nats per token", "tokens per second", "where the time goes"):
+    for title in (
+        "cross-entropy, nats per token",
+        "tokens per second",
+        "seconds per step, by phase",
+    ):
         assert title in page.text
     height, width, _ = matplotlib.image.imread(tmp_path / "report.png").shape
     assert (width, height > 1000) == (1600, True)
@@ -240,7 +244,7 @@ def test_a_shorter_run_is_compared_where_both_have_been(tmp_path: Path) -> None:
     page = Page(tmp_path / "report.html")
     assert page.cells("val/bpb, difference to a") == ["-", "-0.5000 at step 3"]
     assert "b: last recorded step 3 against 4" in page.text
-    assert "b: other tokens were trained on (tokens_digest at step 3)" in page.text
+    assert "b: trained on different tokens (tokens_digest at step 3)" in page.text
 
 
 # ---------------------------------------------------------------------------- what is shown
@@ -293,7 +297,7 @@ def test_thinning_keeps_peaks_and_gaps() -> None:
     assert set(kept_y[~np.isnan(kept_y)]) == {7.0, -3.0, 0.0}
 
 
-def test_colours_tell_runs_apart() -> None:
+def test_colors_tell_runs_apart() -> None:
     for count in (1, 2, 6, 7, 20):
         assert len(set(run_colors(count))) == count
 
@@ -394,7 +398,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no step is recorded yet; wait" in failure(capsys, begun)
     assert "a: given twice" in failure(capsys, run, tmp_path / "other" / ".." / "a")
     out = run / "metrics.jsonl" / "page.html"
-    assert "name another place with --out" in failure(capsys, run, "--out", out)
+    assert "name another path with --out" in failure(capsys, run, "--out", out)
 
 
 def test_without_matplotlib_it_says_what_to_install(

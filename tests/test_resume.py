@@ -1,4 +1,4 @@
-"""Contract C5 with real processes: stop, go on, and be the run that never stopped."""
+"""Contract C5 with real processes: a resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jepa_dist.checkpoint import Checkpointer, Keep
+from jepa_dist.checkpoint import Checkpointer, RetentionPolicy
 from jepa_dist.config import Config, to_dict
 from jepa_dist.parallel.world import start_world
 from jepa_dist.resume import find_start
@@ -43,7 +43,7 @@ def train(rank: int, world_size: int, config: Config, fingerprint: str = "data")
     world = start_world(config.parallel)
     run_dir = Path(config.run.dir)
     start = find_start(config, run_dir, fingerprint, world)
-    checkpointer = Checkpointer(run_dir / "checkpoints", world, Keep(last=2))
+    checkpointer = Checkpointer(run_dir / "checkpoints", world, RetentionPolicy(last=2))
     identity = {"config": to_dict(config), "data_fingerprint": fingerprint}
     trainer = build_trainer(config, world, checkpointer, start.checkpoint, identity)
     recorder = Recorder()
@@ -189,7 +189,9 @@ def stop_while_evaluating(
 ) -> dict[str, Any]:
     """Rank 1 is asked to stop when the given evaluation begins."""
     world = start_world(config.parallel)
-    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=2))
+    checkpointer = Checkpointer(
+        Path(config.run.dir) / "checkpoints", world, RetentionPolicy(last=2)
+    )
     identity = {"config": to_dict(config), "data_fingerprint": "data"}
     trainer = build_trainer(config, world, checkpointer, None, identity)
     validation, stops = trainer.evaluation.validation, trainer.evaluation.stops
@@ -240,7 +242,9 @@ def stop_while_compiling(rank: int, world_size: int, config: Config) -> dict[str
     plain = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self, **options: plain(self, backend="eager", **options)
     world = start_world(config.parallel)
-    checkpointer = Checkpointer(Path(config.run.dir) / "checkpoints", world, Keep(last=2))
+    checkpointer = Checkpointer(
+        Path(config.run.dir) / "checkpoints", world, RetentionPolicy(last=2)
+    )
     warm_up = (trainer := build_trainer(config, world, checkpointer)).warm_up
     compiled: list[int] = []
     plain_compile = warm_up.compile

@@ -1,4 +1,4 @@
-"""One owner per run directory: the second is refused, a dead one's lock is taken over."""
+"""One owner per run directory: a second start is rejected, a dead owner's lock is taken over."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ time.sleep(50)
 
 
 def edit(run_dir: Path, **changes: object) -> None:
-    """Change what the lock says of its owner."""
+    """Change fields of the lock file."""
     path = run_dir / LOCK_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -80,7 +80,7 @@ def test_a_killed_owner_s_lock_is_taken_over_at_once(dead: Path) -> None:
 
 
 def test_the_status_of_a_killed_run(dead: Path) -> None:
-    """It says running for ever; lock and checkpoints know better."""
+    """Its status.json still says running; lock and checkpoints show that it was killed."""
     (dead / "checkpoints/step_00000030").mkdir(parents=True)
     for step in (40, 30):
         (dead / "status.json").write_text(f'{{"state": "running", "step": {step}, "reason": ""}}')
@@ -103,7 +103,7 @@ def test_an_owner_elsewhere_that_is_long_dead(dead: Path) -> None:
     os.utime(dead / LOCK_NAME, (1, 1))
     (message,) = RunLock(dead).acquire()
     assert "was in use by process" in message
-    assert "on far, which has given no sign of life" in message
+    assert "on far, which has not renewed its lock" in message
 
 
 def test_an_owner_elsewhere_that_is_alive(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Requests to stop: which of them are one, which exit at once, and what happens to the launcher."""
+"""Stop signals: duplicates, signals that exit immediately, and the effect on the launcher."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ import time
 
 RANK = '''
 import time
-from jepa_dist.launched import die_with_parent
+from jepa_dist.dist_env import die_with_parent
 from jepa_dist.signals import StopRequest
 
 die_with_parent()

@@ -1,4 +1,4 @@
-"""A start that cannot be right ends at once on every rank; output that fails ends nothing."""
+"""An invalid start exits immediately on every rank; output that cannot be written ends nothing."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_nodes_with_other_shards_and_settings(tmp_path: Path) -> None:
         finished = [job.wait(200) for job in jobs]
     assert [each.code for each in finished] == [2, 2], finished
     (line,) = finished[0].output.splitlines()
-    assert line.startswith("error: the ranks were not started alike: ")
+    assert line.startswith("error: the ranks differ in what they were started with: ")
     assert "model.model_dim: 32 on rank 0, 48 on rank 1" in line
     assert "data.train: train_1.bin: 2578 bytes with digest " in line
     assert finished[1].output == ""

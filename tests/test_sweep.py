@@ -1,4 +1,4 @@
-"""Sweeps: what a list may say, that members of one seed are paired, and an honest answer."""
+"""Sweeps: validation of the file, pairing of members with the same seed, and results."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def arms(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"arms": {"full": ARMS["full"], "other": None}}, "arms: none is called 'control'"),
+        ({"arms": {"full": ARMS["full"], "other": None}}, "arms: 'control' is missing"),
         ({"arms": {"control": None}}, "arms: at least one besides the control"),
         ({"seeds": [1, 2, 1]}, "seeds: [1, 2, 1]: each may be given once"),
         ({"seeds": []}, "seeds: List should have at least 1 item"),
@@ -142,11 +142,14 @@ def arms(**changes: Any) -> dict[str, Any]:
         ({"common": {"seed": 1}}, "common: seed: is set for each member; list it under seeds"),
         ({"arms": arms(x={"seed": 3})}, "arm x: seed: is set for each member"),
         ({"arms": arms(x={"run": {"dir": "x"}})}, "arm x: run.dir: is set for each member"),
-        ({"arms": arms(**{"../x": {"jepa.lambda": 1.0}})}, "arm '../x': must be a name of letters"),
-        ({"arms": {**ARMS, False: {"jepa.lambda": 1.0}}}, "arm False: must be a name of letters"),
+        (
+            {"arms": arms(**{"../x": {"jepa.lambda": 1.0}})},
+            "arm '../x': expected a name of letters",
+        ),
+        ({"arms": {**ARMS, False: {"jepa.lambda": 1.0}}}, "arm False: expected a name of letters"),
         (
             {"common": {"jepa.lambda": 0.2}},
-            "arm control: jepa.lambda: is common to all arms; say it in one place",
+            "arm control: jepa.lambda: is set in common, too; set it in one place",
         ),
         (
             {"arms": arms(x={"jepa.lamda": 1.0})},
@@ -204,7 +207,7 @@ def test_an_arm_given_twice(tmp_path: Path) -> None:
 
 
 def test_overrides_cannot_undo_an_arm(tmp_path: Path) -> None:
-    expected = "arm delayed: jepa.start_frac: is common to all arms; say it in one place"
+    expected = "arm delayed: jepa.start_frac: is set in common, too; set it in one place"
     assert problems(tmp_path, "jepa.start_frac=0.5") == [expected]
     told = problems(tmp_path, "train.steps")
     assert told == ["command line: 'train.steps': expected KEY=VALUE, e.g. train.steps=100"]
@@ -242,7 +245,7 @@ def test_paired_arms_draw_the_same_spans(tmp_path: Path) -> None:
 
 
 def write_run(member: Member, final: Mapping[str, Any] | None, **changes: Any) -> None:
-    """What a run of this member leaves behind; ``changes`` are in its configuration."""
+    """Write the files of a finished run of this member, with ``changes`` in its configuration."""
     member.run_dir.mkdir(parents=True)
     config = member.resolve()
     made_by = Config.model_validate(config.model_dump(by_alias=True) | changes)
@@ -274,7 +277,7 @@ def members_in(folder: Path, seeds: list[int]) -> list[Member]:
 
 
 def test_differences_are_paired(tmp_path: Path) -> None:
-    """Seeds differ by far more than arms: only pairs can tell."""
+    """Seeds differ much more than arms: only paired differences are significant."""
     seeds = [1, 2, 3, 4]
     gain = {"control": [0.0] * 4, "full": [0.01, 0.012, 0.008, 0.01], "delayed": [-1, 2, 1, -1]}
     members = members_in(tmp_path, seeds)
@@ -322,13 +325,13 @@ def test_what_is_left_out(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     assert results.left_out == [
         f"{runs}/full-seed1: not finished, at step 10",
-        f"{runs}/delayed-seed2: made with other settings: batch.sequences was 64 and is 32 in the "
-        "list",
+        f"{runs}/delayed-seed2: trained with other settings: batch.sequences was 64 and is 32 in "
+        "the list",
         f"{runs}/delayed-seed3: not started yet",
         "full, seed 2: not the tokens of its control",
     ]
     table = describe(results)
-    alone = "-0.1000 in one pair, which says nothing about the noise"
+    alone = "-0.1000 in one pair, without an estimate of the noise"
     assert f"full: {alone}" in table
     assert f"delayed: {alone}" in table
     assert table[-4:] == [f"  {line}" for line in results.left_out]
@@ -391,8 +394,8 @@ def test_runs_that_computed_otherwise_or_changed_on_the_way_are_no_pairs(tmp_pat
         write_starts(member, *starts)
     results = read_results(members)
     assert results.left_out == [
-        f"{tmp_path}/runs/delayed-seed1: made with other settings from step 0 on: batch.sequences "
-        "was 64 and is 32 in the list",
+        f"{tmp_path}/runs/delayed-seed1: trained with other settings from step 0 on: "
+        "batch.sequences was 64 and is 32 in the list",
         "full, seed 1: parallel.precision bfloat16 or float32, of its control float32",
         "full, seed 2: torch 2.11, of its control 2.13",
     ]
@@ -557,7 +560,7 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_member_that_fails(tmp_path: Path) -> None:
-    """The others are trained all the same; the sweep says which failed, and is no success."""
+    """The other members are trained; the sweep names the failed one and exits with code 1."""
     file = write_sweep(tmp_path, seeds=[1], arms={n: ARMS[n] for n in ("control", "full")})
     missing = f"data.train={tmp_path}/none_*.bin"
     arguments = [file, f"run.dir={tmp_path / 'runs'}", missing]

@@ -1,4 +1,4 @@
-"""launch/tensorboard.sh: what it starts, where it listens, and what it refuses."""
+"""launch/tensorboard.sh: its command, address and port, and rejected arguments."""
 
 from __future__ import annotations
 

@@ -320,14 +320,14 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(
         "jepa_dist.train", *settings(corpus, run__dir=corpus / "branch", **changes)
     )
     assert finished.code == 0, finished.output
-    assert f"going on from {run_dir}/checkpoints/step_00000009, after step 9" in finished.output
+    assert f"resuming from {run_dir}/checkpoints/step_00000009, after step 9" in finished.output
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "told"),
     [
         ("model.safetensors", {}, "is a file; expected the folder of a checkpoint"),
-        ("missing", {}, "there is no such folder"),
+        ("missing", {}, "no such folder"),
         ("", {"optim__ema_decay": 0.9}, "optim.ema_decay: was 0.0, is 0.9: the moving average"),
     ],
 )
@@ -405,7 +405,7 @@ def test_damaged_data_met_by_one_rank(tmp_path: Path, workers: int) -> None:
 
 
 RAISES_ON_RANK_1 = """
-from jepa_dist.launched import launched_rank
+from jepa_dist.dist_env import launched_rank
 from jepa_dist.train import main
 from jepa_dist.training.loop import Trainer
 
@@ -455,7 +455,7 @@ def test_killed_rank(corpus: Path, tmp_path: Path, rank: int) -> None:
 
 @pytest.mark.slow
 def test_asked_to_stop_while_it_waits_for_data(corpus: Path, tmp_path: Path) -> None:
-    """The step cannot be finished, so the time of grace decides, and says what is lost."""
+    """The step cannot be finished, so the rank exits after the grace time, with a message."""
     run_dir = tmp_path / "run"
     changes = {"train__steps": 10**6, "data__workers": 1, "checkpoint__grace_seconds": 3}
     with Command([*TRAIN, *settings(corpus, run__dir=run_dir, **changes)]) as job:

@@ -1,4 +1,4 @@
-"""Who is stuck is named, with everybody's stacks in the logs, and a hung rank is cut."""
+"""The watchdog names stuck ranks and dumps stacks; a collective's time limit ends a hung rank."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.tiny import write_corpus
 
 
 def beats(**changes: dict[str, object]) -> dict[int, Heartbeat]:
-    """Three ranks at the same place, changed by ``rank_<r>``."""
+    """Return heartbeats of three ranks at the same place, with changes by ``rank_<r>``."""
     usual = Heartbeat(beat=1, count=40, step=12, phase="forward", seconds=61.0, host="n", pid=1)
     return {r: replace(usual, **changes.get(f"rank_{r}", {})) for r in range(3)}
 
 
 def later(before: dict[int, Heartbeat], *stopped: int) -> dict[int, Heartbeat]:
-    """The same ranks three beats on, but for those that were stopped."""
+    """Return the same heartbeats three beats later, except for stopped ranks."""
     return {r: b if r in stopped else replace(b, beat=b.beat + 3) for r, b in before.items()}
 
 
@@ -35,7 +35,7 @@ def test_the_rank_that_is_behind() -> None:
 def test_the_rank_that_is_stopped_or_dead() -> None:
     before = beats(rank_2={"step": 11, "phase": "backward"})
     assert diagnose(before, later(before, 2), 3) == [
-        "rank 2 (host n, pid 1) gives no sign of life, last seen at step 11 in backward"
+        "rank 2 (host n, pid 1) sends no heartbeat, last seen at step 11 in backward"
     ]
 
 
@@ -60,7 +60,7 @@ def test_a_stopped_rank_is_named_and_cut(tmp_path: Path) -> None:
         victim.send_signal(signal.SIGSTOP)
         finished = job.wait(180)  # torchrun grants a stopped rank 30 s before it kills it
     assert finished.code != 0
-    assert f"pid {victim.pid}) gives no sign of life, last seen at step" in finished.output
+    assert f"pid {victim.pid}) sends no heartbeat, last seen at step" in finished.output
     stacks = (run_dir / "logs" / "rank_0.log").read_text()
     assert "Current thread" in stacks
     assert "training/loop.py" in stacks

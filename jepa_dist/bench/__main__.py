@@ -12,13 +12,13 @@ from pathlib import Path
 
 from jepa_dist.bench.common import machine, versions
 from jepa_dist.command_line import program
-from jepa_dist.failure import EXIT_FAILURE, told_by_host, told_once
-from jepa_dist.launched import adopt_launcher, launched_rank, ranks_on_this_host
+from jepa_dist.dist_env import adopt_launcher, launched_rank, ranks_on_this_host
+from jepa_dist.failure import EXIT_FAILURE, exit_on_host_error, exit_on_user_error
 from jepa_dist.process_env import set_defaults
 
 # A benchmark is a module of this package with ``add_arguments(parser)``, ``run(arguments)``, which
-# returns what belongs into the JSON, and ``table(result)``, which returns it as Markdown. What the
-# result has under ``off`` is wrong with the machine.
+# returns the contents of the JSON file, and ``table(result)``, which returns them as Markdown.
+# Lines under ``off`` in the result are problems with the machine.
 _BENCHES = (
     "comm",
     "data",
@@ -35,7 +35,7 @@ _BENCHES = (
 
 def main() -> None:
     """Run the named benchmark, print its table, write its JSON (rank 0, if there are several)."""
-    with told_by_host():
+    with exit_on_host_error():
         adopt_launcher(os.environ)
         set_defaults(ranks_on_this_host())
     parser = argparse.ArgumentParser(prog=program("jepa_dist.bench"), description=__doc__)
@@ -45,12 +45,12 @@ def main() -> None:
         command = commands.add_parser(
             name, description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the result here, too")
+        command.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
         bench.add_arguments(command)
     arguments = parser.parse_args()
     bench = benches[arguments.bench]
     rank = launched_rank()
-    with told_once(rank):
+    with exit_on_user_error(rank):
         result = {
             "command": f"python -m jepa_dist.bench {shlex.join(sys.argv[1:])}",
             "machine": machine(),
@@ -65,7 +65,7 @@ def main() -> None:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in result.get("off", []):
-        print(f"off: {line}", file=sys.stderr)
+        print(f"problem: {line}", file=sys.stderr)
     if result.get("off"):
         sys.exit(EXIT_FAILURE)
 

@@ -1,4 +1,4 @@
-"""One process of ``bench gpu``: measures some tasks and writes what happens to a file.
+"""One process of ``bench gpu``: measures some tasks and writes events to a file.
 
 ``python -m jepa_dist.bench.child REQUEST`` with the request as JSON; started by
 ``jepa_dist.bench.supervisor`` only.
@@ -23,21 +23,21 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from jepa_dist.bench.parts import run_part
 from jepa_dist.bench.session import Session, Settings, Skipped, Task
 from jepa_dist.config import ParallelConfig
-from jepa_dist.launched import die_with_parent, is_launched, launched_world_size
+from jepa_dist.dist_env import die_with_parent, is_launched, launched_world_size
 from jepa_dist.parallel.world import start_world, stop_world
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a process is to do."""
+    """The tasks of one child process."""
 
     tasks: Sequence[Task]
     settings: Settings
     folder: Path
     events: Path
-    """Where this rank writes what happens, one JSON object per line."""
+    """File for this rank's events, one JSON object per line."""
     prefix: str
-    """Keeps this group of processes apart from others in the launcher's store."""
+    """Prefix of this process group's keys in the launcher's store."""
 
     def to_json(self) -> str:
         """Return it as JSON; ``from_json`` reads it."""
@@ -58,7 +58,7 @@ class Request:
 
 
 class Events:
-    """What happens in a child, for its parent to read while it runs."""
+    """Event file of a child process, which the parent reads while the child runs."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
@@ -69,7 +69,7 @@ class Events:
 
 
 def read_events(path: Path) -> list[Mapping[str, Any]]:
-    """Return the events that are written completely."""
+    """Return all events that have been written completely."""
     if not path.exists():
         return []
     complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
@@ -87,9 +87,9 @@ def main() -> None:
         traceback.print_exc()
         events.write("fail", reason=_reason(error))
         sys.stderr.flush()
-        # Clean-up might wait for ranks that wait for this one.
+        # Skip clean-up, which could wait for ranks that wait for this one.
         os._exit(1)
-    atexit._run_exitfuncs()  # gives back semaphores
+    atexit._run_exitfuncs()  # releases semaphores
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -114,14 +114,14 @@ def _measure(request: Request, events: Events) -> None:
 
 
 def _parallel(request: Request) -> ParallelConfig:
-    """The mesh of the configuration, if all tasks are of one (the others need none)."""
+    """Return the mesh settings of the tasks' common configuration, or the default ones."""
     configs = {task.config for task in request.tasks}
     (config,) = configs if len(configs) == 1 else (None,)
     return ParallelConfig() if config is None else request.settings.config(config).parallel
 
 
 def _store(prefix: str) -> Store | None:
-    """Where the ranks of this group meet: the store that the parents use, with other keys."""
+    """Return the rendezvous store of this group: the parents' store with a prefix."""
     if not is_launched():
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -134,7 +134,7 @@ def _share_cores() -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """Return the error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = type(error).__name__
     return f"{kind}: {lines[0]}" if lines else kind

@@ -1,8 +1,8 @@
-"""Counting collectives where they are launched, with the bytes that a rank sends.
+"""Count collectives at launch, and the bytes that a rank sends.
 
-Bytes are what a rank sends, its own part included: the input of an all-to-all or reduce-scatter,
-the output of an all-gather, twice the tensor of an all-reduce, the tensor of a broadcast. Among W
-ranks (W - 1) / W of that crosses to others.
+The bytes include a rank's own part: the input of an all-to-all or reduce-scatter, the output of an
+all-gather, twice the tensor of an all-reduce, the tensor of a broadcast. With W ranks, (W - 1) / W
+of them are sent to other ranks.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _NOT_COLLECTIVES = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_te
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts the collectives that are called within, by kind, and the bytes sent.
+    """Dispatch mode that counts the collectives called within, by kind, and the bytes sent.
 
-    It sees what runs eagerly; a compiled region would refuse to run under it.
+    For eager code only: a compiled region raises under it.
     """
 
     def __init__(self) -> None:
@@ -44,13 +44,13 @@ class CollectiveCounter(TorchDispatchMode):
 
     @property
     def sent(self) -> int:
-        """Bytes of all kinds."""
+        """Bytes sent by all kinds of collectives."""
         return self.bytes.total()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Let DTensors take themselves apart, then look at what is left."""
+        """Count a collective on plain tensors; DTensors are unwrapped by their own dispatch."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         if func.namespace in ("c10d", "_c10d_functional") and func.name() not in _NOT_COLLECTIVES:

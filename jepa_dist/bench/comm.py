@@ -1,4 +1,4 @@
-"""Collectives and bytes of one training step, counted on real ranks, beside what must be.
+"""Collectives and bytes of one training step, counted on real ranks, and their lower bounds.
 
 Each setting is a change of one configuration; ``Trainer.step`` runs eagerly on as many ranks as the
 setting needs, and every collective is counted where it is launched. "Minimum" is computed from the
@@ -296,7 +296,7 @@ def configured(config: Config, setting: Setting) -> Config:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m jepa_dist.bench comm``."""
+    """Add the options of ``python -m jepa_dist.bench comm``."""
     add_config(parser)
     parser.add_argument(
         "--timeout",
@@ -388,7 +388,7 @@ _KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown; in every cell what was counted, the minimum, and its formula."""
+    """Return the result as Markdown; each cell has the count, the minimum and its formula."""
     columns = ["setting", "ranks", *(f"{kind}: launches / minimum" for kind in _KINDS)]
     columns += ["MB per rank / minimum", "formula of all_gather, reduce_scatter, others"]
     rows = []

@@ -1,4 +1,4 @@
-"""What the benchmarks share: machine, tables, configuration, data, timing in turn, real ranks."""
+"""Helpers of the benchmarks: machine, tables, configuration, data, interleaved timing, ranks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from torch.multiprocessing.spawn import spawn
 
 from jepa_dist.config import Config, load
 from jepa_dist.data.shards import write_shard
+from jepa_dist.dist_env import is_launched
 from jepa_dist.errors import UserError
-from jepa_dist.launched import is_launched
 
 # ---------------------------------------------------------------------------- output
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return a description of this machine."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Of what the numbers depend on."""
+    """Return the versions of Python, torch and CUDA."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda
@@ -54,7 +54,7 @@ def versions() -> dict[str, Any]:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; cells are shown as ``str`` shows them."""
+    """Return a Markdown table; cells are formatted by ``str``."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
@@ -63,7 +63,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> 
 
 
 def add_config(parser: argparse.ArgumentParser, default: str = "configs/debug.yaml") -> None:
-    """The options that choose a configuration; ``chosen_config`` reads them."""
+    """Add the options that select a configuration; ``chosen_config`` reads them."""
     parser.add_argument(
         "--config", type=Path, default=Path(default), help="measure this one (default: %(default)s)"
     )
@@ -78,10 +78,10 @@ def add_config(parser: argparse.ArgumentParser, default: str = "configs/debug.ya
 
 
 def chosen_config(arguments: argparse.Namespace) -> Config:
-    """The configuration of the command line; the environment's switches count, too.
+    """Return the configuration of the command line and the environment.
 
     Raises:
-        UserError: it cannot be.
+        UserError: the configuration is invalid.
     """
     return load(arguments.config, arguments.set).config
 
@@ -116,22 +116,21 @@ def with_random_data(config: Config, folder: Path, sequences: int | None = None)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def time_in_turn(
-    contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every call, taken in turn (A B C A B C), so that drift hits all alike.
+    """Return the seconds of every call, interleaved (A B C A B C) so that drift affects all alike.
 
-    With a process group all ranks begin each call together. Nothing is called beforehand: warm up
-    what has to be.
+    With a process group, all ranks start each call together. There are no warm-up calls.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in contestants.items():
+        for name, call in calls.items():
             synchronize(device)
             if dist.is_initialized():
                 dist.barrier()
@@ -143,9 +142,9 @@ def time_in_turn(
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeat: int = 10) -> float:
-    """Return the mean time of ``repeat`` calls in a row, after three to warm up.
+    """Return the mean milliseconds of ``repeat`` consecutive calls, after three warm-up calls.
 
-    On CUDA the device's own clock counts: the host does not wait between the calls.
+    On CUDA they are timed by events on the device, without synchronizing between the calls.
     """
     for _ in range(3):
         call()
@@ -168,7 +167,7 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeat: int =
 
 
 def refuse_launcher(bench: str) -> None:
-    """For benchmarks that start their ranks themselves.
+    """Raise under a launcher, for benchmarks that start their ranks themselves.
 
     Raises:
         UserError: this process is one rank of several already.
@@ -178,19 +177,19 @@ def refuse_launcher(bench: str) -> None:
 
 
 def on_ranks(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0) -> list[Any]:
-    """Call ``fn(device, *args)`` on so many new processes; what each returned, in rank order.
+    """Call ``fn(device, *args)`` in ``ranks`` new processes; return the results in rank order.
 
     Each is a rank of the default process group (NCCL and gloo on CUDA, gloo on CPU), as a launcher
-    would start it, and has its share of the cores. All have ended when this returns or raises.
+    would start it, and has its share of the cores. All have exited when this returns or raises.
 
     Args:
-        fn: A function of a module (it travels by name); returns what JSON can say.
+        fn: A module-level function (it is pickled by name); returns JSON data.
         ranks: Number of processes.
-        *args: Picklable.
-        timeout: Seconds until they are ended.
+        *args: Picklable arguments.
+        timeout: Seconds after which the processes are killed.
 
     Raises:
-        UserError: they took longer, or there are fewer CUDA devices.
+        UserError: they took longer, or there are fewer CUDA devices than ranks.
     """
     devices = torch.cuda.device_count()
     if devices and ranks > devices:
@@ -198,7 +197,7 @@ def on_ranks(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60
     with tempfile.TemporaryDirectory() as folder:
         deadline = time.monotonic() + timeout
         shared = (ranks, folder, timeout, fn, args)
-        # No daemons: a rank has loader processes of its own.
+        # Not daemons, because a rank starts loader processes.
         context = spawn(_rank, shared, nprocs=ranks, join=False)
         try:
             while not context.join(timeout=1.0):
@@ -220,7 +219,7 @@ def on_ranks(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60
 def _rank(
     rank: int, ranks: int, folder: str, timeout: float, fn: Callable[..., Any], args: Any
 ) -> None:
-    # What torch.multiprocessing has the kernel send when the parent dies: then end at once.
+    # torch.multiprocessing makes the kernel send SIGINT when the parent dies: exit immediately.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
@@ -239,7 +238,7 @@ def _rank(
     result = fn(device, *args)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     dist.destroy_process_group()
-    atexit._run_exitfuncs()  # gives back semaphores
+    atexit._run_exitfuncs()  # releases semaphores
     sys.stdout.flush()
-    # Threads of gloo's abort an orderly exit now and then ("terminate called ...", torch 2.11).
+    # gloo's threads occasionally abort a normal exit ("terminate called ...", torch 2.11).
     os._exit(0)

@@ -33,7 +33,7 @@ _STEPS = 3  # of a round of training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m jepa_dist.bench data``."""
+    """Add the options of ``python -m jepa_dist.bench data``."""
     add_config(parser)
     parser.add_argument("--shards", type=int, default=1024, help="how many (default: %(default)s)")
     parser.add_argument(
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     rows = [
         (
             run["workers"],

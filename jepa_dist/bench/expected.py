@@ -1,8 +1,8 @@
-"""What ``bench gpu`` expects of known cards: ranges, by figure.
+"""Expected figures of ``bench gpu`` on known cards, as ranges.
 
-``measured``: on one card with torch 2.11 and CUDA 13.0, widened by what runs differ (about 7 % on
-the worse side). ``predicted``: from the bytes and operations that the compiled step moves, and the
-card's data sheet; nobody has measured it yet. A value on the better side of a range is no fault.
+``measured``: on one card with torch 2.11 and CUDA 13.0, widened by the variation between runs
+(about 7 % on the worse side). ``predicted``: from the bytes and operations of the compiled step and
+the card's data sheet; not measured yet. A value on the better side of a range is not a problem.
 """
 
 from __future__ import annotations

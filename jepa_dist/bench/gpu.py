@@ -1,4 +1,4 @@
-"""Check and measure a machine: does everything work, and is it as fast as machines of its kind?
+"""Check and measure a machine: does everything work, and is it as fast as expected?
 
 Run it on one GPU, or under torchrun on all GPUs of a node:
 
@@ -6,10 +6,10 @@ Run it on one GPU, or under torchrun on all GPUs of a node:
     torchrun --standalone --nproc-per-node=gpu -m jepa_dist.bench gpu --json gpu.json
 
 It needs no data: tokens are random. A configuration's batch is two micro-batches per rank. Each
-part has a time limit of its own; one that hangs, crashes or exceeds it costs only itself. The floor
-(see bench step), checkpoints and replicas are measured for the first configuration only. Figures
-are compared with what is expected of the card where that is known; the exit code is 1 if a part
-failed or a figure is off. Without CUDA it runs with toy sizes, to be tried out.
+part has its own time limit; one that hangs, crashes or exceeds it does not affect the others. The
+floor (see bench step), checkpoints and replicas are measured for the first configuration only.
+Figures are compared with the expected ranges of known cards; the exit code is 1 if a part failed or
+a figure is worse than expected. Without CUDA it runs with toy sizes, for trying it out.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from jepa_dist.bench.parts import PARTS, plan
 from jepa_dist.bench.session import Settings, Task
 from jepa_dist.bench.supervisor import Outcome, Supervisor, meet
 from jepa_dist.config import check_world
+from jepa_dist.dist_env import launched_rank, launched_world_size
 from jepa_dist.errors import UserError
-from jepa_dist.launched import launched_rank, launched_world_size
 
 _CONFIGS = ("configs/gpt_36m.yaml", "configs/gpt_1b.yaml")
 _MINUTES, _MINUTES_SMALL = 5.5, 60.0
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="with these changes; their figures are then compared with nothing",
+        help="change these settings; the figures are then not compared with expected ones",
     )
     parser.add_argument(
         "--parts",
@@ -70,25 +70,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"measure only these: {', '.join(PARTS)}",
     )
     parser.add_argument(
-        "--no-floor", action="store_true", help="without the bare loop, which takes long to compile"
+        "--no-floor", action="store_true", help="skip the bare loop, which takes long to compile"
     )
     parser.add_argument(
         "--small",
         action="store_true",
         default=not torch.cuda.is_available(),
-        help="toy sizes, to try it out (always without CUDA)",
+        help="use toy sizes, for trying it out (always without CUDA)",
     )
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"leave out what has not ended by then (default: {_MINUTES}; --small: none)",
+        help=f"skip parts that have not finished by then (default: {_MINUTES}; --small: no limit)",
     )
     parser.add_argument(
         "--dir",
         type=Path,
         default=Path(tempfile.gettempdir()),
-        help="where checkpoints are written for a while; several nodes must share it "
-        "(default: %(default)s)",
+        help="folder for temporary checkpoints; several nodes must share it (default: %(default)s)",
     )
 
 
@@ -96,7 +95,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all parts.
 
     Raises:
-        UserError: a configuration is not valid or does not fit the ranks, or there is no folder.
+        UserError: a configuration is invalid or does not fit the ranks, or the folder is missing.
     """
     ranks = launched_world_size()
     settings = Settings(tuple(arguments.set), arguments.small, ranks)
@@ -111,7 +110,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             folder,
             seconds=60 * minutes,
             patience=_PATIENCE_SMALL if arguments.small else 1.0,
-            tell=_tell,
+            report=_print_outcome,
         )
         processes = plan(names, arguments.config, ranks)
         outcomes = [outcome for tasks in processes for outcome in supervisor.run(tasks)]
@@ -127,7 +126,7 @@ def table(result: Mapping[str, Any]) -> str:
     columns = ("part", "figure", "value", "expected", "")
     source = result["source"]
     head = f"{result['ranks']} rank(s); " + (
-        f"expected of {result['card']}: {source}" if source else "nothing is known of this card"
+        f"expected of {result['card']}: {source}" if source else "no expected figures of this card"
     )
     sections = [head, markdown_table(columns, rows)]
     notes = [
@@ -153,7 +152,7 @@ def _check(arguments: argparse.Namespace, settings: Settings) -> None:
     if arguments.minutes is not None and arguments.minutes <= 0:
         problems.append(f"--minutes {arguments.minutes:g}: must be above 0")
     if not arguments.dir.is_dir():
-        problems.append(f"--dir {arguments.dir}: not a folder; make it first")
+        problems.append(f"--dir {arguments.dir}: not a folder; create it first")
     stems = [Path(path).stem for path in arguments.config]
     problems += [
         f"--config: two files named {stem}; give them different names"
@@ -180,7 +179,7 @@ def _shared_folder(store: Store, parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder if launched_rank() == 0 else folder / f"rank_{launched_rank()}", True)
 
 
-def _tell(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome) -> None:
     reason = f": {outcome.reason}" if outcome.reason else ""
     lines = [f"{outcome.task.label}: {outcome.status}, {outcome.seconds:.0f} s{reason}"]
     if outcome.status == "failed":
@@ -223,7 +222,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
 def _figures(
     outcomes: Sequence[Outcome], card: Card | None, settings: Settings
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the table."""
+    """Yield the rows of the table."""
     for outcome in outcomes:
         if outcome.measured is None:
             continue
@@ -240,7 +239,7 @@ def _figures(
 
 
 def _is_special(task: Task, settings: Settings) -> bool:
-    """Whether what is known of the card says nothing about this task as it was run."""
+    """Return whether the card's expected figures do not apply to this task as it was run."""
     is_changed = task.config is not None and bool(settings.overrides)
     return is_changed or (settings.ranks > 1 and PARTS[task.part].process in _SHARDED)
 

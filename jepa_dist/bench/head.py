@@ -1,8 +1,7 @@
-"""Output projection, soft cap and cross-entropy: chunked against full logits, both compiled.
+"""Output projection, soft cap and cross-entropy: chunked versus full logits, both compiled.
 
-Times are of forward and backward. Memory is the most that they hold at one time besides their
-inputs: the gradients of states and projection included, which full logits have as well. Errors are
-relative to full logits in float32 without the compiler.
+Times are of forward and backward. Memory is the peak besides the inputs, including the gradients of
+states and projection. Errors are relative to full logits in float32 without compilation.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_dist.bench.common import markdown_table, time_in_turn
+from jepa_dist.bench.common import markdown_table, time_interleaved
 from jepa_dist.bench.memory import peak_bytes
 from jepa_dist.errors import UserError
 from jepa_dist.model.head import Rows, chunked_loss_sum, loss_sum, num_chunks
@@ -28,7 +27,7 @@ Loss = Callable[[Rows, Tensor], Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m jepa_dist.bench head``."""
+    """Add the options of ``python -m jepa_dist.bench head``."""
     on_cuda = torch.cuda.is_available()
     parser.add_argument(
         "--vocab", type=int, nargs="+", default=[256, 8192, 50304, 128256], metavar="V"
@@ -69,7 +68,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     rows = []
     for run in result["runs"]:
         full, chunked = run["forms"]["full"], run["forms"]["chunked"]
@@ -123,7 +122,7 @@ def _measure(
     calls = {name: functools.partial(_gradients, form, *inputs) for name, form in forms.items()}
     errors = {name: _errors(call(), exact) for name, call in calls.items()}  # compiles, too
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
-    seconds = time_in_turn(calls, rounds, device)
+    seconds = time_interleaved(calls, rounds, device)
     ratios = [b / a for a, b in zip(seconds["full"], seconds["chunked"], strict=True)]
     return {
         "vocab": vocab,
@@ -159,7 +158,7 @@ def _inputs(
 
 
 def _gradients(loss: Loss, rows: Rows, head_VE: Tensor) -> list[Tensor]:
-    """Loss per row and its gradients at states and projection."""
+    """Return the loss per row and its gradients with respect to states and projection."""
     value = loss(rows, head_VE) / len(rows.y_NE)
     return [value.detach(), *torch.autograd.grad(value, [rows.y_NE, head_VE])]
 
@@ -171,7 +170,7 @@ def _exact(rows: Rows, head_VE: Tensor) -> list[Tensor]:
 
 
 def _errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
-    """Relative ones, in the Euclidean norm."""
+    """Return the relative errors in the Euclidean norm."""
     return [
         (torch.linalg.norm(a.float() - b) / torch.linalg.norm(b)).item()
         for a, b in zip(found, expected, strict=True)

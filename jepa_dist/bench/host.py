@@ -41,7 +41,7 @@ from jepa_dist.bench.common import (
 )
 from jepa_dist.bench.training import steady
 from jepa_dist.config import Config
-from jepa_dist.monitor.meter import Meter
+from jepa_dist.monitor.step_timer import StepTimer
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
 
@@ -145,7 +145,7 @@ class _Step:
     phases: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
-class _HostMeter(Meter):
+class _HostMeter(StepTimer):
     """Also takes the CPU seconds of this thread, by step and phase."""
 
     def __init__(self, device: torch.device) -> None:

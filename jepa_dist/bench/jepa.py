@@ -24,7 +24,7 @@ from jepa_dist.bench.common import (
     add_config,
     chosen_config,
     markdown_table,
-    time_in_turn,
+    time_interleaved,
     with_random_data,
 )
 from jepa_dist.bench.training import steady, stepper, with_objective
@@ -98,7 +98,7 @@ def measure(
 ) -> dict[str, Any]:
     """Time rounds of steps of each variant in turn; count the graphs that each compiles."""
     new_graphs = {name: _graphs_of(step) for name, step in step_of.items()}
-    seconds = time_in_turn(
+    seconds = time_interleaved(
         {name: functools.partial(_repeat, step, steps) for name, step in step_of.items()},
         rounds,
         device,

@@ -1,4 +1,4 @@
-"""Peak memory of a call, exact on both kinds of device."""
+"""Exact peak memory of a call, on CUDA and CPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of tensors that ``call`` has at one time, over what there was before it.
+    """Return the peak bytes of tensors during ``call``, minus those allocated before.
 
-    On CUDA the allocator counts; on the CPU, where it does not, the profiler records every
-    allocation (the resident memory of the process would count compiler and libraries, too).
+    Uses the allocator's statistics on CUDA, and the profiler's record of allocations on the CPU
+    (the process's resident memory would include compiler and libraries).
     """
     return _on_cuda(call, device) if device.type == "cuda" else _on_cpu(call)
 

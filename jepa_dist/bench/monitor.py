@@ -1,10 +1,10 @@
-"""What watching a run costs: the same training with monitoring on and off, in turn.
+"""Overhead of monitoring: the same training with monitoring on and off, interleaved.
 
-``on`` is a run as ``jepa_dist.train`` makes it: records every ``train.log_every`` steps on the
-console, in metrics.jsonl and in TensorBoard, looks at the objective every ``monitor.jepa_every``
-steps, ranks compared, watchdog, profiler at hand. ``off`` has none of these. Both train at the same
-time, in one process, but only one of them moves: they take turns of so many steps. Processor time
-counts all threads; it is the steadier figure where others use the machine, too.
+``on`` is a run as of ``jepa_dist.train``: records every ``train.log_every`` steps on the console,
+in metrics.jsonl and in TensorBoard, objective diagnostics every ``monitor.jepa_every`` steps,
+straggler detection, watchdog, profiler available. ``off`` has none of these. Both run in one
+process and take turns of a fixed number of steps. Processor time counts all threads; it is less
+noisy on a machine that others use.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _NEVER = 10**9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m jepa_dist.bench monitor``."""
+    """Add the options of ``python -m jepa_dist.bench monitor``."""
     add_config(parser)
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each")
+    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each run")
     parser.add_argument(
-        "--steps", type=int, default=0, help="optimiser steps of a turn (0: monitor.jepa_every)"
+        "--steps", type=int, default=0, help="optimizer steps per turn (0: monitor.jepa_every)"
     )
 
 
@@ -81,16 +81,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     rows = []
     for clock in ("wall", "processor"):
-        told = result[clock]
-        spread = f"{min(told['ratios']):.3f} to {max(told['ratios']):.3f}"
-        milliseconds = (f"{1e3 * told[name]:.2f}" for name in ("on", "off"))
-        rows.append((clock, *milliseconds, f"{told['ratio']:.4f}", spread))
+        times = result[clock]
+        spread = f"{min(times['ratios']):.3f} to {max(times['ratios']):.3f}"
+        milliseconds = (f"{1e3 * times[name]:.2f}" for name in ("on", "off"))
+        rows.append((clock, *milliseconds, f"{times['ratio']:.4f}", spread))
     head = (
         f"{result['config']} {' '.join(result['changes'])}: {result['tokens_per_step']:,} tokens "
-        f"per step; records every {result['log_every']} steps, looks at the objective every "
+        f"per step; records every {result['log_every']} steps, objective diagnostics every "
         f"{result['jepa_every']}; median of {result['rounds']} turns of {result['steps']} steps"
     )
     columns = ("time", "on, ms per step", "off", "on / off", "of each turn")
@@ -98,7 +98,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 class _Turns:
-    """Stands where a profiler does: times the turns of one run, and waits between them."""
+    """A profiler hook that times the turns of one run, and blocks it between them."""
 
     def __init__(self, steps: int, device: torch.device) -> None:
         self._steps = steps
@@ -110,7 +110,7 @@ class _Turns:
         self.taken: list[tuple[float, float]] = []
 
     def step(self) -> None:
-        """A step begins; the first turn, which compiles, is not kept."""
+        """Begin a step; the first turn, which compiles, is dropped."""
         if self._count % self._steps == 0:
             synchronize(self._device)
             now = (time.perf_counter(), time.process_time())
@@ -131,10 +131,10 @@ class _Turns:
 def _measure(
     config: Config, world: World, rounds: int, steps: int, folder: Path
 ) -> dict[str, list[tuple[float, float]]]:
-    """(wall, processor) seconds per step of every turn, by name."""
+    """Return (wall, processor) seconds per step of every turn, by name."""
     turns = {name: _Turns(steps, world.device) for name in ("on", "off")}
     turns["on"].next, turns["off"].next = turns["off"], turns["on"]
-    # The first turn warms up; a turn is known when the one after it begins.
+    # The first turn is warm-up; a turn's time is known when the next one begins.
     length = (rounds + 2) * steps + 1
     runs = {"on": _stopped_at(config, length), "off": _quiet(_stopped_at(config, length))}
     failures: list[BaseException] = []
@@ -174,7 +174,7 @@ def _train(config: Config, world: World, turns: _Turns, run_dir: Path, *, monito
 
 
 def _stopped_at(config: Config, steps: int) -> Config:
-    """Without evaluation, and with schedules that stand at their beginning."""
+    """Return the configuration without evaluation, with schedules that stay at their start."""
     changes: dict[str, Any] = {"steps": _NEVER, "stop_at": steps, "max_wallclock_seconds": None}
     return config.model_copy(
         update={
@@ -185,18 +185,18 @@ def _stopped_at(config: Config, steps: int) -> Config:
 
 
 def _quiet(config: Config) -> Config:
-    """The same training, unwatched."""
-    unwatched = {"jepa_every": 0, "straggler_ratio": 0.0}
+    """Return the configuration without monitoring."""
+    unmonitored = {"jepa_every": 0, "straggler_ratio": 0.0}
     return config.model_copy(
         update={
             "train": config.train.model_copy(update={"log_every": _NEVER}),
-            "monitor": config.monitor.model_copy(update=unwatched),
+            "monitor": config.monitor.model_copy(update=unmonitored),
         }
     )
 
 
 def _compare(turns: Mapping[str, list[tuple[float, float]]], clock: str) -> dict[str, Any]:
-    """Medians over turns, and the ratio of turns that followed each other."""
+    """Return medians over turns, and the ratios of consecutive turns."""
     place = ("wall", "processor").index(clock)
     on, off = ([turn[place] for turn in turns[name]] for name in ("on", "off"))
     ratios = [a / b for a, b in zip(on, off, strict=True)]

@@ -1,9 +1,9 @@
 """A step of Muon on sharded matrices by three routes, on real ranks of this machine.
 
-``owner`` is ours: each matrix goes to one rank and comes back (``jepa_dist.optim.muon``).
-``all_gather`` brings every matrix to every rank, and every rank orthogonalises all of them.
-``torch`` is ``torch.optim.Muon`` on DTensors. All three iterate in bfloat16 and leave out what
-``torch.optim.Muon`` does not have (row normalisation).
+``owner`` is this package's: each matrix is sent to one rank, and its result back
+(``jepa_dist.optim.muon``). ``all_gather`` gathers every matrix on every rank, and every rank
+orthogonalizes all of them. ``torch`` is ``torch.optim.Muon`` on DTensors. All three iterate in
+bfloat16, without row normalization, which ``torch.optim.Muon`` does not have.
 
 Bytes are what a rank sends per step (``jepa_dist.bench.collectives`` says how they are counted).
 """
@@ -30,7 +30,7 @@ from jepa_dist.bench.common import (
     markdown_table,
     on_ranks,
     refuse_launcher,
-    time_in_turn,
+    time_interleaved,
 )
 from jepa_dist.config import Config
 from jepa_dist.errors import UserError
@@ -59,7 +59,7 @@ class Setup:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m jepa_dist.bench muon``."""
+    """Add the options of ``python -m jepa_dist.bench muon``."""
     add_config(parser)
     parser.add_argument(
         "--ranks", type=int, nargs="+", help="default: 2 4; with CUDA one per device"
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     columns = ["ranks", "route", "ms per step", "times owner", "collectives per step"]
     columns += ["bytes sent per rank", "formula", "worst difference"]
     rows = []
@@ -162,7 +162,7 @@ class Route:
 
 
 class EveryoneMuon(Muon):
-    """Every rank gathers every matrix, orthogonalises all of them and keeps its own rows."""
+    """Every rank gathers every matrix, orthogonalizes all of them and keeps its own rows."""
 
     def _make_plan(self, present: Sequence[bool]) -> Any:
         """Nothing travels in waves; this rank is to have results where it has rows."""
@@ -176,7 +176,7 @@ class EveryoneMuon(Muon):
         return {key: self._own_rows(result) for key, result in results.items()}
 
     def _gather(self, directions: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """All matrices, whole; shards are padded to one size and travel as one tensor."""
+        """Return all full matrices; shards are padded to one size and gathered as one tensor."""
         like = self._placement()
         shards = like.device_mesh.size(like.device_mesh.ndim - 1)
         padded = []
@@ -285,7 +285,7 @@ def _summary(measurements: Sequence[Measurement]) -> dict[str, Any]:
 
 
 def measure(setup: Setup, device: torch.device) -> dict[str, Measurement]:
-    """First steps compared, second ones counted, all others timed in turn: A B C A B C."""
+    """Compare the first steps, count the second ones, time all others interleaved (A B C A B C)."""
     mesh = _mesh(setup.replicas, device)
     optimizers, differences, counters = {}, {}, {}
     for name, route in ROUTES.items():
@@ -296,7 +296,7 @@ def measure(setup: Setup, device: torch.device) -> dict[str, Measurement]:
         with CollectiveCounter() as counters[name]:
             optimizers[name].step()
     steps = {name: optimizer.step for name, optimizer in optimizers.items()}
-    seconds = time_in_turn(steps, setup.rounds, device)
+    seconds = time_interleaved(steps, setup.rounds, device)
     return {
         name: Measurement(
             seconds[name], dict(counters[name].counts), counters[name].sent, differences[name]

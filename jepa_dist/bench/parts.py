@@ -1,4 +1,4 @@
-"""The parts of ``bench gpu``: what each measures, for how long at most, and in which process."""
+"""The parts of ``bench gpu``, with their time limits and processes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Part:
     measure: Callable[..., Measured]
     """Takes the session, and the configuration's path unless ``configs`` is ``none``."""
     seconds: float
-    """Longest it may take on a GPU."""
+    """Time limit on a GPU."""
     process: str
-    """Parts that name the same one share it; other than ``machine``, per configuration."""
+    """Parts with the same name share a process, one per configuration except for ``machine``."""
     configs: str = "each"
-    """Which it is measured for: ``each``, the ``first``, or ``none``: it needs no model."""
+    """Configurations it is measured for: ``each``, the ``first``, or ``none`` (needs no model)."""
     ranks: int = 1
-    """Fewest that it needs; a part that needs several needs an even number."""
+    """Minimum number of ranks; a part that needs several needs an even number."""
 
 
-# In this order; what matters most comes first, since the time may be up before the end.
+# In order of importance, since the time may run out before the end.
 PARTS: dict[str, Part] = {
     "collectives": Part(parts_machine.collectives, 60, "machine", configs="none"),
     "stragglers": Part(parts_machine.stragglers, 60, "machine", configs="none", ranks=2),
@@ -50,7 +50,7 @@ def run_part(task: Task, session: Session) -> Measured:
 
 
 def plan(names: Sequence[str], configs: Sequence[str], ranks: int) -> list[list[Task]]:
-    """Return the tasks that apply to so many ranks, one list per process, in order."""
+    """Return the tasks that apply to this number of ranks, one list per process, in order."""
     processes: dict[tuple[str, str | None], list[Task]] = {}
     for name, part in PARTS.items():
         if name not in names or (part.ranks > 1 and (ranks < part.ranks or ranks % 2)):

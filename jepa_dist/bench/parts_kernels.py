@@ -1,4 +1,4 @@
-"""Parts of ``bench gpu`` that time the kernels of a configuration's step, each alone."""
+"""Parts of ``bench gpu`` that time single kernels of a configuration's step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _BACKENDS = {
     },
     "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
 }
-# Forward and backward against forward alone, in matrix products: 5 more of the same size to 2.
+# FLOPs of forward and backward relative to forward: 2 matrix products forward, 5 backward.
 _FORWARD_AND_BACKWARD = 3.5
 
 
 def attention(session: Session, path: str) -> Measured:
-    """Time causal attention on one micro-batch with each back end that takes these shapes."""
+    """Time causal attention on one micro-batch with each backend that supports these shapes."""
     config = session.settings.config(path)
     model, device = config.model, session.device
     q_BHTC, k_BKTC, v_BKTC = (
@@ -60,7 +60,7 @@ def attention(session: Session, path: str) -> Measured:
         )
     notes = [
         f"torch chooses {chosen}",
-        *(f"{name} does not take these shapes: {reason}" for name, reason in reasons.items()),
+        *(f"{name} does not support these shapes: {reason}" for name, reason in reasons.items()),
     ]
     return Measured(figures, {"chosen": chosen, "not_available": reasons}, notes=notes)
 
@@ -146,7 +146,7 @@ def _rate(rows: list[dict[str, float]]) -> float:
 
 
 def newton_schulz(session: Session, path: str) -> Measured:
-    """Time the orthogonalization of all matrices, as one rank alone would do it.
+    """Time the orthogonalization of all matrices on a single rank.
 
     Raises:
         Skipped: the configuration's matrices are not updated by Muon.

@@ -1,4 +1,4 @@
-"""Parts of ``bench gpu`` that need no model: collectives, links, memory, the host."""
+"""Parts of ``bench gpu`` that need no model: collectives, links, memory, host."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch.nn.functional as F
 
 from jepa_dist.bench.common import milliseconds, synchronize
 from jepa_dist.bench.session import Measured, Session
-from jepa_dist.doctor.measure import matmul_tflops
+from jepa_dist.doctor.probes import matmul_tflops
 from jepa_dist.parallel.world import World
 
 _MIB, _GIB = 2**20, 2**30
-# Devices of one kind differ by a few per cent.
+# Devices of one kind differ by a few percent.
 _STRAGGLER = 0.9
-# Below the number of launches that CUDA queues (1,024), so that the host does not wait.
+# Fewer than CUDA's launch queue holds (1,024), so that the host does not block.
 _LAUNCHES = 500
 
 
 def collectives(session: Session) -> Measured:
-    """Run every collective that training uses and check what arrives.
+    """Run every collective that training uses and check its result.
 
     Raises:
-        RuntimeError: a collective returned something else.
+        RuntimeError: a collective returned a wrong result.
     """
     world, device = session.world, session.device
     began = time.perf_counter()
@@ -48,13 +48,13 @@ def collectives(session: Session) -> Measured:
     ones = [1] * ranks
     _wait(dist.all_to_all_single(exchanged, mine, ones, ones, group=group, async_op=True))
     _check("all_to_all", exchanged, everyone)
-    # Muon's exchange has nothing for some ranks.
+    # Muon's exchange sends nothing to some ranks.
     empty, none = mine.new_empty(0), [0] * ranks
     _wait(dist.all_to_all_single(empty, empty.clone(), none, none, group=group, async_op=True))
     metrics = torch.ones(3, dtype=torch.float64, device=device)
     _wait(dist.all_reduce(metrics, async_op=True))
     _check("all_reduce of float64", metrics, torch.full_like(metrics, ranks))
-    said = (world.any(True), world.gather(rank), world.decide(lambda: "spoken"))
+    said = (world.any(True), world.gather(rank), world.run_on_main(lambda: "spoken"))
     if said != (True, list(range(ranks)), "spoken"):
         raise RuntimeError(f"control group: it returned {said}")
     synchronize(device)
@@ -89,7 +89,7 @@ def stragglers(session: Session) -> Measured:
     speeds = world.gather(matmul_tflops(world))
     median = statistics.median(speeds)
     figures = {"matmul, median TFLOP/s": median, "matmul, slowest of median": min(speeds) / median}
-    # Ranks of a machine without GPUs share its cores: their speeds say nothing.
+    # Without GPUs the ranks share the cores, so that their speeds are not comparable.
     off = slow_ranks(speeds) if world.device.type == "cuda" else []
     return Measured(figures, {"tflops": speeds}, off)
 
@@ -111,7 +111,7 @@ def slow_ranks(speeds: Sequence[float]) -> list[str]:
 
 
 def bandwidth(session: Session) -> Measured:
-    """Bus bandwidth of each collective over message sizes, as nccl-tests counts it."""
+    """Measure the bus bandwidth of each collective over message sizes, as nccl-tests does."""
     world = session.world
     sizes = [_MIB // 16, _MIB] if session.small else [_MIB << (2 * i) for i in range(6)]
     rows: dict[str, dict[str, dict[str, float]]] = {}
@@ -163,7 +163,8 @@ def _shard_and_whole(numel: int, world: World) -> tuple[torch.Tensor, torch.Tens
     return shard, torch.zeros(numel * world.world_size, device=world.device)
 
 
-# How to call it on float32 tensors of so many elements per rank; passes over the bus.
+# By name: a function that prepares the call for a number of float32 elements per rank, and the
+# number of passes over the bus.
 _COLLECTIVES: dict[str, tuple[Callable[[int, World], Callable[[], object]], int]] = {
     "all_reduce": (_all_reduce, 2),
     "all_gather": (_all_gather, 1),
@@ -173,7 +174,7 @@ _COLLECTIVES: dict[str, tuple[Callable[[int, World], Callable[[], object]], int]
 
 
 def copies(session: Session) -> Measured:
-    """Bandwidth of memory: a copy, an elementwise kernel that reads and writes, to the host."""
+    """Measure memory bandwidth: device copy, compiled elementwise kernel, copy to the host."""
     device = session.device
     numel = _MIB if session.small else _GIB // 2
     source = torch.zeros(numel, dtype=torch.bfloat16, device=device)
@@ -201,7 +202,7 @@ def _host_copies(source: torch.Tensor) -> dict[str, float]:
 
 
 def launches(session: Session) -> Measured:
-    """Host time to launch a kernel from Python."""
+    """Measure the host time to launch a kernel from Python."""
     device = session.device
     x = torch.zeros(16, device=device)
     left, right = x[:4, None].contiguous(), x[None, :4].contiguous()

@@ -26,7 +26,7 @@ from jepa_dist.bench import step as step_bench
 from jepa_dist.bench.common import synchronize
 from jepa_dist.bench.session import Measured, Session, Skipped, WarmTrainer
 from jepa_dist.bench.training import steady
-from jepa_dist.checkpoint import Checkpointer, Keep
+from jepa_dist.checkpoint import Checkpointer, RetentionPolicy
 from jepa_dist.config import Config
 from jepa_dist.model.flops import training_flops_per_token
 from jepa_dist.parallel.world import World, build_mesh
@@ -111,7 +111,8 @@ def _host_seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _queued_seconds(step: Callable[[], None], device: torch.device, steps: int) -> float:
-    """Seconds per step of several in a row, with one wait at the end, as in training."""
+    """Return the seconds per step of consecutive steps, synchronizing only at the end, as in
+    training."""
     began = time.perf_counter()
     for _ in range(steps):
         step()
@@ -246,7 +247,7 @@ def checkpoint(session: Session, path: str) -> Measured:
     """Time two saves during training; the first also page-locks its host buffers."""
     warm, world = session.warm(path), session.world
     folder = session.folder / "checkpoints" / Path(path).stem
-    saver = Checkpointer(folder, world, Keep(last=1))
+    saver = Checkpointer(folder, world, RetentionPolicy(last=1))
     saves = [_save(saver, number, warm, world) for number in (1, 2)]
     saver.close()
     first, second = saves
@@ -283,7 +284,7 @@ def _save(saver: Checkpointer, number: int, warm: WarmTrainer, world: World) -> 
 
 
 def jepa(session: Session, path: str) -> Measured:
-    """Steps with the objective on and off in turn, as ``bench jepa`` measures them."""
+    """Time steps with the objective on and off, interleaved, as ``bench jepa`` does."""
     rounds, steps = (1, 1) if session.small else (5, 2)
     variants = jepa_bench.variants(session.warm(path).trainer)
     result = jepa_bench.measure(variants, rounds, steps, session.device)["variants"]
@@ -301,7 +302,7 @@ def jepa(session: Session, path: str) -> Measured:
 
 
 def hsdp(session: Session, path: str) -> Measured:
-    """A few steps with two replicas: the loss must be that of sharding over all ranks."""
+    """Train a few steps with two replicas and compare the losses with sharding over all ranks."""
     config = session.config(path)
     losses = {replicas: _losses(config, session.world, replicas) for replicas in (1, 2)}
     worst = max(abs(a / b - 1) for a, b in zip(losses[2], losses[1], strict=True))

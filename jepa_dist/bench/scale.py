@@ -1,24 +1,24 @@
-"""Weak and strong scaling on real ranks of this machine, and simulation of clusters that are not.
+"""Weak and strong scaling on real ranks of this machine, and simulation of larger clusters.
 
-*Real*: steps of the trainer on 1, 2, 4 processes, with the global batch as it is (strong) and with
-one that grows with the ranks (weak). Processes on one machine share its cores and its memory: the
-efficiency says what communication and waiting cost here, nothing about a cluster.
+*Real*: steps of the trainer on 1, 2, 4 processes, with a fixed global batch (strong) and with one
+proportional to the ranks (weak). Processes on one machine share its cores and its memory: the
+efficiency shows the cost of communication and waiting here, not on a cluster.
 
 *Simulated*: this process is rank 0 of W in a ``fake`` process group and lays the model out with
 ``jepa_dist.parallel``, on tensors without data. It runs a step of forward, backward, clipping and
-optimiser; collectives, bytes and what this rank holds are counted, not computed. (The plan's
-broadcast and the metrics' reduction belong to the trainer and are not in these counts.) Bytes are
+optimizer; collectives, bytes and this rank's memory are counted, nothing is computed. (The plan's
+broadcast and the metrics' reduction belong to the trainer and are not counted.) Bytes are
 counted as in ``jepa_dist.bench.collectives``; the compute dtype is bfloat16, as on CUDA.
 
-The memory of a rank is estimated as: parameter, gradient and optimiser shards and the average
+The memory of a rank is estimated as: parameter, gradient and optimizer shards and the average
 (counted), plus gathered parameters (2P while they stay gathered, otherwise root, looped blocks and
-the two largest others), plus whole gradients between micro-batches (4P), or those of the root and
+the two largest others), plus full gradients between micro-batches (4P), or those of the root and
 one block (4 bytes each), plus activations. Without checkpointing these are what autograd keeps of
 every execution of a block and of the head (counted eagerly: the compiler keeps less). With it, they
 are the input of every execution (2 x tokens x width bytes) and the outputs that the mode saves
 (counted), and what autograd keeps of one block or of the head.
-Newton-Schulz works when activations are gone and needs less. CUDA's context, NCCL's buffers
-and fragmentation come on top: some GB.
+Newton-Schulz runs when activations are freed and needs less. CUDA's context, NCCL's buffers and
+fragmentation add some GB.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from jepa_dist.bench.common import (
     markdown_table,
     on_ranks,
     refuse_launcher,
-    time_in_turn,
+    time_interleaved,
     with_random_data,
 )
 from jepa_dist.build import build_ema, build_gpt, build_optimizer
@@ -93,7 +93,7 @@ def _time_steps(device: torch.device, config: Config, rounds: int) -> list[float
 
     step()
     step()
-    return time_in_turn({"step": step}, rounds, device)["step"]
+    return time_interleaved({"step": step}, rounds, device)["step"]
 
 
 def _scaling(config: Config, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -185,7 +185,7 @@ def _simulate_step(
     held = {
         "parameters": _bytes(model.parameters()),
         "gradients": _bytes(p.grad for p in model.parameters() if p.grad is not None),
-        "optimiser": _bytes(optimizer.state_tensors().values()),
+        "optimizer": _bytes(optimizer.state_tensors().values()),
         "average": _bytes(ema.state_tensors().values()),
     }
     return counter, held
@@ -282,7 +282,7 @@ def _saved_bytes(forward: Callable[[], object]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m jepa_dist.bench scale``."""
+    """Add the options of ``python -m jepa_dist.bench scale``."""
     add_config(parser)
     parser.add_argument(
         "--ranks", type=int, nargs="*", default=[1, 2, 4], help="real ones; none: only simulate"
@@ -328,7 +328,7 @@ def _simulated(config: Config, all_ranks: Iterable[int]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown: real scaling, then what simulated ranks send, then what they hold."""
+    """Return the result as Markdown: real scaling, then simulated traffic and memory."""
     parts = [f"all with {' '.join(result['changes'])}"] if result["changes"] else []
     if result["real"]:
         caption = f"{result['config']}, {result['sequences']} sequences (weak: per rank); "

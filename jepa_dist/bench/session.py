@@ -1,4 +1,4 @@
-"""What the parts of ``bench gpu`` share within one process: ranks, configurations, a trainer."""
+"""State shared by the parts of ``bench gpu`` in one process: ranks, configurations, trainers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jepa_dist.parallel.world import World
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.loop import Trainer
 
-# Micro-batches of a step: the fewest that show accumulation.
+# Micro-batches per step: the minimum with gradient accumulation.
 _MICRO_BATCHES = 2
 
 
@@ -26,7 +26,7 @@ class Skipped(Exception):  # noqa: N818 - nothing is wrong
 
 
 class Task(NamedTuple):
-    """One part, of one configuration where it depends on one."""
+    """One part, for one configuration if it depends on one."""
 
     part: str
     config: str | None = None
@@ -39,19 +39,19 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a part found out."""
+    """Results of a part."""
 
     figures: Mapping[str, float]
-    """By name; the last word is the unit. They are shown and compared with what is expected."""
+    """By name, whose last word is the unit; shown, and compared with the expected ranges."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """For the JSON alone."""
+    """Only written to the JSON file."""
     off: Sequence[str] = ()
-    """What is wrong whatever the machine, one line each."""
+    """Problems, whatever the machine, one line each."""
     notes: Sequence[str] = ()
-    """To be shown below the figures, one line each."""
+    """Shown below the figures, one line each."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it; ``from_json`` reads it."""
+        """Return it as JSON data for ``from_json``."""
         return asdict(self)
 
     @classmethod
@@ -62,12 +62,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all parts are asked to do alike."""
+    """Settings of all parts."""
 
     overrides: tuple[str, ...]
-    """The user's, as KEY=VALUE."""
+    """The user's overrides, as KEY=VALUE."""
     small: bool
-    """Toy sizes, to try the command out."""
+    """Whether to use toy sizes."""
     ranks: int
 
     def config(self, path: str) -> Config:
@@ -114,11 +114,11 @@ class WarmTrainer:
 
 
 class Session:
-    """The parts that one process measures, one after the other.
+    """Context of the parts that one process measures, one after the other.
 
     Args:
         world: The ranks.
-        settings: Of the command.
+        settings: The command's settings.
         folder: For data and checkpoints; the same on all ranks.
     """
 
@@ -135,18 +135,18 @@ class Session:
 
     @property
     def small(self) -> bool:
-        """Whether sizes are toys."""
+        """Whether to use toy sizes."""
         return self.settings.small
 
     def config(self, path: str) -> Config:
-        """Return a configuration on random data: steps all alike, the objective there but off."""
+        """Return a configuration on random data: uniform steps, the objective present but off."""
         config = with_objective(self.settings.config(path), start_frac=1.0)
         folder = self.folder / f"rank_{self.world.rank}" / Path(path).stem
         folder.mkdir(parents=True, exist_ok=True)
         return with_random_data(steady(config, 1000, 1000), folder)
 
     def warm(self, path: str) -> WarmTrainer:
-        """Return the configuration's trainer after two steps; built by whoever asks first."""
+        """Return the configuration's trainer after two steps; built at the first call."""
         if path not in self._warm:
             self._warm[path] = self._warm_up(self.config(path))
         return self._warm[path]
@@ -164,6 +164,6 @@ class Session:
         return WarmTrainer(trainer, step, built - began, first - built)
 
     def close(self) -> None:
-        """End the loaders."""
+        """Close the data loaders."""
         for warm in self._warm.values():
             warm.trainer.segment.batches.close()

@@ -1,8 +1,8 @@
-"""A training step against its floor, on random tokens: interleaved rounds of some steps each.
+"""A training step versus a lower bound, the floor, on random tokens; interleaved rounds.
 
 ``trainer`` is the real loop: loader, plan, FSDP2, compiled regions, metrics. ``floor`` is the same
-plain model, compiled as a whole (if ``parallel.compile``), in a bare PyTorch loop on one batch that
-is always there: same recipe, same mixed precision, no FSDP, no trainer, no monitoring, no
+plain model, compiled as one graph (if ``parallel.compile``), in a bare PyTorch loop on one fixed
+batch: same recipe, same mixed precision, no FSDP, no trainer, no monitoring, no
 communication. The JEPA objective is off (see bench jepa). Under torchrun the floor is rank 0 alone,
 on its share of the batch and with all of the optimizer's work. Memory is what parameters, optimizer
 and a step's tensors take together; libraries and fragmentation are not counted.
@@ -36,7 +36,7 @@ from jepa_dist.errors import UserError
 from jepa_dist.model.flops import training_flops_per_token
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
-from jepa_dist.monitor.meter import TRAINING_PHASES
+from jepa_dist.monitor.step_timer import TRAINING_PHASES
 from jepa_dist.optim.clip import clip_grad_norm
 from jepa_dist.parallel.shard import compute_dtype
 from jepa_dist.parallel.world import World, start_world, stop_world
@@ -48,10 +48,10 @@ _MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m jepa_dist.bench step``."""
+    """Add the options of ``python -m jepa_dist.bench step``."""
     add_config(parser)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each loop")
-    parser.add_argument("--steps", type=int, default=5, help="optimiser steps of a round")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps per round")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     rows = []
     for name, loop in result["loops"].items():
         share, memory = loop["mfu"], loop["peak_bytes"]
@@ -193,7 +193,7 @@ class Floor:
         self._weight_B = torch.ones(self._layout.micro_size, device=world.device)
 
     def step(self) -> None:
-        """One optimiser step."""
+        """Take one optimizer step."""
         if self._model is not self._master:
             with torch.no_grad():
                 torch._foreach_copy_(

@@ -1,8 +1,8 @@
-"""Runs tasks in child processes, one per rank, so that one that hangs or dies costs only itself.
+"""Run tasks in child processes, one per rank, so that a hang or crash affects one task only.
 
-Every rank of the launcher runs a supervisor. Rank 0 watches the time and decides; the others follow
-what it writes to the launcher's store. After a failure the children of all ranks are ended and new
-ones run the tasks that are left.
+Every rank of the launcher runs a supervisor. Rank 0 enforces the time limits; the others follow its
+decisions in the launcher's store. After a failure, the children of all ranks are killed and new
+ones run the remaining tasks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from jepa_dist.bench.child import Request, read_events
 from jepa_dist.bench.parts import PARTS
 from jepa_dist.bench.session import Measured, Settings, Task
-from jepa_dist.launched import is_launched, launched_rank, launched_world_size
+from jepa_dist.dist_env import is_launched, launched_rank, launched_world_size
 
 _START_SECONDS = 90.0  # to import torch and to join the process group
 _FEWEST_SECONDS = 15.0  # a child that has less left is not started
@@ -47,11 +47,11 @@ class Outcome:
     reason: str = ""
     measured: Measured | None = None
     log: Sequence[str] = ()
-    """The last lines that the process wrote, if it failed."""
+    """The last lines of the process's output, if it failed."""
 
 
 def meet() -> Store:
-    """Return the store that the launcher's ranks share (one of its own without a launcher)."""
+    """Return the store that the launcher's ranks share (a private one without a launcher)."""
     if not is_launched():
         return HashStore()
     store, _, _ = next(iter(rendezvous("env://")))
@@ -59,15 +59,15 @@ def meet() -> Store:
 
 
 class Supervisor:
-    """Measures tasks in child processes. Construct on every rank alike.
+    """Supervisor of the child processes that measure tasks. Construction is collective.
 
     Args:
         store: Shared by the ranks.
-        settings: Of the command.
+        settings: The command's settings.
         folder: For data, checkpoints and logs.
-        seconds: For all tasks together.
-        patience: The parts' limits are multiplied by this.
-        tell: Told of every outcome, on rank 0.
+        seconds: Time limit for all tasks together.
+        patience: Factor on the parts' time limits.
+        report: Called with every outcome, on rank 0.
     """
 
     def __init__(
@@ -77,22 +77,22 @@ class Supervisor:
         folder: Path,
         seconds: float,
         patience: float,
-        tell: Callable[[Outcome], None],
+        report: Callable[[Outcome], None],
     ) -> None:
         self._store = store
         self._settings = settings
         self._folder = folder
         self._deadline = time.monotonic() + seconds
         self._patience = patience
-        self._tell = tell
+        self._report = report
         self._rank, self._ranks = launched_rank(), launched_world_size()
         self._round = self._agreements = 0
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """Measure the tasks in one process per rank, in further ones after a failure.
+        """Measure the tasks in one process per rank, in a new one after each failure.
 
         Returns:
-            The outcomes, on rank 0; nothing on the others.
+            The outcomes, on rank 0; an empty list on the others.
         """
         outcomes: list[Outcome] = []
         while tasks:
@@ -106,7 +106,7 @@ class Supervisor:
     # ------------------------------------------------------------------ one round
 
     def _run_round(self, tasks: list[Task]) -> list[Outcome]:
-        """Start a child on every rank and see it to its end."""
+        """Start a child on every rank and wait until it has exited."""
         self._round += 1
         if not self._agree(time.monotonic() + _FEWEST_SECONDS < self._deadline):
             return self._left_out(tasks)
@@ -125,7 +125,7 @@ class Supervisor:
         return self._conclude(tasks, events, log, code, began)
 
     def _watch(self, child: subprocess.Popen[bytes], events: Path) -> int | None:
-        """Wait for the child's end; return its exit code, or None if it is to be ended."""
+        """Wait for the child; return its exit code, or None if it must be killed."""
         known, since = 0, time.monotonic()
         while child.poll() is None:
             if self._store.check([self._key("stop")]):
@@ -149,27 +149,27 @@ class Supervisor:
         return child.returncode
 
     def _overdue(self, events: Sequence[Mapping[str, Any]], since: float) -> str:
-        """Why the children must be ended now, if they must."""
+        """Return why the children must be killed now; empty if they need not."""
         if time.monotonic() > self._deadline:
             return NO_TIME
         if not events or events[-1]["kind"] != "begin":
-            limit, what = _START_SECONDS, "the process to start, or to go on,"
+            limit, what = _START_SECONDS, "starting the process, or continuing,"
         else:
             limit, what = PARTS[events[-1]["task"][0]].seconds, "it"
         limit *= self._patience
         return f"{what} took more than {limit:g} s" if time.monotonic() > since + limit else ""
 
     def _stop(self, reason: str) -> None:
-        """Have the children of all ranks ended; the first reason counts."""
+        """Make all ranks kill their children; only the first reason is kept."""
         self._store.compare_set(self._key("stop"), "", json.dumps(reason))
 
     def _conclude(
         self, tasks: list[Task], events: Path, log: Path, code: int | None, began: float
     ) -> list[Outcome]:
-        """Gather how it ended on all ranks; rank 0 returns the outcomes.
+        """Gather how the children of all ranks ended; return the outcomes on rank 0.
 
         Args:
-            code: The child's exit code; None if it was ended.
+            code: The child's exit code; None if it was killed.
         """
         found = read_events(events)
         fail = next((e for e in found if e["kind"] == "fail"), None)
@@ -187,7 +187,7 @@ class Supervisor:
         if len(outcomes) < len(tasks):
             outcomes += self._unfinished(tasks[len(outcomes) :], found, endings, _tail(log), began)
         for outcome in outcomes:
-            self._tell(outcome)
+            self._report(outcome)
         return outcomes
 
     def _unfinished(
@@ -198,7 +198,8 @@ class Supervisor:
         log: Sequence[str],
         began: float,
     ) -> list[Outcome]:
-        """The task at which the children were ended, or all where none had begun."""
+        """Return the outcome of the task in which the children were killed, or of all if none had
+        begun."""
         reason = self._stop_reason()
         if reason == NO_TIME:
             return [Outcome(task, "left out", reason=NO_TIME) for task in tasks]
@@ -211,7 +212,7 @@ class Supervisor:
         broken = tasks[:1] if begun else tasks
         seconds = time.time() - (begun[-1]["time"] if begun else began)
         return [
-            Outcome(task, "failed", seconds, reason or "the process was ended", log=log)
+            Outcome(task, "failed", seconds, reason or "the process was killed", log=log)
             for task in broken
         ]
 
@@ -219,7 +220,7 @@ class Supervisor:
         outcomes = [Outcome(task, "left out", reason=NO_TIME) for task in tasks]
         if self._rank == 0:
             for outcome in outcomes:
-                self._tell(outcome)
+                self._report(outcome)
         return outcomes
 
     # ------------------------------------------------------------------ what ranks agree on
@@ -250,7 +251,7 @@ class Supervisor:
 
 def _start(request: Request, output: int) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
-    # Its failure is not the launcher's.
+    # A child's failure must not be reported as the launcher's.
     environment.pop("TORCHELASTIC_ERROR_FILE", None)
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -260,19 +261,19 @@ def _start(request: Request, output: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # loaders and compilers go with it
+        start_new_session=True,  # so that its loader and compiler processes are killed with it
     )
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child and whatever it has started."""
+    """Kill the child and all processes that it has started."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def _finished(events: Sequence[Mapping[str, Any]], began: float) -> list[Outcome]:
-    """Outcomes of the tasks that a child saw to their end."""
+    """Return the outcomes of the tasks that a child has finished."""
     outcomes = []
     for event in events:
         if event["kind"] == "begin":

@@ -1,4 +1,4 @@
-"""Real training runs to be measured: the trainer's own loop, stopped for a moment now and then."""
+"""Training runs to be measured: the trainer's own loop, paused after each round of steps."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from jepa_dist.training.step import Loss
 
 
 def steady(config: Config, rounds: int, steps: int) -> Config:
-    """The configuration for so many rounds of steps that are all alike.
+    """Return the configuration for ``rounds`` rounds of ``steps`` uniform steps.
 
-    A record after every round; no evaluation, no look at the objective; schedules stand at their
-    beginning (``train.enable_looping_at=0`` loops from there).
+    A record after every round; no evaluation or objective diagnostics; schedules stay at their
+    start (with ``train.enable_looping_at=0``, blocks loop from the first step).
     """
     train = config.train.model_copy(
         update={
@@ -52,12 +52,12 @@ def with_objective(config: Config, start_frac: float) -> Config:
 def stepper(
     trainer: Trainer, config: Config | None = None, loss: Loss | None = None
 ) -> Callable[[], None]:
-    """Return a function that plans and takes the trainer's next step, alike on every rank.
+    """Return a function that plans and runs the trainer's next step; call it on every rank.
 
     Args:
         trainer: Its state is trained, on its data.
-        config: What is planned; default the trainer's.
-        loss: What is trained on; default the trainer's.
+        config: Configuration of the planner; default the trainer's.
+        loss: Loss to train on; default the trainer's.
     """
     planner = Planner(config or trainer.config, TrainingClock())
     train_step = replace(trainer.train_step, loss=loss or trainer.train_step.loss)
@@ -71,10 +71,10 @@ def stepper(
 
 
 class Rounds(Silent):
-    """Stands where a reporter does: times the rounds of a run, and those of a rival in between.
+    """A publisher that times the rounds of a run, and those of a rival (another loop) in between.
 
-    Everything that the trainer does is measured, the writing of records included. What the rival
-    does is not training. On rank 0 only; ``first`` rounds warm up and are not kept.
+    All of the trainer's work is measured, including the writing of records; the rival's time does
+    not count as training. On rank 0 only; the ``first`` rounds are warm-up and are dropped.
     """
 
     def __init__(
@@ -92,21 +92,21 @@ class Rounds(Silent):
 
     @property
     def trainer_seconds(self) -> list[float]:
-        """Seconds per step of each round."""
+        """The trainer's seconds per step, by round."""
         return self._trainer_seconds[self._first :]
 
     @property
     def rival_seconds(self) -> list[float]:
-        """The same of the rival, which is called as often as there are steps."""
+        """The rival's seconds per call, by round; it is called once per step."""
         return self._rival_seconds[self._first :]
 
     @property
     def records(self) -> list[Mapping[str, Any]]:
-        """What the trainer says of each round."""
+        """The trainer's record of each round."""
         return self._records[self._first :]
 
     def step(self, record: Mapping[str, Any] | None) -> None:
-        """A step is done; a round is, if there is a record."""
+        """Count a completed step; a record completes a round."""
         if record is None:
             return
         self._writer.write(record)
@@ -123,16 +123,16 @@ class Rounds(Silent):
         self._began = time.perf_counter()
 
     def close(self) -> None:
-        """The run is over."""
+        """Close the writer."""
         self._writer.close()
 
 
 def train_in_rounds(trainer: Trainer, rival: Callable[[], object] = lambda: None) -> Rounds | None:
-    """Train to the end, as ``steady`` has it. Collective.
+    """Train to the end of a ``steady`` configuration. Collective.
 
     Args:
-        trainer: Its configuration is a ``steady`` one.
-        rival: Is called on rank 0, after every round as often as the round has steps.
+        trainer: Trainer with a ``steady`` configuration.
+        rival: Called on rank 0, after every round as often as the round has steps.
 
     Returns:
         The rounds on rank 0, None on others.

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there (contracts C5 and C6): docs/checkpointing.md.
+"""Atomic, verified checkpoints (contracts C5 and C6): docs/checkpointing.md.
 
 ``python -m jepa_dist.checkpoint`` lists, verifies, compares, exports and prunes them.
 """
@@ -6,13 +6,13 @@
 from jepa_dist.checkpoint.folder import published, set_aside_after
 from jepa_dist.checkpoint.loader import Found, find_resumable, load
 from jepa_dist.checkpoint.manifest import verify
-from jepa_dist.checkpoint.retention import Keep
+from jepa_dist.checkpoint.retention import RetentionPolicy
 from jepa_dist.checkpoint.saver import Checkpointer, SaveReport
 
 __all__ = [
     "Checkpointer",
     "Found",
-    "Keep",
+    "RetentionPolicy",
     "SaveReport",
     "find_resumable",
     "load",

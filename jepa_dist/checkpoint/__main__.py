@@ -1,9 +1,10 @@
-"""Look after the checkpoints of a run, in one process.
+"""List, verify, compare, export and prune the checkpoints of a run, in one process.
 
 python -m jepa_dist.checkpoint ls|verify|diff|export|prune RUN ...
 
-RUN is a run directory, or where one checkpoint is meant the path of that one; a run directory
-stands for its newest whole checkpoint. Exit code 1: ``verify`` found damage, ``diff`` differences.
+RUN is a run directory or the path of one checkpoint. Where one checkpoint is needed, a run
+directory stands for its newest intact one. Exit code 1: ``verify`` found damage, or ``diff``
+differences.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from jepa_dist.checkpoint.manifest import (
     read_state,
     verify,
 )
-from jepa_dist.checkpoint.retention import Keep, expendable
+from jepa_dist.checkpoint.retention import RetentionPolicy, superseded_steps
 from jepa_dist.checkpoint.shards import ShardFiles, assemble
 from jepa_dist.command_line import program
 from jepa_dist.config import flatten
 from jepa_dist.errors import UserError, one_line
-from jepa_dist.failure import told_once
+from jepa_dist.failure import exit_on_user_error
 from jepa_dist.interop.safetensors_io import Weights, write_export
 
 CHECKPOINTS = "checkpoints"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; problems that the user can mend end it with exit code 2."""
+    """Run one command; exit with code 2 on any problem the user can fix."""
     arguments = _parse_arguments(argv)
-    with told_once(rank=0):
+    with exit_on_user_error(rank=0):
         code = arguments.command(arguments)
     sys.exit(code)
 
@@ -59,7 +60,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     listing.add_argument("run", type=Path, help="run directory")
     listing.set_defaults(command=list_checkpoints)
 
-    verifying = commands.add_parser("verify", help="everything that is wrong with them")
+    verifying = commands.add_parser("verify", help="list all damage")
     verifying.add_argument("run", type=Path, help="run directory for all, or one checkpoint")
     verifying.set_defaults(command=verify_checkpoints)
 
@@ -78,14 +79,16 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     exporting.set_defaults(command=export)
 
     pruning = commands.add_parser(
-        "prune", help="delete what is not to be kept, damaged ones and those set aside"
+        "prune", help="delete all but the selected ones, and damaged or set-aside ones"
     )
     pruning.add_argument("run", type=Path, help="run directory")
-    pruning.add_argument("--keep-last", type=int, required=True, metavar="K", help="newest so many")
     pruning.add_argument(
-        "--keep-every", type=int, default=0, metavar="N", help="and steps that are multiples of N"
+        "--keep-last", type=int, required=True, metavar="K", help="keep the newest K"
     )
-    pruning.add_argument("--dry-run", action="store_true", help="only say what would go")
+    pruning.add_argument(
+        "--keep-every", type=int, default=0, metavar="N", help="keep multiples of N steps, too"
+    )
+    pruning.add_argument("--dry-run", action="store_true", help="print, delete nothing")
     pruning.set_defaults(command=prune)
     return parser.parse_args(argv)
 
@@ -94,7 +97,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def list_checkpoints(arguments: argparse.Namespace) -> int:
-    """One line per checkpoint, oldest first."""
+    """Print one line per checkpoint, oldest first."""
     print(f"{'step':>10} {'size':>10} {'age':>8} {'ranks':>6} {'health':>9}  verified")
     for path in _all_of(arguments.run):
         problems = verify(path)
@@ -107,12 +110,12 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
             print(f"{folders.step_of(path):>10} {'?':>10} {'?':>8} {'?':>6} {'?':>9}", end="")
             print(f"  no: {one_line(problems[0])}")
     for path in folders.all_set_aside(_folder_of(arguments.run)):
-        print(f"{path.name}: set aside, not loaded any more; prune deletes it")
+        print(f"{path.name}: set aside, no longer loaded; prune deletes it")
     return 0
 
 
 def verify_checkpoints(arguments: argparse.Namespace) -> int:
-    """Everything that is wrong; exit code 1 if anything is."""
+    """Print all damage; return 1 if there is any."""
     single = _is_checkpoint(arguments.run)
     code = 0
     for path in [arguments.run] if single else _all_of(arguments.run):
@@ -120,13 +123,13 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
         for problem in problems:
             print(one_line(problem))
         if not problems:
-            print(f"{path}: whole")
+            print(f"{path}: intact")
         code |= bool(problems)
     return code
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """What differs; exit code 1 if anything of configuration or tensors does."""
+    """Print the differences in configuration and tensors; return 1 if there are any."""
     first, second = _one(arguments.first), _one(arguments.second)
     print(f"- {first}\n+ {second}")
     differences = [*_differences_of_state(first, second), *_differences_of_tensors(first, second)]
@@ -138,7 +141,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """One safetensors file and its description."""
+    """Write the model as one safetensors file, with its description."""
     weights: Weights = "ema" if arguments.ema else "live"
     description, tensors = read_model(_one(arguments.run), weights)
     allow = arguments.not_finite
@@ -147,21 +150,25 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def prune(arguments: argparse.Namespace) -> int:
-    """Delete, or say what would be deleted. Without a whole checkpoint nothing goes."""
+    """Delete checkpoints, or print which would be deleted.
+
+    Raises:
+        UserError: no checkpoint is intact; nothing is deleted.
+    """
     try:
-        keep = Keep(arguments.keep_last, arguments.keep_every)
+        keep = RetentionPolicy(arguments.keep_last, arguments.keep_every)
     except ValueError as error:
         raise UserError(f"--keep-last, --keep-every: {error}") from None
     folder = _folder_of(arguments.run)
     _all_of(arguments.run)
     paths = folders.published(folder)
-    whole = {step: read_manifest(path) for step, path in paths.items() if not verify(path)}
-    if not whole:
-        raise UserError(f"{folder}: no checkpoint is whole; nothing is deleted")
-    unkept = expendable({step: manifest.healthy for step, manifest in whole.items()}, keep)
-    damaged = [step for step in paths if step not in whole]
-    doomed = [*(paths[step] for step in [*unkept, *damaged]), *folders.all_set_aside(folder)]
-    for path in doomed:
+    intact = {step: read_manifest(path) for step, path in paths.items() if not verify(path)}
+    if not intact:
+        raise UserError(f"{folder}: no checkpoint is intact; nothing is deleted")
+    superseded = superseded_steps({step: each.healthy for step, each in intact.items()}, keep)
+    damaged = [step for step in paths if step not in intact]
+    unwanted = [*(paths[step] for step in [*superseded, *damaged]), *folders.all_set_aside(folder)]
+    for path in unwanted:
         if not arguments.dry_run:
             with folders.writing(path):
                 folders.remove(path)
@@ -188,7 +195,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _one(path: Path) -> Path:
-    """One whole checkpoint: this one, or the newest whole one of a run."""
+    """Return one intact checkpoint: this one, or the newest intact one of a run."""
     if _is_checkpoint(path):
         problems = verify(path)
         if problems:
@@ -198,11 +205,14 @@ def _one(path: Path) -> Path:
         problems = verify(candidate)
         if not problems:
             return candidate
-        print(f"{candidate}: skipped, it is not whole: {one_line(problems[0])}", file=sys.stderr)
-    raise UserError(f"{path}: no checkpoint is whole; python -m jepa_dist.checkpoint verify {path}")
+        reason = one_line(problems[0])
+        print(f"{candidate}: skipped, damaged or incomplete: {reason}", file=sys.stderr)
+    raise UserError(
+        f"{path}: no checkpoint is intact; python -m jepa_dist.checkpoint verify {path}"
+    )
 
 
-# ---------------------------------------------------------------------------- telling
+# ---------------------------------------------------------------------------- printing
 
 
 def _described(manifest: Manifest) -> str:
@@ -229,7 +239,7 @@ def _age(seconds: float) -> str:
 
 
 def _differences_of_state(first: Path, second: Path) -> Iterator[str]:
-    """Of step, world size, configuration and data."""
+    """Yield differences in step, world size, configuration and data."""
     one, other = read_manifest(first), read_manifest(second)
     for name in ("step", "world_size", "healthy", "data_fingerprint"):
         if getattr(one, name) != getattr(other, name):
@@ -241,7 +251,7 @@ def _differences_of_state(first: Path, second: Path) -> Iterator[str]:
 
 
 def _config_of(path: Path) -> Mapping[str, Any]:
-    """The configuration in a checkpoint's state; nothing where it has none."""
+    """Return the configuration in a checkpoint's state; empty if it has none."""
     config = read_state(path).get("config")
     if not isinstance(config, dict | None):
         raise UserError(f"{path / STATE}: config: expected a mapping of sections")
@@ -249,7 +259,7 @@ def _config_of(path: Path) -> Mapping[str, Any]:
 
 
 def _differences_of_tensors(first: Path, second: Path) -> Iterator[str]:
-    """Names, shapes and dtypes; where these agree, norms of the differences."""
+    """Yield differences in names, shapes and dtypes; where these agree, norms of differences."""
     one, other = read_manifest(first).tensors, read_manifest(second).tensors
     with ShardFiles(first) as files, ShardFiles(second) as other_files:
         for name in sorted(one.keys() | other.keys()):
@@ -268,7 +278,7 @@ def _kind(entry: TensorEntry) -> str:
 
 
 def _difference_of_values(name: str, before: Tensor, after: Tensor) -> Iterator[str]:
-    """Nothing if they are equal (NaN equals NaN)."""
+    """Yield one line if the values differ (NaN equals NaN)."""
     before, after = before.double(), after.double()
     if not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):
         norm = before.norm().item()

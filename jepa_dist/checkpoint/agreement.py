@@ -1,4 +1,4 @@
-"""Failures become one error that every rank raises."""
+"""Turn a failure on any rank into one error that every rank raises."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 def on_every_rank(work: Callable[[], T], world: World) -> T:
-    """Do ``work``, which is not collective, on every rank. Collective.
+    """Run ``work``, which must not be collective itself, on every rank. Collective.
 
     Returns:
         This rank's result.
 
     Raises:
-        UserError: on every rank, with the problems of all of them, if any rank has one.
+        UserError: on every rank, with the problems of all ranks, if ``work`` raised it on any.
     """
     result, problems = None, []
     try:
@@ -34,13 +34,14 @@ def on_every_rank(work: Callable[[], T], world: World) -> T:
     return result  # type: ignore[return-value]
 
 
-def plainly(error: CheckpointException) -> Exception:
-    """What PyTorch tells every rank, as an error of ours.
+def unwrap_checkpoint_exception(error: CheckpointException) -> Exception:
+    """Return a ``UserError`` with the problems of all ranks if each rank failed with one, else a
+    ``RuntimeError``.
 
-    ``CheckpointException`` is no ``Exception``: handlers would miss it.
+    ``CheckpointException`` is not a subclass of ``Exception``, so that handlers would miss it.
     """
     causes = [cause for cause, _ in error.failures.values()]
-    told = [cause for cause in causes if isinstance(cause, UserError)]
-    if len(told) < len(causes):
+    user_errors = [cause for cause in causes if isinstance(cause, UserError)]
+    if len(user_errors) < len(causes):
         return RuntimeError(f"checkpoint: {error}")
-    return UserError(*dict.fromkeys(problem for cause in told for problem in cause.problems))
+    return UserError(*dict.fromkeys(problem for each in user_errors for problem in each.problems))

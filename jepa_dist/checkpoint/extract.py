@@ -1,4 +1,4 @@
-"""The model in a checkpoint: one set of whole tensors and what they are."""
+"""Read the model from a checkpoint: unsharded tensors and their description."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _PREFIXES: dict[Weights, str] = {"live": "model/", "ema": "ema/"}
 
 
 def read_model(path: Path, weights: Weights) -> tuple[Description, Mapping[str, Tensor]]:
-    """Return the model of a whole checkpoint, saved by any number of ranks, without objective.
+    """Return the model, without objective, in a checkpoint saved by any number of ranks.
 
     Args:
         path: The checkpoint, already verified.
         weights: The parameters themselves or their moving average.
 
     Returns:
-        What the tensors are, and the tensors by parameter name, on the CPU; each is read when it
-        is looked up.
+        The description of the tensors, and the tensors by parameter name, on the CPU; each is
+        read when it is looked up.
 
     Raises:
-        UserError: it holds no such weights, or its state is not of a training run.
+        UserError: it holds no such weights, or its state is not that of a training run.
     """
     manifest, state = read_manifest(path), read_state(path)
     prefix = _PREFIXES[weights]
@@ -52,7 +52,7 @@ def read_model(path: Path, weights: Weights) -> tuple[Description, Mapping[str, 
     if not tensors:
         raise UserError(
             f"{path}: holds no {prefix} tensors"
-            + ("; the run kept no average (optim.ema_decay=0)" if weights == "ema" else "")
+            + ("; the run had no moving average (optim.ema_decay=0)" if weights == "ema" else "")
         )
     description = Description(
         step=manifest.step, phase=_phase(path, state), weights=weights, config=_config(path, state)
@@ -65,7 +65,7 @@ def _phase(path: Path, state: Mapping[str, Any]) -> int:
     if type(phase) is not int or not 0 <= phase <= LAST_PHASE:
         raise UserError(
             f"{path / STATE}: phase={phase!r:.60}: expected a recurrence phase of 0 to "
-            f"{LAST_PHASE}; it is not of a training run"
+            f"{LAST_PHASE}; not the state of a training run"
         )
     return phase
 

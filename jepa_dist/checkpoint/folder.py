@@ -1,7 +1,7 @@
-"""The folder of checkpoints: staging, the one atomic step, and the way out.
+"""The folder of checkpoints: staging, atomic publication, setting aside, deletion.
 
-``step_00000100/`` is a whole checkpoint or does not exist. What is being written or deleted is
-called something that starts with a dot, so no crash leaves half a checkpoint under a real name.
+``step_00000100/`` is a complete checkpoint or does not exist. While a checkpoint is written or
+deleted, its name starts with a dot, so that a crash never leaves a partial one under its real name.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _SET_ASIDE = re.compile(r"aside_(\d+)_step_(\d{8,})")
 
 
 def name_of(step: int) -> str:
-    """The name of a checkpoint."""
+    """Return the folder name of the checkpoint of ``step``."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name says, or None if it is not the name of one."""
+    """Return the step in a checkpoint's folder name; None if it is not the name of one."""
     match = _PUBLISHED.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def published(folder: Path) -> dict[int, Path]:
-    """All checkpoints by step, oldest first, whole or damaged; none if there is no folder."""
+    """Return all checkpoints by step, oldest first, intact or damaged; empty without a folder."""
     if not folder.is_dir():
         return {}
     steps = [(step_of(path), path) for path in folder.iterdir() if path.is_dir()]
@@ -45,7 +45,7 @@ def published(folder: Path) -> dict[int, Path]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint so that it is not loaded any more, and keep it."""
+    """Rename a checkpoint so that it is kept, but no longer loaded; return its new path."""
     number = 1
     while (aside := path.with_name(f"aside_{number}_{path.name}")).exists():
         number += 1
@@ -55,19 +55,20 @@ def set_aside(path: Path) -> Path:
 
 
 def all_set_aside(folder: Path) -> list[Path]:
-    """What ``set_aside`` has kept."""
+    """Return the checkpoints that ``set_aside`` has renamed."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _SET_ASIDE.fullmatch(path.name))
 
 
 def set_aside_after(folder: Path, step: int) -> list[Path]:
-    """Take every checkpoint of a later step out of the run's line: it goes on from ``step``.
+    """Set aside every checkpoint of a later step: the run continues from ``step``.
 
-    Without this, a run that was rolled back and then crashed would resume from what it fled.
+    Without this, a run that crashes after a roll-back would resume from a checkpoint that it had
+    rolled back from.
 
     Returns:
-        Where they are now; ``prune`` deletes them.
+        Their new paths; ``prune`` deletes them.
 
     Raises:
         UserError: the folder cannot be written.
@@ -77,10 +78,10 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
 
 
 def make_folder(folder: Path) -> list[str]:
-    """Make the folder of checkpoints and clear what a crash left in it.
+    """Create the folder of checkpoints and delete what a crash left in it.
 
     Returns:
-        One line for each thing that cannot be deleted; it takes room, and is passed over.
+        One line for each entry that cannot be deleted; it uses disk space, but is never read.
 
     Raises:
         UserError: the folder cannot be written.
@@ -98,12 +99,12 @@ def make_folder(folder: Path) -> list[str]:
 
 
 def make_staging(folder: Path, step: int) -> Path:
-    """A new folder to write the checkpoint of ``step`` into.
+    """Create and return a folder to write the checkpoint of ``step`` into.
 
-    Its name is never used twice: orphans of an earlier start of the run cannot write into it.
+    Its name is unique: orphan processes of an earlier start of the run cannot write into it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     staging = folder / f"{_STAGING}{name_of(step)}-{uuid4().hex[:8]}"
     staging.mkdir()
@@ -111,10 +112,10 @@ def make_staging(folder: Path, step: int) -> Path:
 
 
 def publish(staging: Path, step: int) -> tuple[Path, list[str]]:
-    """Give a finished staging folder its real name: the one atomic step.
+    """Rename a complete staging folder to its real name, atomically.
 
     Returns:
-        The checkpoint, and what there is to say: a checkpoint of this step was there already.
+        The checkpoint's path, and a message if a checkpoint of this step existed already.
 
     Raises:
         OSError: it cannot be renamed.
@@ -130,29 +131,29 @@ def publish(staging: Path, step: int) -> tuple[Path, list[str]]:
 
 
 def point_latest_to(path: Path) -> None:
-    """Write ``latest``, for people and scripts; nothing here believes it."""
+    """Write ``latest``, for people and scripts; this package never reads it."""
     write_atomically(path.with_name(LATEST), path.name + "\n", sync=True)
     sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; a crash in between leaves no half one.
+    """Delete a checkpoint; a crash meanwhile leaves no partial one under its name.
 
     Raises:
         OSError: it cannot be deleted.
     """
-    doomed = path.with_name(f"{_DELETING}{path.name}-{uuid4().hex[:8]}")
-    path.rename(doomed)
-    delete(doomed)
+    hidden = path.with_name(f"{_DELETING}{path.name}-{uuid4().hex[:8]}")
+    path.rename(hidden)
+    delete(hidden)
 
 
 def discard(staging: Path) -> None:
-    """Delete what was staged in vain, as far as possible: it may fill the disk."""
+    """Delete the staging folder of a failed save, ignoring errors; it may fill the disk."""
     shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a new file and wait until it is on the disk."""
+    """Write a new file and flush it to disk (fsync)."""
     with make_new(path) as file:
         file.write(text.encode())
         file.flush()
@@ -160,7 +161,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Flush a folder's entries to disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -170,7 +171,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an error that the user can mend.
+    """Turn an ``OSError`` while writing into an error that says how to fix it.
 
     Raises:
         UserError: for any OSError.
@@ -180,6 +181,6 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename or path
         raise UserError(
-            f"{place}: cannot be written: {error.strerror or error}; free the disk or name another "
-            "folder (checkpoints made before are untouched)"
+            f"{place}: cannot be written: {error.strerror or error}; free disk space or name "
+            "another folder (earlier checkpoints are unchanged)"
         ) from None

@@ -1,4 +1,4 @@
-"""Finding the checkpoint to go on from, and filling the live tensors from it."""
+"""Find the checkpoint to resume from, and load it into the live tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from jepa_dist.checkpoint.agreement import on_every_rank, plainly
+from jepa_dist.checkpoint.agreement import on_every_rank, unwrap_checkpoint_exception
 from jepa_dist.checkpoint.folder import published
 from jepa_dist.checkpoint.manifest import Manifest, check_files, read_manifest, read_state
 from jepa_dist.checkpoint.storage import ShardReader
@@ -24,33 +24,34 @@ from jepa_dist.parallel.world import World
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to go on from."""
+    """The result of ``find_resumable``."""
 
     path: Path | None
-    """The newest checkpoint that is whole, or None. None with messages: all are damaged, which
-    is no reason to start from nothing in silence."""
+    """The newest intact checkpoint, or None. None with messages: all are damaged, so the caller
+    must not silently start at step 0."""
     messages: tuple[str, ...]
-    """One line for each newer one that is damaged: which, and why."""
+    """One line for each newer, damaged checkpoint: its path and the damage."""
 
 
 def find_resumable(folder: Path, world: World, *, only_healthy: bool = False) -> Found:
-    """The newest checkpoint that verifies, digests and all. Collective; the same on every rank.
+    """Return the newest checkpoint whose files match their digests. Collective; the same on every
+    rank.
 
     Every rank reads its share of the files.
 
     Args:
-        folder: Of the run's checkpoints.
+        folder: The folder of the run's checkpoints.
         world: The ranks.
-        only_healthy: Pass over those that were saved when the loss was not finite.
+        only_healthy: Skip checkpoints that were saved when the loss was not finite.
     """
     messages = []
-    for path in reversed(world.decide(lambda: list(published(folder).values()))):
+    for path in reversed(world.run_on_main(lambda: list(published(folder).values()))):
         try:
             verify_together(path, world)
         except UserError as error:
-            messages.append(f"{path}: skipped, it is not whole: {_brief(error)}")
+            messages.append(f"{path}: skipped, damaged or incomplete: {_brief(error)}")
             continue
-        if not only_healthy or world.decide(partial(_is_healthy, path)):
+        if not only_healthy or world.run_on_main(partial(_is_healthy, path)):
             return Found(path, tuple(messages))
     return Found(None, tuple(messages))
 
@@ -68,7 +69,7 @@ def verify_together(path: Path, world: World) -> None:
     """Verify a checkpoint; every rank reads its share of the files. Collective.
 
     Raises:
-        UserError: on every rank, with everything that is wrong.
+        UserError: on every rank, with the problems that all ranks found.
     """
     on_every_rank(lambda: _verify_share(path, world), world)
 
@@ -93,18 +94,18 @@ def load(
 
     Args:
         path: The checkpoint.
-        tensors: What ``save`` was given, as it is laid out now.
+        tensors: The tensors that ``save`` was given, in their current layout.
         world: The ranks.
-        verified: ``find_resumable`` has just found it whole.
-        is_optional: Tells by its name whether a tensor may be in only one of checkpoint and
-            ``tensors``; what the checkpoint does not hold stays as it is.
+        verified: Skip verification, because ``find_resumable`` has just done it.
+        is_optional: Returns, by name, whether a tensor may be in only one of checkpoint and
+            ``tensors``; tensors that the checkpoint does not have are unchanged.
 
     Returns:
-        What ``save`` was given as ``state``.
+        The ``state`` that ``save`` was given.
 
     Raises:
-        UserError: on every rank: damaged files, or tensors that are missing, unknown, or of
-            another shape or dtype, all of them; ``tensors`` are as they were.
+        UserError: on every rank, with all problems: damaged files, or tensors that are missing,
+            unknown, or of another shape or dtype; ``tensors`` are unchanged.
     """
     if not verified:
         verify_together(path, world)
@@ -116,14 +117,14 @@ def load(
             process_group=world.control,
         )
     except CheckpointException as error:
-        raise plainly(error) from error
+        raise unwrap_checkpoint_exception(error) from error
     return state
 
 
 def _fitting(
     path: Path, tensors: Mapping[str, Tensor], is_optional: Callable[[str], bool]
 ) -> tuple[Manifest, dict[str, Any]]:
-    """Manifest and state of a checkpoint that holds what ``tensors`` asks for."""
+    """Return manifest and state of a checkpoint; raise if it does not match ``tensors``."""
     manifest, state = read_manifest(path), read_state(path)
     expected = {
         name: Signature(tuple(tensor.shape), DTYPES[tensor.dtype])

@@ -1,8 +1,8 @@
-"""What a checkpoint consists of, and how to know that it is whole: ``manifest.json``.
+"""``manifest.json``: the contents of a checkpoint, and the digests that verify it.
 
-The manifest is written last and lists every other file with its size and blake2b digest, so a
-folder is a checkpoint exactly if its manifest's own digest holds and every listed file has the
-listed one. Files that are not listed are never opened.
+The manifest is written last and lists every other file with its size and blake2b digest. A folder
+is an intact checkpoint if and only if the manifest matches its own digest and every listed file
+matches the listed one. Files that are not listed are never opened.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 
-# Large enough that hashing and writing release the GIL for most of the time.
+# Large enough that hashing and writing release the GIL most of the time.
 PIECE_BYTES = 8 * MIB
 _STATE_BYTES = 4 * MIB
-# Every chunk that the manifest lists has a header entry of about the same size in its shard file,
-# so a manifest that is much longer than the files of its folder lists what is not there.
+# Every chunk in the manifest has a header entry of about the same size in its shard file, so a
+# manifest much larger than the files of its folder is invalid.
 _LEAST_MANIFEST_BYTES, _MOST_MANIFEST_BYTES = MIB, 512 * MIB
 _MANIFEST_TO_FILES = 4
 
-# Of the dtypes that a run saves, by the name that safetensors gives them.
+# Bytes per element of the dtypes that a run saves, by their safetensors names.
 DTYPE_BYTES = {
     **{"F64": 8, "F32": 4, "BF16": 2, "F16": 2},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1},
@@ -46,7 +46,7 @@ DTYPE_BYTES = {
 # A bare name: a manifest cannot point outside its own folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=255)]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
-# As many dimensions as no parameter has.
+# More dimensions than any parameter has.
 Dimensions = Annotated[tuple[Size, ...], Field(max_length=16)]
 
 
@@ -55,7 +55,7 @@ class _Part(BaseModel):
 
 
 class FileEntry(_Part):
-    """One file as the rank that wrote it knows it."""
+    """Size and digest of one file, computed by the rank that wrote it."""
 
     bytes: Size
     blake2b: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -63,7 +63,8 @@ class FileEntry(_Part):
 
 
 class Chunk(_Part):
-    """A block of a tensor: it lies at ``offset`` in the tensor and under its name in ``file``."""
+    """A block of a tensor: at ``offset`` in the tensor, stored under the tensor's name in
+    ``file``."""
 
     file: FileName
     offset: Dimensions
@@ -71,26 +72,26 @@ class Chunk(_Part):
 
 
 class TensorEntry(_Part):
-    """A whole tensor; its chunks cover it without overlap, each in a file of its own."""
+    """A full tensor; its chunks cover it without overlap, each in a different file."""
 
     dtype: str
-    """As safetensors calls it (F32, BF16, ...)."""
+    """Safetensors name (F32, BF16, ...)."""
     shape: Dimensions
     chunks: tuple[Chunk, ...]
 
 
 class Manifest(_Part):
-    """What ``manifest.json`` says."""
+    """Contents of ``manifest.json``."""
 
     format: Literal[1] = 1
-    """Version of this layout."""
+    """Version of the format."""
     step: Size
     saved_at: Annotated[float, Field(ge=0, lt=2**40, allow_inf_nan=False)]
     """Unix time."""
     world_size: Size
-    """Ranks it was saved on; it loads on any number."""
+    """Number of ranks that saved it; it loads on any number."""
     healthy: bool
-    """Whether the losses up to here were finite."""
+    """Whether the losses up to this step were finite."""
     config_fingerprint: str
     """Digest of ``state["config"]``."""
     data_fingerprint: str
@@ -102,11 +103,11 @@ class Manifest(_Part):
 
     @property
     def bytes(self) -> int:
-        """Size of everything but the manifest itself."""
+        """Total size of all files but the manifest itself."""
         return sum(entry.bytes for entry in self.files.values())
 
     def seal(self) -> str:
-        """As the text of ``manifest.json``, with a digest of itself."""
+        """Return the text of ``manifest.json``, including its own digest."""
         body = self.model_dump(mode="json")
         sealed = {**body, "blake2b": fingerprint(body)}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sealed.items()]
@@ -114,21 +115,21 @@ class Manifest(_Part):
 
 
 def fingerprint(value: Any) -> str:
-    """Digest of JSON data, whatever the order of its keys."""
+    """Return a digest of JSON data that does not depend on the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return digest_of(text.encode()).hexdigest()
 
 
 def digest_of(data: bytes = b"") -> hashlib.blake2b:
-    """The digest of all files, to be updated with what else there is."""
+    """Return the hash object used for all files, updated with ``data``."""
     return hashlib.blake2b(data, digest_size=32)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint ``path``.
+    """Read the manifest of the checkpoint ``path``.
 
     Raises:
-        UserError: missing, damaged, of another format version, or at odds with itself.
+        UserError: missing, damaged, of another format version, or inconsistent.
     """
     file = path / MANIFEST
     try:
@@ -136,7 +137,7 @@ def read_manifest(path: Path) -> Manifest:
         seal = body.pop("blake2b")
         version = body["format"]
     except FileNotFoundError:
-        raise UserError(f"{path}: holds no {MANIFEST}: not a finished checkpoint") from None
+        raise UserError(f"{path}: has no {MANIFEST}: not a finished checkpoint") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -147,13 +148,13 @@ def read_manifest(path: Path) -> Manifest:
             "load it with the version of jepa_dist that wrote it"
         )
     if fingerprint(body) != seal:
-        raise UserError(f"{file}: damaged: its own digest does not hold")
+        raise UserError(f"{file}: damaged: its own digest does not match")
     try:
         manifest = Manifest.model_validate_json(json.dumps(body))
     except ValidationError as error:
         raise UserError(*_first(f"{file}: {field}" for field in invalid_fields(error))) from None
     if step_of(path) not in (None, manifest.step):
-        raise UserError(f"{file}: is of step {manifest.step}, not of this folder's")
+        raise UserError(f"{file}: step {manifest.step} differs from the folder's name")
     problems = _first(f"{file}: {problem}" for problem in _contradictions(manifest))
     if problems:
         raise UserError(*problems)
@@ -161,15 +162,15 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _most_manifest_bytes(path: Path) -> int:
-    """Size up to which the manifest of a folder with these files is believed."""
+    """Return the maximum size at which the manifest of this folder is read."""
     with os.scandir(path) as entries:
         files = sum(e.stat().st_size for e in entries if e.name != MANIFEST and e.is_file())
     return max(_LEAST_MANIFEST_BYTES, min(_MOST_MANIFEST_BYTES, _MANIFEST_TO_FILES * files))
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
-    """What the manifest says of tensors and files that cannot be true together, so that whoever
-    believes the rest allocates no more than the files hold."""
+    """Yield inconsistencies between tensors and files, so that readers of a valid manifest never
+    allocate more than the files hold."""
     if STATE not in manifest.files:
         yield f"files: {STATE} is missing"
     stored = dict.fromkeys(manifest.files, 0)
@@ -186,30 +187,30 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
 
 
 def _tensor_problem(entry: TensorEntry, files: Iterable[str]) -> str | None:
-    """What is wrong with the chunks of a tensor."""
+    """Return the first inconsistency in the chunks of a tensor; None if there is none."""
     if entry.dtype not in DTYPE_BYTES:
         return f"dtype {entry.dtype!r:.20}: expected one of {', '.join(DTYPE_BYTES)}"
     for chunk in entry.chunks:
         if chunk.file not in files:
             return f"{chunk.file:.80}: not a file of this checkpoint"
         if not len(chunk.offset) == len(chunk.shape) == len(entry.shape) or any(
-            start + size > whole
-            for start, size, whole in zip(chunk.offset, chunk.shape, entry.shape, strict=True)
+            start + size > full
+            for start, size, full in zip(chunk.offset, chunk.shape, entry.shape, strict=True)
         ):
             return f"a chunk at {chunk.offset} of shape {chunk.shape} is not in {entry.shape}"
     if len({chunk.file for chunk in entry.chunks}) < len(entry.chunks):
-        return "a file is to hold two of its chunks"
+        return "two of its chunks are in the same file"
     chunks = [chunk for chunk in entry.chunks if 0 not in chunk.shape]
-    # Chunks inside the tensor that do not overlap cover it if they have its number of elements.
+    # Chunks within the tensor that do not overlap cover it if their sizes add up to its size.
     if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(entry.shape):
-        return f"its chunks do not make up the shape {entry.shape}"
+        return f"its chunks do not cover the shape {entry.shape}"
     if _any_overlap(chunks):
         return "its chunks overlap"
     return None
 
 
 def _any_overlap(chunks: list[Chunk]) -> bool:
-    """Whether two of the blocks, none of them empty, share an element."""
+    """Return whether two of the non-empty blocks overlap."""
     if len(chunks) < 2:
         return False
     starts_ND = np.array([chunk.offset for chunk in chunks], dtype=np.int64)
@@ -225,16 +226,16 @@ def _any_overlap(chunks: list[Chunk]) -> bool:
 
 
 def _first(problems: Iterable[str], most: int = 10) -> list[str]:
-    """The first few: a crafted manifest may have a million."""
+    """Return the first few problems: a crafted manifest may have a million."""
     found = list(problems)
     return found if len(found) <= most else [*found[:most], f"(and {len(found) - most} more)"]
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint that has been verified.
+    """Read the JSON state of a checkpoint that has been verified.
 
     Raises:
-        UserError: cannot be read, or is not what a run writes.
+        UserError: it cannot be read, or is not a JSON object.
     """
     file = path / STATE
     try:
@@ -249,8 +250,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> list[str]:
-    """Everything that is wrong with the checkpoint ``path``, one printable line each; reads all of
-    it."""
+    """Return one printable line for each problem of a checkpoint; reads all its files."""
     try:
         manifest = read_manifest(path)
     except UserError as error:
@@ -259,8 +259,8 @@ def verify(path: Path) -> list[str]:
 
 
 def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Compare some of the files that ``manifest`` lists with what it says of them: their sizes and
-    digests, and the headers of those that hold chunks of tensors."""
+    """Compare the files ``names`` with ``manifest``: sizes, digests, and headers of files with
+    tensors; return one line for each problem."""
     held: dict[str, dict[str, Signature]] = {name: {} for name in manifest.files}
     for tensor, entry in manifest.tensors.items():
         for chunk in entry.chunks:
@@ -277,27 +277,27 @@ def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[st
 
 
 def _check_header(file: Path, expected: Mapping[str, Signature]) -> list[str]:
-    """Compare the tensors that a file holds with the chunks that the manifest has there."""
+    """Compare the tensors in a file's header with the manifest's chunks in that file."""
     try:
         with TensorFile(file) as opened:
             found = opened.signatures()
     except UserError as error:
         return list(error.problems)
     return _first(
-        f"{problem}, says the manifest"
+        f"{problem} according to the manifest"
         for problem in mismatches(f"{file}: damaged", expected, found)
     )
 
 
 def check_size(file: Path, entry: FileEntry) -> str | None:
-    """What is wrong with a file at first sight.
+    """Return a problem that shows without reading the file: its type, location or size; else None.
 
-    A link out of the checkpoint's folder is: it could stand for any file of the host.
+    A link that leads out of the checkpoint's folder is one: it could point to any file of the host.
     """
     try:
         check_regular(file)
         if file.resolve().parent != file.parent.resolve():
-            return f"{file}: a link that leads out of the checkpoint; put the file itself there"
+            return f"{file}: a link that leads out of the checkpoint; replace it by the file"
         size = file.stat().st_size
     except OSError as error:
         return f"{file}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
@@ -306,8 +306,8 @@ def check_size(file: Path, entry: FileEntry) -> str | None:
     return None
 
 
-def looks_whole(path: Path, manifest: Manifest) -> bool:
-    """Whether every file that ``manifest`` lists has its size; reads none."""
+def sizes_match(path: Path, manifest: Manifest) -> bool:
+    """Return whether every file that ``manifest`` lists has its size; reads no contents."""
     return not any(check_size(path / name, entry) for name, entry in manifest.files.items())
 
 
@@ -323,5 +323,5 @@ def _check_file(file: Path, entry: FileEntry) -> str | None:
     except OSError as error:
         return f"{file}: cannot be read: {error.strerror}"
     if digest.hexdigest() != entry.blake2b:
-        return f"{file}: damaged: its digest does not hold"
+        return f"{file}: damaged: its digest does not match"
     return None

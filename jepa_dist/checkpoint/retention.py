@@ -1,4 +1,4 @@
-"""Which checkpoints may go."""
+"""Retention policy: which checkpoints to keep."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """How many checkpoints to keep.
 
     Raises:
-        ValueError: numbers below what is said of them.
+        ValueError: a number is out of range.
     """
 
     last: int
-    """The newest so many; at least 1."""
+    """Number of newest checkpoints to keep; at least 1."""
     every: int = 0
-    """Those whose step is a multiple of this, for ever; 0 keeps none of them."""
+    """Keep every checkpoint whose step is a multiple of this; 0 disables."""
 
     def __post_init__(self) -> None:
         if self.last < 1 or self.every < 0:
             raise ValueError(f"{self}: expected last >= 1 and every >= 0")
 
 
-def expendable(healthy: Mapping[int, bool], keep: Keep) -> list[int]:
-    """Steps of the checkpoints that the rules do not keep.
+def superseded_steps(healthy: Mapping[int, bool], keep: RetentionPolicy) -> list[int]:
+    """Return the steps of the checkpoints to delete.
 
     Kept are the last ``keep.last`` (so always the newest), every multiple of ``keep.every``, and
-    the newest healthy one: what an unhealthy run goes back to.
+    the newest healthy one, to which a run with bad steps rolls back.
 
     Args:
-        healthy: Of every whole checkpoint, by step, whether the losses up to there were finite.
-        keep: The rules.
+        healthy: For every intact checkpoint, by step, whether the losses up to it were finite.
+        keep: The policy.
     """
     steps = sorted(healthy)
     kept = set(steps[-keep.last :])

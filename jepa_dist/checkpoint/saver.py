@@ -1,8 +1,8 @@
-"""Saving while training goes on.
+"""Asynchronous saving.
 
-1. ``save`` copies what this rank has to write into host buffers: the only thing the step waits for.
-2. A thread with a process group of its own plans, writes and digests the shard files (storage.py).
-3. Rank 0 publishes with one atomic rename (folder.py) and lets go what is not kept (retention.py).
+1. ``save`` copies this rank's part into host buffers: only this blocks the training step.
+2. A thread with its own process group plans, writes and hashes the shard files (storage.py).
+3. Rank 0 publishes with one atomic rename (folder.py) and deletes old checkpoints (retention.py).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from jepa_dist.checkpoint import folder as folders
-from jepa_dist.checkpoint.agreement import plainly
-from jepa_dist.checkpoint.manifest import Manifest, looks_whole, read_manifest
-from jepa_dist.checkpoint.retention import Keep, expendable
+from jepa_dist.checkpoint.agreement import unwrap_checkpoint_exception
+from jepa_dist.checkpoint.manifest import Manifest, read_manifest, sizes_match
+from jepa_dist.checkpoint.retention import RetentionPolicy, superseded_steps
 from jepa_dist.checkpoint.storage import Published, ShardWriter, SnapshotPlanner
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import World
@@ -34,52 +34,52 @@ from jepa_dist.parallel.world import World
 
 @dataclass(frozen=True)
 class SaveReport:
-    """A save that is done."""
+    """A completed save."""
 
     step: int
     path: Path
     stall_seconds: float
-    """That ``save`` held the caller on this rank, waiting for an earlier save included."""
+    """Time that ``save`` blocked this rank, including the wait for an earlier save."""
     is_first: bool
     """Whether it is the first one of this start, which also allocates the host buffers (page-locked
     for CUDA, which takes several times as long as the copy); later ones reuse them."""
     background_seconds: float
     """From then until the checkpoint was published, on this rank."""
     bytes: int
-    """Of all files, all ranks."""
+    """Total size of all files of all ranks."""
     messages: tuple[str, ...]
-    """What people should know, e.g. that a checkpoint of this step was kept under another name."""
+    """Messages for the user, e.g. that an older checkpoint of this step was renamed."""
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run, one at a time. Construct on every rank alike.
+    """Writer of a run's checkpoints, one at a time. Construction is collective.
 
     Args:
-        folder: Where they go, on a file system that all ranks share; made if need be, and cleared
-            of what an earlier start left unfinished.
+        folder: Where they go, on a file system that all ranks share; created if missing, and
+            cleared of unfinished checkpoints of an earlier start.
         world: The ranks.
-        keep: Which checkpoints stay.
+        keep: Which checkpoints to keep.
 
     Attributes:
-        on_published: Called on this rank after each save that ended well.
+        on_published: Called on this rank after each successful save.
 
     Raises:
         UserError: on every rank, if the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, world: World, keep: Keep) -> None:
+    def __init__(self, folder: Path, world: World, keep: RetentionPolicy) -> None:
         self.folder = folder
         self.on_published: Callable[[], None] = lambda: None
         self._world = world
         self._keep = keep
-        # Collectives of two threads on one group get mixed up and hang.
+        # Two threads must not issue collectives on one group: their order differs between ranks.
         self._group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._copies = _HostCopies()
-        self._flight: _Flight | None = None
+        self._running: _BackgroundSave | None = None
         self._saves = 0
         self._reports: list[SaveReport] = []
         self._manifests: dict[Path, Manifest] = {}
-        self._uncleared = world.decide(lambda: folders.make_folder(folder))
+        self._uncleared = world.run_on_main(lambda: folders.make_folder(folder))
 
     def save(
         self,
@@ -89,20 +89,20 @@ class Checkpointer:
         *,
         wait: bool = False,
     ) -> float:
-        """Start to save; returns when the live tensors may change again. On every rank alike.
+        """Start a save; return as soon as the live tensors may be modified. Call on every rank.
 
-        An earlier save that is not done yet is waited for.
+        Waits for an earlier save that is still running.
 
         Args:
-            step: Names the checkpoint. One that exists already is kept under another name.
-            tensors: The whole state by name: DTensors of any mesh, or tensors that are the same
-                on every rank. Names and their number must be the same on every rank.
-            state: Anything that JSON can hold; rank 0's is kept. ``healthy`` (default true),
-                ``config`` and ``data_fingerprint`` go into the manifest too.
+            step: Names the checkpoint. An existing one of this step is renamed and kept.
+            tensors: The complete state by name: DTensors of any mesh, or tensors that are identical
+                on every rank. The names must be the same on every rank.
+            state: JSON data; rank 0's is stored. ``healthy`` (default true), ``config`` and
+                ``data_fingerprint`` go into the manifest too.
             wait: Return only when the checkpoint is published.
 
         Returns:
-            Seconds that the caller was held.
+            Seconds that the caller was blocked.
 
         Raises:
             UserError, RuntimeError: this save (with ``wait``) or the one before it failed.
@@ -113,10 +113,10 @@ class Checkpointer:
         state = json.loads(json.dumps(state))
         mine = _owned(tensors, self._world)
         copies = self._copies.take(mine)
-        writer = ShardWriter(self.folder, step, state, after=self._tidy)
+        writer = ShardWriter(self.folder, step, state, after=self._after_publish)
         is_first, self._saves = self._saves == 0, self._saves + 1
-        self._flight = _Flight(step, is_first, lambda: self._write(writer, mine, copies))
-        stall = self._flight.stall_seconds = time.perf_counter() - started
+        self._running = _BackgroundSave(step, is_first, lambda: self._write(writer, mine, copies))
+        stall = self._running.stall_seconds = time.perf_counter() - started
         if not wait:
             return stall
         self.wait()
@@ -124,47 +124,47 @@ class Checkpointer:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save is still being written by this rank."""
-        return self._flight is not None and self._flight.running
+        """Whether this rank is still writing a save."""
+        return self._running is not None and self._running.running
 
     @property
-    def has_landed(self) -> bool:
-        """Whether a save has ended that nobody has waited for yet."""
-        return self._flight is not None and not self._flight.running
+    def save_completed(self) -> bool:
+        """Whether this rank's save has ended, but ``wait`` has not been called yet."""
+        return self._running is not None and not self._running.running
 
     def poll(self) -> list[SaveReport]:
-        """Reports of the saves that were waited for since the last call.
+        """Return the reports of the saves that ``wait`` has finished since the last call.
 
-        Ranks may see the end of a save, or its failure, at different steps. To see it at the same
-        one, let rank 0 ask ``has_landed``, put the answer into the plan, and ``wait`` everywhere.
+        A save, or its failure, may end at different steps on different ranks. To handle it at the
+        same step, rank 0 puts ``save_completed`` into the plan, and every rank calls ``wait``.
         """
         reports, self._reports = self._reports, []
         return reports
 
     def wait(self) -> None:
-        """Until the save in flight is done.
+        """Wait until the running save, if any, has ended.
 
         Raises:
-            UserError: it failed for a reason that the user can mend; the same on every rank.
-            RuntimeError: it failed otherwise, e.g. because a rank is gone.
+            UserError: it failed for a reason that the user can fix; the same on every rank.
+            RuntimeError: it failed otherwise, e.g. because a rank has exited.
         """
-        flight, self._flight = self._flight, None
+        flight, self._running = self._running, None
         if flight is not None:
             self._reports.append(flight.report())
             self.on_published()
 
     def close(self) -> None:
-        """Wait for the save in flight; to be called before the process group is torn down.
+        """Wait for the running save; call this before the process group is destroyed.
 
         Raises:
-            UserError, RuntimeError: it failed.
+            UserError, RuntimeError: the save failed.
         """
         self.wait()
 
     def _write(
         self, writer: ShardWriter, tensors: dict[str, Tensor], copies: dict[str, Tensor]
     ) -> Published:
-        """In the background."""
+        """Write the checkpoint, in the background thread."""
         try:
             metadata = state_dict_saver.save(
                 tensors,
@@ -174,14 +174,14 @@ class Checkpointer:
             )
         except CheckpointException as error:
             writer.discard()
-            raise plainly(error) from error
+            raise unwrap_checkpoint_exception(error) from error
         assert isinstance(metadata, Metadata)
         return metadata.storage_data
 
-    def _tidy(self, path: Path) -> list[str]:
-        """On rank 0 with a new checkpoint: ``latest``, and what is not kept any more.
+    def _after_publish(self, path: Path) -> list[str]:
+        """Update ``latest`` and delete old checkpoints, on rank 0 after publication.
 
-        The checkpoint is published: what fails here is told, but is no failure of the save.
+        Errors become messages: the checkpoint is published, so the save has succeeded.
         """
         messages, self._uncleared = self._uncleared, []
         self._manifests.pop(path, None)
@@ -189,26 +189,27 @@ class Checkpointer:
             folders.point_latest_to(path)
         except OSError as error:
             messages.append(f"{path.with_name(folders.LATEST)}: {error.strerror}; it is outdated")
-        for doomed in self._expendable():
+        for old in self._superseded():
             try:
-                folders.remove(doomed)
+                folders.remove(old)
             except OSError as error:
-                messages.append(f"{doomed}: cannot be deleted: {error.strerror}")
+                messages.append(f"{old}: cannot be deleted: {error.strerror}")
         return messages
 
-    def _expendable(self) -> list[Path]:
-        """What may be deleted; what looks damaged neither counts nor goes."""
+    def _superseded(self) -> list[Path]:
+        """Return the checkpoints to delete; those that look damaged are neither counted nor
+        deleted."""
         paths = folders.published(self.folder)
         manifests = {step: self._manifest(path) for step, path in paths.items()}
         health = {
             step: manifest.healthy
             for step, manifest in manifests.items()
-            if manifest is not None and looks_whole(paths[step], manifest)
+            if manifest is not None and sizes_match(paths[step], manifest)
         }
-        return [paths[step] for step in expendable(health, self._keep)]
+        return [paths[step] for step in superseded_steps(health, self._keep)]
 
     def _manifest(self, path: Path) -> Manifest | None:
-        """Read once, since many may be kept; without the long table of tensors."""
+        """Return a manifest without its table of tensors; cached, since there may be many."""
         if path not in self._manifests:
             try:
                 manifest = read_manifest(path)
@@ -219,7 +220,7 @@ class Checkpointer:
 
 
 def _owned(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """What this rank writes: its parts, where replicas share the work tensor by tensor."""
+    """Return the tensors that this rank writes; replicas divide them among themselves."""
     return {
         name: tensor.detach()
         for index, (name, tensor) in enumerate(sorted(tensors.items()))
@@ -243,14 +244,14 @@ def _is_owned(index: int, tensor: Tensor, world: World) -> bool:
 
 
 class _HostCopies:
-    """Buffers in host memory (page-locked for CUDA), kept from save to save."""
+    """Buffers in host memory (page-locked for CUDA), reused from save to save."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of this rank's parts, contiguous; they hold until the next call."""
+        """Return contiguous copies of this rank's parts; the next call overwrites them."""
         parts = {
             name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
             for name, tensor in tensors.items()
@@ -269,8 +270,8 @@ class _HostCopies:
         return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
 
 
-class _Flight:
-    """A save in the background, started when it is made."""
+class _BackgroundSave:
+    """A save in a background thread, started by the constructor."""
 
     stall_seconds = 0.0
 
@@ -281,17 +282,17 @@ class _Flight:
         self._published: Published | None = None
         self._error: BaseException | None = None
         self._seconds = 0.0
-        # A daemon: a rank that leaves because another is gone must not wait for a collective.
+        # A daemon thread, so that a rank that exits after another's failure does not wait for it.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
     def running(self) -> bool:
-        """Whether it is not done yet."""
+        """Whether it has not ended yet."""
         return self._thread.is_alive()
 
     def report(self) -> SaveReport:
-        """Wait until it is done and tell; raises what went wrong."""
+        """Wait until it has ended; return its report or raise its error."""
         self._thread.join()
         if self._error is not None:
             raise self._error

@@ -1,10 +1,10 @@
-"""Parameter-shard files in the safetensors format, written in one pass and read in slices.
+"""Checkpoint shard files in the safetensors format, written in one pass and read in slices.
 
-PyTorch has a safetensors storage of its own (``HuggingFaceStorageWriter``). It builds the whole
-file in memory while it holds the GIL (0.9 s for a shard of 256 MB, in which no training step is
-launched), and would have to read the file again for a digest. Writing the format by hand costs no
-copy, digests on the way, and releases the GIL. The offsets stand in the header where PyTorch's
-reader looks for them, so the files stay readable with ``HuggingFaceStorageReader``.
+PyTorch has its own safetensors storage (``HuggingFaceStorageWriter``). It builds the whole file in
+memory while it holds the GIL (0.9 s for a shard of 256 MB, in which no training step is launched),
+and a digest would require reading the file again. Writing the format here needs no copy, computes
+the digest meanwhile, and releases the GIL. The offsets are in the header where PyTorch's reader
+expects them, so that ``HuggingFaceStorageReader`` can read the files.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -39,16 +39,16 @@ assert _TORCH_DTYPES.keys() == DTYPE_BYTES.keys()
 
 
 class Part(NamedTuple):
-    """What one rank writes of one tensor."""
+    """One rank's part of one tensor."""
 
     data: Tensor
     """On the CPU, contiguous."""
     offset: tuple[int, ...]
-    """Where it lies in the whole tensor."""
+    """Its position in the full tensor."""
 
 
 def write_shard(path: Path, parts: Mapping[str, Part]) -> FileEntry:
-    """Write a new file and wait until it is on the disk.
+    """Write a new file and flush it to disk (fsync).
 
     Raises:
         OSError: it exists already, or cannot be written.
@@ -72,7 +72,8 @@ def _pieces(parts: Mapping[str, Part]) -> Iterable[bytes | memoryview]:
 
 
 def _header(parts: Mapping[str, Part]) -> bytes:
-    """Length and JSON: where each tensor's bytes are, and what PyTorch's reader wants to know."""
+    """Return the file header: length and JSON with each tensor's byte range, and the offsets that
+    PyTorch's reader needs."""
     offsets = {name: {"saved_offsets": part.offset} for name, part in parts.items()}
     header: dict[str, Any] = {
         "__metadata__": {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
@@ -97,7 +98,7 @@ def _sync(file: IO[bytes]) -> None:
 
 
 class ShardFiles:
-    """The shard files of a checkpoint, each opened once; a context manager."""
+    """The shard files of a checkpoint, each opened at most once; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -111,16 +112,16 @@ class ShardFiles:
         self._stack.close()
 
     def read(self, name: str, dtype: str, chunk: Chunk, box: tuple[slice, ...]) -> Tensor:
-        """A block of a chunk, on the CPU.
+        """Return a block of a chunk, on the CPU.
 
         Args:
-            name: The tensor.
-            dtype: Its dtype, as safetensors calls it.
-            chunk: Which of its chunks.
-            box: The block, within the chunk.
+            name: Name of the tensor.
+            dtype: Its dtype, in safetensors notation.
+            chunk: One of its chunks.
+            box: The block, relative to the chunk.
 
         Raises:
-            UserError: the file is not what the manifest says, or was truncated meanwhile.
+            UserError: the file does not match the manifest, or has been truncated.
         """
         file, found = self._open(chunk.file)
         if found.get(name) != Signature(chunk.shape, dtype):
@@ -129,7 +130,7 @@ class ShardFiles:
                 + (
                     f"dtype and shape {found[name].dtype} {found[name].shape}"
                     if name in found
-                    else "not there"
+                    else "missing"
                 )
                 + f", the manifest says {dtype} {chunk.shape}"
             )
@@ -143,26 +144,26 @@ class ShardFiles:
 
 
 def assemble(files: ShardFiles, name: str, entry: TensorEntry) -> Tensor:
-    """A whole tensor from its chunks, on the CPU.
+    """Return a full tensor assembled from its chunks, on the CPU.
 
     Raises:
-        UserError: a file is not what the manifest says.
+        UserError: a file does not match the manifest.
     """
-    whole = torch.empty(entry.shape, dtype=_TORCH_DTYPES[entry.dtype])
+    full = torch.empty(entry.shape, dtype=_TORCH_DTYPES[entry.dtype])
     for chunk in entry.chunks:
         if 0 in chunk.shape:
             continue
         everything = tuple(slice(0, size) for size in chunk.shape)
         box = box_of(chunk.offset, chunk.shape)
-        whole[box] = files.read(name, entry.dtype, chunk, everything)
-    return whole
+        full[box] = files.read(name, entry.dtype, chunk, everything)
+    return full
 
 
 def box_of(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
-    """The indices of a block."""
+    """Return the index of a block."""
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that safetensors calls ``name``."""
+    """Return the torch dtype of a safetensors dtype name."""
     return _TORCH_DTYPES[name]

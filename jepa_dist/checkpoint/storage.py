@@ -1,8 +1,8 @@
-"""Our shard files and manifest as a storage of torch.distributed.checkpoint.
+"""Storage backend of torch.distributed.checkpoint for this package's shard files and manifest.
 
-PyTorch plans (which rank writes what, who needs which part of which file at another world size
-or mesh) and carries any rank's failure to all of them; what lies on the disk is ours. Only
-tensors pass through here, so nothing is pickled to or unpickled from a file.
+PyTorch plans (which rank writes what, and which rank reads which part of which file at another
+world size or mesh) and propagates any rank's failure to all; the format on disk is this package's.
+Only tensors are stored, so no file is pickled or unpickled.
 """
 
 from __future__ import annotations
@@ -54,43 +54,43 @@ from jepa_dist.interop.tensor_file import DTYPES
 
 
 class SnapshotPlanner(DefaultSavePlanner):
-    """Plans by the live tensors' layout, writes the copies' values."""
+    """A save planner that uses the live tensors' layout and the copies' values."""
 
     def __init__(self, copies: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._copies = copies
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The copy that stands for a planned tensor."""
+        """Return the copy of a planned tensor."""
         return self._copies[index.fqn]
 
 
 @dataclass(frozen=True)
 class Published:
-    """What became of a save."""
+    """A published checkpoint."""
 
     path: Path
     bytes: int
-    """Of all files, all ranks."""
+    """Total size of all files of all ranks."""
     messages: list[str]
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A chunk on the disk, told to rank 0."""
+    """A chunk on disk, as reported to rank 0."""
 
     chunk: Chunk
     file: FileEntry
 
 
 class ShardWriter(StorageWriter):
-    """Writes one checkpoint; rank 0 publishes it when every rank has written.
+    """Writer of one checkpoint; rank 0 publishes it when every rank has written its shard.
 
     Args:
         folder: The folder of checkpoints.
-        step: Step of this one.
-        state: Its JSON state; rank 0's counts.
-        after: Called on rank 0 with the published checkpoint; what it returns is told.
+        step: Step of this checkpoint.
+        state: Its JSON state; rank 0's is stored.
+        after: Called on rank 0 with the published checkpoint; returns messages for the user.
     """
 
     def __init__(
@@ -108,17 +108,17 @@ class ShardWriter(StorageWriter):
         self._staging: Path | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing to forget: a writer writes once."""
+        """Do nothing: a writer is used once."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to prepare; the staging folder comes with the plan."""
+        """Do nothing: ``prepare_global_plan`` creates the staging folder."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As planned."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On rank 0: make the staging folder and tell every rank its file."""
+        """Create the staging folder and assign a file to every rank; called on rank 0."""
         with folders.writing(self._folder):
             self._staging = folders.make_staging(self._folder, self._step)
         self._world_size = len(plans)
@@ -149,7 +149,7 @@ class ShardWriter(StorageWriter):
         ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0: state, manifest, the atomic step, and what comes after it."""
+        """Write state and manifest, publish, and call ``after``; called on rank 0."""
         assert self._staging is not None
         staging = self._staging
         written = [result for of_rank in results for result in of_rank]
@@ -164,7 +164,7 @@ class ShardWriter(StorageWriter):
         metadata.storage_data = Published(path, manifest.bytes, [*messages, *self._after(path)])
 
     def discard(self) -> None:
-        """After a failure, on the rank that staged: give the space back."""
+        """Delete the staging folder after a failure, on the rank that created it."""
         if self._staging is not None:
             folders.discard(self._staging)
 
@@ -184,7 +184,7 @@ class ShardWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Never asked: the folder is given to the constructor."""
+        """Return False; not used, since the folder is given to the constructor."""
         return False
 
 
@@ -200,7 +200,7 @@ def _chunk(path: Path, part: Part) -> Chunk:
 
 
 def _check_shared(staging: Path, files: Mapping[str, FileEntry]) -> None:
-    """What other ranks wrote must be seen from here."""
+    """Raise if rank 0 does not see the files that other ranks wrote."""
     problems = [check_size(staging / name, entry) for name, entry in files.items()]
     if any(problems):
         raise UserError(
@@ -233,7 +233,7 @@ def _tensors(metadata: Metadata, written: Iterable[WriteResult]) -> dict[str, Te
 
 
 class ShardReader(StorageReader):
-    """Reads from a checkpoint what a rank holds. Its files must have been verified."""
+    """Reader of a rank's part of a checkpoint, whose files must have been verified."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
@@ -246,23 +246,23 @@ class ShardReader(StorageReader):
         }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing to forget."""
+        """Do nothing."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The manifest in PyTorch's terms."""
+        """Return the manifest as PyTorch's ``Metadata``."""
         return Metadata({name: _planned(entry) for name, entry in self._manifest.tensors.items()})
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As planned."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As planned."""
+        """Return the plan unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -283,7 +283,7 @@ class ShardReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Never asked: the path is given to the constructor."""
+        """Return False; not used, since the path is given to the constructor."""
         return False
 
 

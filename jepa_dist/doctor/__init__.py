@@ -1,1 +1,1 @@
-"""What can go wrong with a cluster, found in a minute: the checks of ``jepa_dist doctor``."""
+"""Cluster checks, run in about a minute: ``jepa_dist doctor``."""

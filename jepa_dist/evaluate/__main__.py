@@ -15,6 +15,13 @@ from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.shards import find_shards
+from jepa_dist.dist_env import (
+    adopt_launcher,
+    check_rendezvous,
+    die_with_launcher,
+    launched_rank,
+    ranks_on_this_host,
+)
 from jepa_dist.evaluate.score import Score, score
 from jepa_dist.evaluate.settings import EVALUATION
 from jepa_dist.evaluate.stream import TokenStream
@@ -26,15 +33,8 @@ from jepa_dist.evaluate.weights import (
     load_weights,
 )
 from jepa_dist.evaluate.windows import Windows
-from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
+from jepa_dist.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
 from jepa_dist.interop.safetensors_io import Weights
-from jepa_dist.launched import (
-    adopt_launcher,
-    check_rendezvous,
-    die_with_launcher,
-    launched_rank,
-    ranks_on_this_host,
-)
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.process_env import set_defaults
 
@@ -43,14 +43,14 @@ _DEFAULT_STRIDE = 64
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything that can be checked, then evaluate."""
-    with told_by_host():
+    with exit_on_host_error():
         arguments = _parse_arguments(argv)
         adopt_launcher(os.environ)
         die_with_launcher()
         set_defaults(ranks_on_this_host())
         check_rendezvous(os.environ)
     rank = launched_rank()
-    with told_once(rank):
+    with exit_on_user_error(rank):
         weights: Weights = "ema" if arguments.ema else "live"
         source = find_weights(arguments.path, weights)
         other = None if arguments.compare is None else find_weights(arguments.compare, weights)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = EVALUATION.resolve(source.description.config, arguments.overrides)
         tokenizer = load_checked_tokenizer(config, ("val",))
         windows = find_windows(config, arguments.stride)
-    with told_by_this_rank(rank):
+    with exit_on_rank_error(rank):
         world = start_world(config.parallel)
         model = load_model(source, config.parallel, world)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jepa_dist.command_line import Parser, program
 from jepa_dist.errors import UserError
-from jepa_dist.failure import told_once
+from jepa_dist.failure import exit_on_user_error
 from jepa_dist.files import MIB, read_bytes
 from jepa_dist.inference.decoding import Sampling
 from jepa_dist.inference.trained import TrainedModel, load
@@ -27,7 +27,7 @@ _PROMPT = "> "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the continuation of one prompt, or of each line of standard input; the exit code."""
-    with told_once(rank=0):
+    with exit_on_user_error(rank=0):
         arguments = _parse_arguments(argv)
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
         prompt = _prompt(arguments)

@@ -79,7 +79,7 @@ def export_artifact(plan: Plan, out: Path, world: World) -> str:
     used = description.config.model_copy(update={"quantization": config.quantization})
     path = out / f"{'ema' if description.weights == 'ema' else 'model'}{SUFFIX}"
     described = description.model_copy(update={"config": used})
-    size = world.decide(lambda: write_artifact(path, parameters, described))
+    size = world.run_on_main(lambda: write_artifact(path, parameters, described))
     matrices = sum(isinstance(stored, QuantizedMatrix) for stored in parameters.values())
     return (
         f"{path}: {size:,} bytes; {matrices} matrices quantized, {len(parameters) - matrices} "

@@ -24,16 +24,7 @@ from pathlib import Path
 import torch
 
 from jepa_dist.command_line import Parser, program
-from jepa_dist.errors import UserError
-from jepa_dist.failure import told_by_host, told_by_this_rank, told_once
-from jepa_dist.files import write_atomically
-from jepa_dist.inference.artifact_export import export_artifact, plan_artifact
-from jepa_dist.inference.hf_export import export_hf
-from jepa_dist.inference.stored import Stored, find_stored, read_stored
-from jepa_dist.interop.hf.folder import Options
-from jepa_dist.interop.parameter_golf import write_final_model
-from jepa_dist.interop.safetensors_io import Weights, publish, refuse_not_finite, write_export
-from jepa_dist.launched import (
+from jepa_dist.dist_env import (
     adopt_launcher,
     check_rendezvous,
     die_with_launcher,
@@ -41,13 +32,22 @@ from jepa_dist.launched import (
     launched_rank,
     ranks_on_this_host,
 )
+from jepa_dist.errors import UserError
+from jepa_dist.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
+from jepa_dist.files import write_atomically
+from jepa_dist.inference.artifact_export import export_artifact, plan_artifact
+from jepa_dist.inference.hf_export import export_hf
+from jepa_dist.inference.stored import Stored, find_stored, read_stored
+from jepa_dist.interop.hf.folder import Options
+from jepa_dist.interop.parameter_golf import write_final_model
+from jepa_dist.interop.safetensors_io import Weights, publish, refuse_not_finite, write_export
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.process_env import set_defaults
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files and print the name of the one with the weights; the exit code."""
-    with told_by_host():
+    with exit_on_host_error():
         arguments = _parse_arguments(argv)
         if arguments.format == "artifact":
             adopt_launcher(os.environ)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "without torchrun"
             )
     rank = launched_rank()
-    with told_once(rank):
+    with exit_on_user_error(rank):
         weights: Weights = "ema" if arguments.ema else "live"
         find = find_stored if arguments.format == "hf" else read_stored
         stored = find(arguments.run, arguments.checkpoint, weights)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_FORMATS[arguments.format](stored, arguments))
             return 0
         plan = plan_artifact(stored, arguments.overrides)
-    with told_by_this_rank(rank):
+    with exit_on_rank_error(rank):
         world = start_world(plan.config.parallel)
         line = export_artifact(plan, arguments.out, world)
         if world.is_main:

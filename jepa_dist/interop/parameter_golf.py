@@ -24,7 +24,7 @@ from torch import Tensor
 
 from jepa_dist.config import Config, ModelConfig, check
 from jepa_dist.errors import UserError
-from jepa_dist.failure import told_once
+from jepa_dist.failure import exit_on_user_error
 from jepa_dist.files import MIB, read_json, write_atomically
 from jepa_dist.interop.safetensors_io import (
     Description,
@@ -336,7 +336,7 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = _parser().parse_args(argv)
-    with told_once(rank=0):
+    with exit_on_user_error(rank=0):
         if arguments.direction == "import":
             written = import_final_model(
                 arguments.file,

@@ -1,1 +1,1 @@
-"""The GPT as plain modules: written as if there were one process and no compiler."""
+"""The GPT as plain modules, without knowledge of ranks, sharding or compilation."""

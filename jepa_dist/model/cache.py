@@ -1,12 +1,12 @@
-"""Keys and values of earlier positions, so that the next token costs a pass over one position.
+"""KV cache: keys and values of earlier positions, so that a new token costs one position's pass.
 
-Only attention looks at other positions, so only attention knows the cache: for the time of a pass
-``Attention.attend`` is replaced by a function that appends the keys and values it is given and
-attends over all that are there. Blocks run as they are, with the rotary tables of the positions
-that are new. The code of training, and its compiled graphs, are not touched.
+Only attention uses the cache: during a pass, ``Attention.attend`` is replaced by a function that
+appends the keys and values of the new positions and attends to all cached ones. Blocks run
+unchanged, with the rotary tables of the new positions. Training code and its compiled graphs are
+not affected.
 
 Tensor names carry their shape: B batch, H query heads, K key/value heads, C head width, T new
-positions, S positions that are cached, R rotated dimensions of a head.
+positions, S cached positions, R rotated dimensions of a head.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from jepa_dist.model.layers import Attention, rope_tables
 
 
 class KVCache:
-    """One pair of buffers per execution of a block in a pass: a block that is repeated (depth
-    recurrence) sees another stream each time, hence other keys and values.
+    """Key and value buffers, one pair per execution of a block in a pass: a repeated block (depth
+    recurrence) has a different input, hence different keys and values, each time.
 
-    Keys are stored rotated. The rotary base depends on the length of a row where that exceeds
-    ``model.seq_len`` (NTK rescale), so the length is fixed at the beginning: a pass with the cache
-    computes what a pass over a whole row of ``length`` positions does.
+    Keys are stored rotated. The rotary base depends on the row length if that exceeds
+    ``model.seq_len`` (NTK rescale), so the length is fixed in advance: passes with the cache
+    compute the same as one pass over a row of ``length`` positions.
 
     Args:
         config: The model.
         phase: Recurrence phase of all passes.
-        length: Most positions that the cache will hold.
-        batch: Rows.
+        length: Maximum number of positions.
+        batch: Number of rows.
 
     Attributes:
-        used: Positions that are cached, 0..length.
+        used: Number of cached positions, 0..length.
     """
 
     def __init__(self, config: ModelConfig, *, phase: int, length: int, batch: int = 1) -> None:
@@ -48,7 +48,7 @@ class KVCache:
         self._config = config
         self._phase = phase
         self._batch = batch
-        # Allocated by the first pass, which knows dtype and device.
+        # Allocated in the first pass, when dtype and device are known.
         self._buffers: list[Tensor] = []
         self._executions = len(order.encoder) + len(order.decoder)
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -57,14 +57,13 @@ class KVCache:
 
     @contextmanager
     def extended(self, model: nn.Module, count: int, phase: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Let the model's attention use the cache within the block, for ``count`` new positions.
+        """Make the model's attention use the cache within this context, for ``count`` positions.
 
         Yields:
             Rotary cosines and sines of the new positions, float32 [T, R/2] each.
 
         Raises:
-            ValueError: another phase, more positions than fit, or several at once after the first
-                pass.
+            ValueError: wrong phase, too many positions, or several at once after the first pass.
         """
         if phase != self._phase:
             raise ValueError(f"phase {phase}: the cache is of phase {self._phase}")
@@ -96,7 +95,7 @@ class KVCache:
         return cos_TR[new], sin_TR[new]
 
     def _attend(self, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
-        """Append the keys and values of this execution and attend to all before; [B, H, T, C]."""
+        """Append this execution's keys and values, and attend to all cached; [B, H, T, C]."""
         if not self._buffers:
             shape = (self._executions, 2, self._batch, k_BKTC.size(1), self.length, k_BKTC.size(3))
             self._buffers = list(k_BKTC.new_empty(shape))
@@ -106,7 +105,7 @@ class KVCache:
         k_BKSC[:, :, self.used :] = k_BKTC
         v_BKSC[:, :, self.used :] = v_BKTC
         grouped = q_BHTC.size(1) != k_BKTC.size(1)
-        # One new position sees everything; several are the beginning of the row.
+        # A single new position attends to all; several are always the start of the row.
         return F.scaled_dot_product_attention(
             q_BHTC, k_BKSC, v_BKSC, is_causal=count > 1, enable_gqa=grouped
         )

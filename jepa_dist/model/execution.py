@@ -1,8 +1,8 @@
-"""In which order blocks run: U-Net halves and depth recurrence (golden README section 1).
+"""Execution order of blocks: U-Net halves and depth recurrence (golden README section 1).
 
 Phase 0 runs every block once. Later phases repeat the segment ``loop_start..loop_end``: once more
 in phase 1, ``num_loops`` more times in phase 2. The first half of the executed list is the
-encoder, the rest the decoder; the split may fall inside the repeated segment.
+encoder, the rest the decoder; the split may be inside the repeated segment.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Execution:
 
     block: int
     repeat: int
-    """How often this block ran before in the same pass."""
+    """Number of earlier executions of this block in the same pass."""
     is_last: bool
-    """Whether it is the block's last execution in the pass (the one that is tapped)."""
+    """Whether this is the block's last execution in the pass, whose output can be tapped."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class ExecutionOrder:
 
     @property
     def num_skips(self) -> int:
-        """Decoder executions that can be given an encoder state."""
+        """Number of skip connections from encoder to decoder executions."""
         return min(len(self.encoder), len(self.decoder))
 
 
 def execution_order(config: ModelConfig, phase: int) -> ExecutionOrder:
-    """The executions of one pass in recurrence ``phase`` (0, 1 or 2)."""
+    """Return the executions of one pass in recurrence ``phase`` (0, 1 or 2)."""
     blocks = _block_sequence(config, phase)
     total = Counter(blocks)
     seen: Counter[int] = Counter()
@@ -63,7 +63,7 @@ def _block_sequence(config: ModelConfig, phase: int) -> list[int]:
 
 
 def looped_blocks(config: ModelConfig) -> range:
-    """Blocks that run more than once per pass in the last phase."""
+    """Return the blocks that run more than once per pass in the last phase."""
     if config.num_loops == 0:
         return range(0)
     return range(config.loop_start, config.loop_end + 1)

@@ -7,11 +7,11 @@ from jepa_dist.model.execution import execution_order
 
 
 def training_flops_per_token(config: ModelConfig, phase: int) -> float:
-    """FLOPs of forward and backward per trained token, the field's usual count.
+    """Return the FLOPs of forward and backward per trained token.
 
-    6 per matrix element that a token meets (each execution of a looped block counts, the embedding
-    look-up does not), and 12 * width * T per attention execution, not halved for causality: the
-    convention of PaLM, torchtitan and nanochat, so that figures compare.
+    6 per matrix element used for a token (each execution of a looped block counts, the embedding
+    look-up does not), plus 12 * width * T per attention execution, not halved for causality: the
+    convention of PaLM, torchtitan and nanochat, so that figures are comparable.
     """
     width, kv_width = config.model_dim, config.num_kv_heads * config.head_dim
     attention = 2 * width * width + 2 * width * kv_width

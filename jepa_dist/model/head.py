@@ -1,9 +1,9 @@
 """The head: final norm, output projection, soft cap and cross-entropy.
 
-Where logits are large they never exist as a whole: the rows go through in chunks, and a chunk's
-gradients are computed right after its loss, while its logits are at hand. Nothing is computed
-twice; what stays until backward is one gradient of the states and one of the projection, instead
-of the logits in several versions. docs/performance.md has the figures.
+Large logits are never materialized at once: the rows are processed in chunks, and a chunk's
+gradients are computed right after its loss, while its logits exist. Nothing is computed twice;
+saved for backward are one gradient of the states and one of the projection, instead of several
+copies of the logits. docs/performance.md has the figures.
 
 Tensor names carry their shape: N rows (B * T flattened), D model width, E embedding width,
 V vocabulary; B batch, T sequence.
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from jepa_dist.model.layers import rms_norm
 
-# Where chunks pay (bench head): below, the logits are small beside everything else. Every chunk is
-# unrolled in the compiled graph, so their number is bounded: eight cost seconds to compile, and
-# more would save little.
+# Limits from which chunks pay off (bench head); below, the logits are small relative to the other
+# activations. Chunks are unrolled in the compiled graph, so their number is bounded: eight take
+# seconds to compile, and more would save little.
 _SMALLEST_VOCAB = 1024
 _FEWEST_LOGITS = 2**21
 _FEWEST_ROWS = 256
@@ -30,7 +30,7 @@ _MOST_CHUNKS = 8
 
 
 def num_chunks(rows: int, vocab_size: int) -> int:
-    """Into how many chunks the rows are cut; 1 where full logits are as good."""
+    """Return the number of chunks of rows; 1 if chunks would not pay off."""
     if vocab_size < _SMALLEST_VOCAB:
         return 1
     fitting = min(rows // _FEWEST_ROWS, rows * vocab_size // _FEWEST_LOGITS)
@@ -38,9 +38,9 @@ def num_chunks(rows: int, vocab_size: int) -> int:
 
 
 class HeadRegion(nn.Module):
-    """Final norm, output projection, soft cap, and the cross-entropy when targets are given.
+    """Final norm, output projection, soft cap, and cross-entropy if targets are given.
 
-    Holds no parameters: a tied embedding belongs to the root.
+    Has no parameters of its own: a tied embedding belongs to the root.
     """
 
     def __init__(self, softcap: float) -> None:
@@ -55,7 +55,7 @@ class HeadRegion(nn.Module):
         targets_BT: Tensor | None,
         weight: Tensor | None,
     ) -> Tensor:
-        """Loss sum (float32 scalar, weighted), or the logits [B, T, V] without targets."""
+        """Return the weighted loss sum (float32 scalar); without targets, the logits [B, T, V]."""
         y = rms_norm(x_BTD)
         y = y if proj_ED is None else F.linear(y, proj_ED)
         if targets_BT is None or weight is None:
@@ -70,36 +70,37 @@ class HeadRegion(nn.Module):
 
 
 class Rows(NamedTuple):
-    """What the loss is computed of."""
+    """Inputs of the loss, one row per position."""
 
     y_NE: Tensor
-    """Normed states, in the activations' dtype."""
+    """Normalized states, in the activations' dtype."""
     targets_N: Tensor
-    """int64 ids to predict."""
+    """Target token ids, int64."""
     weight_N: Tensor
     """float32 weight of each row in the sum."""
 
     def chunks(self, number: int) -> Iterator[Rows]:
-        """The rows in at most this many pieces, as equal as possible."""
+        """Yield the rows in at most this many chunks of nearly equal size."""
         pieces = (tensor.chunk(number) for tensor in self)
         return (Rows(*piece) for piece in zip(*pieces, strict=True))
 
 
 def capped_logits(y: Tensor, head_VE: Tensor, softcap: float) -> Tensor:
-    """Logits after the soft cap (0: none), float32 [..., V]."""
+    """Return the logits after the soft cap (0: none), float32 [..., V]."""
     logits = F.linear(y, head_VE).float()
     return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
 
 
 def loss_sum(rows: Rows, head_VE: Tensor, softcap: float) -> Tensor:
-    """Weighted sum of the cross-entropy over the rows (float32 scalar), with all logits at once."""
+    """Return the weighted sum of cross-entropy over the rows (float32 scalar); materializes all
+    logits."""
     logits_NV = capped_logits(rows.y_NE, head_VE, softcap)
     nll_N = F.cross_entropy(logits_NV, rows.targets_N, reduction="none")
     return (nll_N * rows.weight_N).sum()
 
 
 def chunked_loss_sum(rows: Rows, head_VE: Tensor, softcap: float, chunks: int) -> Tensor:
-    """The same sum, with the logits of one chunk at a time."""
+    """Return the same sum as ``loss_sum``, with the logits of one chunk at a time."""
     if torch.is_grad_enabled():
         loss: Tensor = _LossWithGradients.apply(*rows, head_VE, softcap, chunks)
         return loss
@@ -107,7 +108,7 @@ def chunked_loss_sum(rows: Rows, head_VE: Tensor, softcap: float, chunks: int) -
 
 
 class _LossWithGradients(torch.autograd.Function):
-    """Computes the gradients in forward; backward only scales them."""
+    """A loss whose forward computes the gradients; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -120,7 +121,7 @@ class _LossWithGradients(torch.autograd.Function):
         chunks: int,
     ) -> Tensor:
         losses, grads_y = [], []
-        # float32: in bfloat16 the sum would lose what the later chunks add.
+        # float32, because in bfloat16 rounding would lose contributions of later chunks.
         grad_head_VE = torch.zeros_like(head_VE, dtype=torch.float32)
         for chunk in Rows(y_NE, targets_N, weight_N).chunks(chunks):
             loss, grad_logits_NV = _loss_and_gradient(chunk, head_VE, softcap)
@@ -132,7 +133,7 @@ class _LossWithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # In float32: a factor such as 1 / (tokens of the global batch) is inexact in bfloat16.
+        # Scale in float32: a factor such as 1 / tokens of the global batch is inexact in bfloat16.
         grad_y_NE, grad_head_VE = ctx.saved_tensors
         dtype = grad_y_NE.dtype
         grad_y_NE = (grad_y_NE.float() * grad).to(dtype)
@@ -141,12 +142,13 @@ class _LossWithGradients(torch.autograd.Function):
 
 
 def _loss_and_gradient(rows: Rows, head_VE: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Loss sum of the rows; its gradient at the uncapped logits, [N, V] in the states' dtype."""
+    """Return the loss sum of the rows, and its gradient with respect to the uncapped logits, [N, V]
+    in the states' dtype."""
     logits_NV = capped_logits(rows.y_NE, head_VE, softcap)
     log_sum_N1 = torch.logsumexp(logits_NV, dim=1, keepdim=True)
     targets_N1, weight_N1 = rows.targets_N[:, None], rows.weight_N[:, None]
     loss = (weight_N1 * (log_sum_N1 - logits_NV.gather(1, targets_N1))).sum()
-    # A comparison rather than a scatter: the compiler fuses it with what surrounds it.
+    # A comparison instead of a scatter, because the compiler can fuse it.
     is_target_NV = torch.arange(len(head_VE), device=logits_NV.device) == targets_N1
     grad_NV = weight_N1 * (torch.exp(logits_NV - log_sum_N1) - is_target_NV.float())
     if softcap > 0:

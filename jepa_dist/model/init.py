@@ -1,6 +1,6 @@
 """Initial values as a pure function of (config, seed, parameter name): golden README section 1.
 
-Every parameter has a generator of its own, so that any rank can compute any parameter alone and
+Every parameter has its own generator, so that any rank can compute any parameter independently and
 keep only its shard, and the weights do not depend on the world size.
 """
 
@@ -21,7 +21,7 @@ _ORTHOGONAL_FROM = 64
 def initial_value(
     name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device
 ) -> Tensor:
-    """The full initial tensor of parameter ``name``, float32 on ``device``.
+    """Return the full initial tensor of parameter ``name``, float32 on ``device``.
 
     Random numbers are drawn on the CPU, so that they do not depend on the device.
     """
@@ -53,7 +53,7 @@ def _rule(name: str, config: ModelConfig) -> _Rule:
         return _stream_only
     if leaf in ("c_q", "c_k", "c_v", "fc", "embed_proj", "head_proj"):
         return _matrix
-    raise KeyError(f"parameter {name!r} has no initialisation rule")
+    raise KeyError(f"parameter {name!r} has no initialization rule")
 
 
 def _constant(value: float) -> _Rule:
@@ -78,7 +78,7 @@ def _matrix(shape: torch.Size, generator: torch.Generator, device: torch.device)
         return _uniform(shape, generator, device)
     gaussian = torch.randn(max(rows, columns), min(rows, columns), generator=generator).to(device)
     q, r = torch.linalg.qr(gaussian)
-    q = q * torch.sign(torch.diagonal(r))  # makes the factorisation, and so the draw, unique
+    q = q * torch.sign(torch.diagonal(r))  # makes the factorization, and thereby the sample, unique
     return q if rows >= columns else q.T.contiguous()
 
 

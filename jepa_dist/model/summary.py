@@ -1,4 +1,4 @@
-"""The model in a few lines: parameters by region, cost of a token, memory of the weights."""
+"""Text summary of a model: parameters by region, FLOPs per token, memory of the weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jepa_dist.model.flops import training_flops_per_token
 
 
 def model_summary(named_parameters: Iterable[tuple[str, Tensor]], config: ModelConfig) -> str:
-    """Text for people.
+    """Return the summary as text.
 
     Args:
-        named_parameters: Of the whole model (and objective), plain or DTensor (the full shapes
-            count).
+        named_parameters: All parameters of model and objective, plain tensors or DTensors (full
+            shapes are counted).
         config: The model.
     """
     sizes: Counter[str] = Counter()
@@ -41,6 +41,6 @@ def model_summary(named_parameters: Iterable[tuple[str, Tensor]], config: ModelC
 
 
 def _region(name: str) -> str:
-    """A block by its number, everything else by its own name."""
+    """Return ``blocks.N`` for a block's parameter, else the first part of its name."""
     parts = name.split(".")
     return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]

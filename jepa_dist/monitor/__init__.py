@@ -1,1 +1,1 @@
-"""What a run tells its users: metrics.jsonl, TensorBoard, the console. Plain numbers only."""
+"""Monitoring of a run: metrics.jsonl, TensorBoard, console, watchdog; handles plain numbers."""

@@ -1,4 +1,4 @@
-"""Alarms about the objective: told once, and again only after things have been well in between."""
+"""Alarms about the objective. Each warning fires once and re-arms after a healthy record."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class JepaAlarms:
         self._raised: set[str] = set()
 
     def observe(self, record: Mapping[str, Any]) -> list[str]:
-        """Take in a record, in order; the warnings that it gives rise to."""
+        """Process the next record; return its new warnings."""
         for name in _RANKS:
             rank = number(record, name)
             if rank is not None and math.isfinite(rank):
@@ -52,7 +52,7 @@ class JepaAlarms:
         return told
 
     def recall(self, metrics: Path) -> None:
-        """Take in what an earlier start of the run recorded (``metrics.jsonl``), in silence."""
+        """Process the records of the run's earlier starts (``metrics.jsonl``) without warning."""
         if not metrics.exists():
             return
         for record in read_records(metrics):

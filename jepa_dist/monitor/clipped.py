@@ -1,4 +1,4 @@
-"""How often the gradient is clipped."""
+"""The share of steps whose gradient is clipped."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ class ClippedShare:
         self._clipped = 0
 
     def observe(self, grad_norm: float) -> None:
-        """Take in a step; one whose norm is not finite is skipped, not clipped."""
+        """Count a step; one whose norm is not finite counts as not clipped (its update is
+        skipped)."""
         self._steps += 1
         self._clipped += self._max_norm < grad_norm < float("inf")
 
     def record(self) -> dict[str, float]:
-        """Metrics over the steps since the last record."""
+        """Return the metric over the steps since the last call."""
         steps, clipped = self._steps, self._clipped
         self._steps = self._clipped = 0
         return {"clipped_share": clipped / steps} if self._max_norm > 0 and steps else {}

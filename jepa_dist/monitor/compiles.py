@@ -1,13 +1,13 @@
-"""Counting compiled graphs and telling recompiles from first compiles."""
+"""Count compiled graphs, and tell recompiles from first compiles."""
 
 from __future__ import annotations
 
 
 class CompileCounter:
-    """Tells expected graphs from recompiles.
+    """Counter of recompiles.
 
-    The first step that trains, evaluates or uses JEPA compiles what that kind of work needs; a
-    graph at any other time is a recompile, which should never happen (contract C4).
+    The first step that trains, evaluates or uses JEPA compiles the graphs of that kind of work; a
+    graph compiled at any other time is a recompile, which should never happen (contract C4).
     """
 
     def __init__(self) -> None:
@@ -16,7 +16,7 @@ class CompileCounter:
         self.recompiles = 0
 
     def observe(self, graphs: int, kinds: set[str]) -> None:
-        """Note the total number of graphs after a step that did these kinds of work."""
+        """Record the total number of graphs after a step that did these kinds of work."""
         if kinds <= self._seen:
             self.recompiles += graphs - self._graphs
         self._seen |= kinds

@@ -1,4 +1,4 @@
-"""What rank 0 says while it trains: a bar on a terminal, plain lines in a log."""
+"""Console output of rank 0: a progress bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Key, what stands before and behind, digits after the point, factor.
+# Metric, text before and after it, decimal places, factor.
 _COLUMNS = (
     ("loss/ce", "ce ", "", 4, 1),
     ("loss/jepa", "jepa ", "", 3, 1),
@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 class Console:
-    """Progress of the run, for people."""
+    """Progress bar and one line per logged step."""
 
     def __init__(self, steps: int, done: int = 0) -> None:
         self._steps = steps
@@ -29,7 +29,7 @@ class Console:
         )
 
     def step(self) -> None:
-        """One optimiser step is done."""
+        """Advance the bar by one optimizer step."""
         self._bar.update()
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -42,16 +42,16 @@ class Console:
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar."""
         self._bar.close()
 
 
 def log_line(record: Mapping[str, Any], steps: int) -> str:
-    """A logged step on one line of at most 120 columns, whatever the numbers.
+    """Return a logged step as one line of at most 120 columns.
 
     Args:
-        record: Its numbers; those that are missing or None are left out.
-        steps: Of the whole run.
+        record: The step's record; missing metrics and None are omitted.
+        steps: Total steps of the run.
     """
     parts = [
         f"{before}{_number(factor * record[key], digits)}{behind}"
@@ -62,6 +62,6 @@ def log_line(record: Mapping[str, Any], steps: int) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    """With so many digits after the point, in ten characters at most."""
+    """Format with ``digits`` decimal places, in ten characters at most."""
     plain = f"{value:,.{digits}f}"
     return plain if len(plain) <= 10 else f"{value:.1e}"

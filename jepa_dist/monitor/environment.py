@@ -1,4 +1,4 @@
-"""Where and with what a run is made: versions, host, devices, switches, commit."""
+"""The environment of a run: versions, host, devices, environment variables, git commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 _GIT_SECONDS = 5.0
-# Besides all JEPA_*. GROUP_WORLD_SIZE is torchrun's count of hosts (of agents, to be exact).
+# Recorded besides all JEPA_*. GROUP_WORLD_SIZE is torchrun's number of agents, i.e. hosts.
 _VARIABLES = {
     *("GROUP_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"),
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"),
@@ -21,7 +21,7 @@ _VARIABLES = {
 
 
 def environment(world_size: int) -> dict[str, str]:
-    """What the numbers of a run depend on besides its configuration, by name."""
+    """Return what a run's numbers depend on besides its configuration, by name."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -35,8 +35,8 @@ def environment(world_size: int) -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, str]:
-    """Commit of the checkout that ``folder`` is in, and what differs from it; nothing if it is in
-    none, or git is not there."""
+    """Return the commit of the checkout around ``folder`` and the files changed since; empty
+    outside a checkout or without git."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return {}
@@ -45,7 +45,7 @@ def git_state(folder: Path) -> dict[str, str]:
 
 
 def as_lines(facts: Mapping[str, str]) -> str:
-    """One line each, aligned."""
+    """Return one line per fact, with aligned values."""
     width = max(map(len, facts), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
 

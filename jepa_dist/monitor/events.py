@@ -1,8 +1,8 @@
-"""TensorBoard's event file, written where the call is made.
+"""TensorBoard event file, written synchronously.
 
-TensorBoard's own writer hands records to a thread: on a full disk that thread dies with a
-traceback and leaves half a record, at which every reader stops. Here a record is appended as a
-whole or not at all, and an error reaches the caller.
+TensorBoard's own writer passes records to a thread: on a full disk that thread dies with a
+traceback and leaves a partial record, at which every reader stops. Here a record is appended
+completely or not at all, and errors are raised to the caller.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from torch.utils.tensorboard import summary
 from jepa_dist.files import open_to_append
 from jepa_dist.optim.histograms import Distribution
 
-# {category: {chart: [kind, [tag patterns]]}}, as ``torch.utils.tensorboard`` takes it.
+# {category: {chart: [kind, [tag patterns]]}}, the format of ``torch.utils.tensorboard``.
 Layout = Mapping[str, Mapping[str, list[Any]]]
 
 
 class Appendable:
-    """A file that grows by whole records, each of which is with the kernel when ``append`` is back.
+    """A file to which complete records are appended.
 
-    (So a killed process loses none; a host that loses power may.)
+    ``append`` returns after the write system call: a killed process loses no record, a host that
+    loses power may.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +45,7 @@ class Appendable:
         """Add one record.
 
         Raises:
-            OSError: it cannot be written; the file is as before.
+            OSError: it cannot be written; the file is unchanged.
         """
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,7 @@ class Appendable:
             raise
 
     def close(self) -> None:
-        """Nothing more will be added."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
@@ -66,11 +67,11 @@ class Appendable:
 class EventFile:
     """One event file of TensorBoard.
 
-    Every method raises OSError if the file cannot be written; it is then as before.
+    Every method raises OSError if the file cannot be written; the file is then unchanged.
 
     Args:
-        folder: Where; made if need be.
-        purge_step: What earlier files hold from this step on is not to be shown any more.
+        folder: The folder of event files; created if missing.
+        purge_step: TensorBoard discards events of earlier files from this step on.
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
@@ -80,35 +81,35 @@ class EventFile:
         self._has_header = False
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Points of curves, by tag."""
+        """Add scalars, by tag."""
         numbers = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._add(Summary(value=numbers), step)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """A text, shown as it stands."""
+        """Add a text, shown preformatted."""
         shown = "\n".join(f"    {line}" for line in text.splitlines())
         self._add(summary.text(tag, shown), step)
 
     def image(self, tag: str, image_HWC: npt.NDArray[np.uint8], step: int) -> None:
-        """A picture, uint8 [H, W, 3]."""
+        """Add an image, uint8 [H, W, 3]."""
         self._add(summary.image(tag, image_HWC, dataformats="HWC"), step)
 
     def histogram(self, tag: str, values: Distribution, step: int) -> None:
-        """The distribution of a tensor's elements."""
+        """Add a histogram of a tensor's elements."""
         limits = np.nan_to_num(values.limits)  # the last may be inf
         self._add(summary.histogram_raw(tag, *values[:5], limits, values.counts), step)
 
     def layout(self, layout: Layout) -> None:
-        """How the custom scalars' page is arranged."""
+        """Set the layout of the page "Custom Scalars"."""
         self._add(summary.custom_scalars(layout), 0)
 
     def hparams(self, settings: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
-        """The run as one line of the table that compares runs."""
+        """Add the run as a row of TensorBoard's HParams table."""
         for part in summary.hparams(dict(settings), dict(results)):
             self._add(part, step)
 
     def close(self) -> None:
-        """Nothing more will be added."""
+        """Close the file."""
         self._file.close()
 
     def _add(self, what: Summary, step: int) -> None:
@@ -123,7 +124,7 @@ class EventFile:
 
 
 def _framed(event: Event) -> bytes:
-    """With its length and check sums around it."""
+    """Return the serialized event with its length and checksums (TFRecord)."""
     buffer = io.BytesIO()
     RecordWriter(buffer).write(event.SerializeToString())
     return buffer.getvalue()

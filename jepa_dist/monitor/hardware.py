@@ -1,4 +1,4 @@
-"""What the machine can do and what this process takes of it."""
+"""Peak FLOP/s of devices, and this process's resident memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import psutil
 
 _GIB = 2**30
 
-# Peak dense bf16 TFLOP/s. NVIDIA's data sheets print figures with sparsity, twice as high: A100
-# (2020), H100 SXM, PCIe and NVL (2022 to 2024), H200 SXM and NVL (2024), HGX B200 (2024). The first
-# that the device's name begins with wins.
+# Peak dense bf16 TFLOP/s, half the figures with sparsity in NVIDIA's data sheets: A100 (2020), H100
+# SXM, PCIe and NVL (2022 to 2024), H200 SXM and NVL (2024), HGX B200 (2024). The first entry that
+# is a prefix of the device's name applies.
 _PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.5,
@@ -21,15 +21,15 @@ _PEAK_TFLOPS = {
     "B200": 2250.0,
     "A100": 312.0,
 }
-# NVIDIA A100-SXM4-40GB MIG 1g.5gb; NVIDIA A100-2-10C, GRID A100D-4C.
+# Matches e.g. NVIDIA A100-SXM4-40GB MIG 1g.5gb, NVIDIA A100-2-10C, GRID A100D-4C.
 _SLICE = re.compile(r"\bMIG\b|-\d+(-\d+)?[ABCQ]$")
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, or None if it is not known.
+    """Return the peak dense bf16 FLOP/s of a device; None if unknown.
 
-    Names are compared as whole words from the start: an RTX A1000 is no A100. Slices of a device
-    (MIG, vGPU) have a part of its peak that their name does not tell.
+    A prefix must end at a word boundary: an RTX A1000 is not an A100. The peak of a partition (MIG,
+    vGPU) is unknown: its name does not say which share of the device it has.
     """
     if _SLICE.search(device_name):
         return None
@@ -40,5 +40,5 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def resident_gib() -> float:
-    """Resident memory of this process in GiB."""
+    """Return the resident memory of this process in GiB."""
     return psutil.Process().memory_info().rss / _GIB

@@ -1,4 +1,4 @@
-"""The starts of a run: with what each was made, what interruptions cost, how often to save."""
+"""The starts of a run: environment of each, goodput, and the optimal checkpoint interval."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ STARTS = "starts.jsonl"
 # A line has a few kilobytes.
 _MOST_BYTES = 64 * MIB
 
-# What a run leaves when it ends, or until then every few seconds.
-_SIGNS_OF_LIFE = ("metrics.jsonl", "status.json", "heartbeats/rank_*.json")
+# Files that a run writes at its end, or every few seconds until then.
+_ACTIVITY_FILES = ("metrics.jsonl", "status.json", "heartbeats/rank_*.json")
 
 _Seconds = Annotated[float, Field(ge=0, lt=2**40)]
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -34,21 +34,21 @@ class StartRecord:
     time: _Seconds
     """Seconds since the epoch."""
     step: _Count
-    """Steps done before."""
+    """Steps completed before."""
     world_size: _Count
     after_failure: bool
-    """Whether the start before this one ended otherwise than by itself or on request."""
+    """Whether the previous start failed, i.e. neither finished nor stopped on request."""
     train_seconds: _Seconds = 0.0
-    """Training time spent before; of a run that branches off another one, the other's."""
+    """Training time spent before; for a run that branches off another one, the other's."""
     idle_seconds: _Seconds = 0.0
-    """Between the last sign of life of the start before and this one."""
+    """Time between the last activity of the previous start and this start."""
     config: dict[str, Any] | None = None
-    """As it was resolved for this start."""
+    """The resolved configuration of this start."""
     facts: dict[str, str] | None = None
-    """What numbers depend on besides the configuration: what ``auto`` stands for, the device, and
-    the versions of libraries, by name."""
+    """What numbers depend on besides the configuration, by name: values that ``auto`` resolved to,
+    the device, and versions of libraries."""
     environment: dict[str, str] | None = None
-    """Host, ranks, versions and variables that this start ran with."""
+    """Host, ranks, versions and environment variables of this start."""
 
 
 _RECORD = TypeAdapter(StartRecord)
@@ -61,9 +61,9 @@ class RunHistory:
         run_dir: The run.
         step: Steps done before this start.
         world_size: Ranks of this start.
-        last_state: ``state`` of the status file that the start before left; None at the first.
+        last_state: ``state`` in the previous start's status file; None for the first start.
         train_seconds: Training time spent before this start.
-        config: Of this start.
+        config: Configuration of this start.
         facts: See ``StartRecord``.
         environment: See ``StartRecord``.
     """
@@ -99,26 +99,26 @@ class RunHistory:
 
     @property
     def failures(self) -> int:
-        """Starts that a failure made necessary."""
+        """Number of starts that followed a failure."""
         return sum(start.after_failure for start in self._starts)
 
     def wall_seconds(self) -> float:
-        """From the first start until now, whatever was or was not running meanwhile."""
+        """Return the time from the first start until now, including time between starts."""
         before = self._starts[-1].time - self._starts[0].time
-        # The clock of the host may have been set between starts; time does not run backwards.
+        # The difference is negative if the host's clock was set back between starts.
         return max(0.0, before) + time.monotonic() - self._monotonic
 
     def running_seconds(self) -> float:
-        """Of these, those in which the run was running: only then it can fail."""
+        """Return the part of ``wall_seconds`` in which the run was running, i.e. could fail."""
         return max(0.0, self.wall_seconds() - sum(start.idle_seconds for start in self._starts))
 
     def record(self, train_seconds: float, save_seconds: float | None) -> dict[str, float]:
-        """Metrics.
+        """Return goodput metrics.
 
         Args:
-            train_seconds: Training time of all steps up to now, each counted once; those of a run
-                that this one branches off are taken off here.
-            save_seconds: That a checkpoint holds the run up; None if that is not known yet.
+            train_seconds: Training time of all steps up to now, each counted once; the time of a
+                run that this one branches off is subtracted here.
+            save_seconds: Time that a save blocks training; None if not known yet.
         """
         wall = self.wall_seconds()
         productive = max(0.0, train_seconds - self._starts[0].train_seconds)
@@ -135,7 +135,7 @@ class RunHistory:
 
 
 def young_interval(save_seconds: float, seconds_between_failures: float) -> float:
-    """Time between checkpoints that loses least: sqrt(2 * cost of a save * time to failure).
+    """Return the checkpoint interval that minimizes lost time: sqrt(2 * save time * MTBF).
 
     Source: J. W. Young, "A first order approximation to the optimum checkpoint interval",
     CACM 17(9), 1974.
@@ -144,10 +144,10 @@ def young_interval(save_seconds: float, seconds_between_failures: float) -> floa
 
 
 def read_starts(run_dir: Path) -> list[StartRecord]:
-    """The starts so far; lines that a crash cut short are left out.
+    """Read the starts so far; invalid lines (cut short by a crash) are skipped.
 
     Raises:
-        OSError: the file is there, but cannot be read, is no regular file, or is far too large.
+        OSError: the file exists, but cannot be read, is not a regular file, or is too large.
     """
     starts = []
     with suppress(FileNotFoundError):
@@ -158,7 +158,8 @@ def read_starts(run_dir: Path) -> list[StartRecord]:
 
 
 def lasting(starts: Sequence[StartRecord]) -> list[StartRecord]:
-    """Those starts of which steps are left in the run: later ones went back behind none of them."""
+    """Return the starts that contributed steps to the run: a start is dropped if a later one began
+    at the same step or an earlier one."""
     kept: list[StartRecord] = []
     for start in reversed(starts):
         if not kept or start.step < kept[-1].step:
@@ -167,9 +168,9 @@ def lasting(starts: Sequence[StartRecord]) -> list[StartRecord]:
 
 
 def _idle_seconds(run_dir: Path) -> float:
-    """Since the run last gave a sign of life; 0 where it has left none."""
+    """Return the time since the run last wrote one of its activity files; 0 if there is none."""
     times = []
-    for pattern in _SIGNS_OF_LIFE:
+    for pattern in _ACTIVITY_FILES:
         for path in run_dir.glob(pattern):
             with suppress(OSError):
                 times.append(path.stat().st_mtime)

@@ -1,4 +1,4 @@
-"""Tables as pictures, for TensorBoard's ``add_image(tag, image, step, dataformats="HWC")``."""
+"""Tables as images, for TensorBoard's ``add_image(tag, image, step, dataformats="HWC")``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _UNKNOWN = (128, 128, 128)
 
 
 def cos_image(table: Sequence[Sequence[float]]) -> npt.NDArray[np.uint8]:
-    """A table of cosines (``jepa/cos_table``'s "cos") as an image, [H, W, 3].
+    """Return a table of cosines (``jepa/cos_table``'s "cos") as an image, [H, W, 3].
 
-    One square a cell: blue -1, white 0, red +1, grey not finite. The first row (the shortest
+    One square per cell: blue -1, white 0, red +1, gray not finite. The first row (the shortest
     spans) is at the top.
     """
     cosines = np.asarray(table, dtype=np.float64)
     share = np.clip(np.abs(np.nan_to_num(cosines)), 0, 1)[..., None]
     end = np.where(cosines[..., None] < 0, _NEGATIVE, _POSITIVE)
-    colours = (1 - share) * np.array(_ZERO) + share * end
-    colours = np.where(np.isfinite(cosines)[..., None], colours, _UNKNOWN)
-    pixels: npt.NDArray[np.uint8] = colours.round().astype(np.uint8)
+    colors = (1 - share) * np.array(_ZERO) + share * end
+    colors = np.where(np.isfinite(cosines)[..., None], colors, _UNKNOWN)
+    pixels: npt.NDArray[np.uint8] = colors.round().astype(np.uint8)
     return pixels.repeat(_CELL, axis=0).repeat(_CELL, axis=1)

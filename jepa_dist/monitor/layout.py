@@ -1,7 +1,7 @@
-"""How TensorBoard's page "Custom Scalars" is arranged: the first look at a run, top to bottom.
+"""Layout of TensorBoard's page "Custom Scalars": the overview of a run.
 
 Tags are patterns (regular expressions over the whole tag). docs/monitoring.md explains the charts;
-a test sees to it that every number of a run is in one of them.
+a test checks that every metric of a run is in one of them.
 """
 
 from __future__ import annotations

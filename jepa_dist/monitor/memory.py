@@ -1,4 +1,4 @@
-"""What fills the device's memory, above all when there is none left."""
+"""Advice and a memory snapshot when the device runs out of memory."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 
 from jepa_dist.errors import UserError
 
-# Allocations kept with their stacks; the newest.
+# Number of newest allocations that are recorded with their stacks.
 _EVENTS = 100_000
 
 
 @contextmanager
-def memory_watched(run_dir: Path, rank: int, *, snapshot: bool) -> Iterator[None]:
-    """Turns running out of device memory into advice, and leaves a snapshot of what is allocated.
+def explain_out_of_memory(run_dir: Path, rank: int, *, snapshot: bool) -> Iterator[None]:
+    """Turn an out-of-memory error into advice, and write a snapshot of the allocations.
 
-    The snapshot ``RUN/profile/memory_rank_<r>.pickle`` opens on pytorch.org/memory_viz. (It is a
-    pickle of PyTorch's own; nothing here reads it.)
+    Open the snapshot ``RUN/profile/memory_rank_<r>.pickle`` on pytorch.org/memory_viz. (It is
+    PyTorch's own pickle format; this package never reads it.)
 
     Args:
         run_dir: The run.
         rank: This rank.
-        snapshot: Record allocations with their stacks, and leave a snapshot at the end, too.
+        snapshot: Record allocations with their stacks, and write a snapshot at the end, too.
 
     Raises:
-        UserError: no memory left.
+        UserError: the device is out of memory.
     """
     is_cuda = torch.cuda.is_available()
     if snapshot and is_cuda:
@@ -35,15 +35,15 @@ def memory_watched(run_dir: Path, rank: int, *, snapshot: bool) -> Iterator[None
     try:
         yield
     except torch.OutOfMemoryError as error:
-        left = _leave_snapshot(run_dir, rank) if is_cuda else None
+        left = _write_snapshot(run_dir, rank) if is_cuda else None
         raise UserError(*_advice(error, left)) from error
     if snapshot and is_cuda:
-        _leave_snapshot(run_dir, rank)
+        _write_snapshot(run_dir, rank)
 
 
-def _leave_snapshot(run_dir: Path, rank: int) -> Path | None:
+def _write_snapshot(run_dir: Path, rank: int) -> Path | None:
     path = run_dir / "profile" / f"memory_rank_{rank}.pickle"
-    with suppress(OSError, RuntimeError):  # what happened matters more than a file about it
+    with suppress(OSError, RuntimeError):  # must not hide the out-of-memory error
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
         return path
@@ -54,10 +54,10 @@ def _advice(error: torch.OutOfMemoryError, snapshot: Path | None) -> list[str]:
     happened = str(error).partition("\n")[0]
     lines = [
         f"out of device memory: {happened}",
-        "take less at a time: lower batch.micro (the global batch stays the same), or set "
-        "parallel.activation_checkpointing=selective (full needs least), or shard over more ranks "
+        "reduce memory: lower batch.micro (the global batch stays the same), set "
+        "parallel.activation_checkpointing=selective (full saves most), or shard over more ranks "
         "(parallel.dp_shard)",
     ]
     if snapshot is not None:
-        lines.append(f"what was allocated: {snapshot} (open it on pytorch.org/memory_viz)")
+        lines.append(f"snapshot of allocations: {snapshot} (open it on pytorch.org/memory_viz)")
     return lines

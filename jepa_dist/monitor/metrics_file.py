@@ -1,7 +1,7 @@
 """The format of ``metrics.jsonl``: one JSON object per logged step, the closing record last.
 
-JSON has no NaN and no infinities: such a value is written as null, and ``not_finite`` says which it
-was (``{"loss/ce": "nan"}``). Reading puts it back.
+JSON has no NaN or infinity: such a value is written as null, and its kind in ``not_finite``
+(``{"loss/ce": "nan"}``). ``decode`` restores it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jepa_dist.files import MIB, read_lines
 
 METRICS = "metrics.jsonl"
 HELD_BYTES = 512 * MIB
-"""Largest file whose records are held in memory, which takes several times as much: about 200,000
-records."""
+"""Largest file whose records are all held in memory, which takes several times as much: about
+200,000 records."""
 
 _NOT_FINITE = "not_finite"
 _NAMES = ("nan", "inf", "-inf")
@@ -30,8 +30,8 @@ Record = Mapping[str, Any]
 
 
 def encode(record: Record) -> bytes:
-    """A record as a line of the file."""
-    known = record.get(_NOT_FINITE)  # of a record that was read
+    """Return a record as a line of the file."""
+    known = record.get(_NOT_FINITE)  # if the record was read from a file
     reasons: dict[str, str] = dict(known) if isinstance(known, dict) else {}
     values = {key: _finite(key, value, reasons) for key, value in record.items()}
     if reasons:
@@ -40,7 +40,7 @@ def encode(record: Record) -> bytes:
 
 
 def _finite(key: str, value: Any, reasons: dict[str, str]) -> Any:
-    """``value`` with null for each number that JSON cannot hold; takes down which those were."""
+    """Return ``value`` with None for each NaN or infinity, and record its kind in ``reasons``."""
     if isinstance(value, float) and not math.isfinite(value):
         reasons[key] = str(float(value))
         return None
@@ -52,9 +52,9 @@ def _finite(key: str, value: Any, reasons: dict[str, str]) -> Any:
 
 
 def decode(line: bytes) -> dict[str, Any] | None:
-    """The record in a line, or None if it holds none (a crash cut it short, or it is damaged).
+    """Return the record in a line; None if it is invalid (cut short by a crash, or damaged).
 
-    Every record has a ``step``. Other values are as they stand: take numbers with ``number``.
+    Every record has a valid ``step``. Other values are not validated: read numbers with ``number``.
     """
     try:
         record = _parse(line)
@@ -76,24 +76,24 @@ def _parse(line: bytes) -> Any:
     try:
         return from_json(line)
     except ValueError:
-        return json.loads(line)  # slower, but takes the lone surrogates that json.dumps writes
+        return json.loads(line)  # slower, but accepts the lone surrogates that json.dumps writes
 
 
 def read_records(metrics: Path, limit: int | None = None) -> Iterator[dict[str, Any] | None]:
-    """The records of a file in order; None for each line that holds none.
+    """Yield the records of a file in order; None for each invalid line.
 
     Args:
         metrics: The file.
-        limit: Most bytes that it may have; for those who keep all records (``HELD_BYTES``).
+        limit: Maximum size in bytes, for callers that keep all records (``HELD_BYTES``).
 
     Raises:
-        OSError: the file is missing, cannot be read, is no regular file, or is larger.
+        OSError: the file is missing, cannot be read, is not a regular file, or is larger.
     """
     return map(decode, read_lines(metrics, limit))
 
 
 def number(record: Record, key: str) -> float | None:
-    """A number of a record; None if it has none under this name."""
+    """Return a number of a record; None if ``key`` is missing or not a number."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

@@ -1,12 +1,12 @@
-"""A rank that ends takes the others with it, even those that wait for it inside a collective.
+"""Make all ranks exit when one has exited, even those that wait for it inside a collective.
 
-gloo notices a closed connection; NCCL spins on. torchrun asks the ranks that are left to stop and
-kills them only after its time limit (30 s, or as long as a save may take), so each of them must
-find out that the signal means a lost rank, not a request to save and stop:
+gloo detects a closed connection; NCCL keeps waiting. torchrun sends the remaining ranks a stop
+signal and kills them only after its time limit (30 s, or as long as a save may take), so each of
+them must find out that the signal means a lost rank, not a request to save and stop:
 
-* on this host: torchrun's children are counted when a stop signal arrives;
-* on other hosts: a rank that fails, or that finds one missing, leaves a report in
-  ``RUN/heartbeats/``, which every rank's watchdog looks for.
+* on the same host: count torchrun's child processes when a stop signal arrives;
+* on other hosts: a rank that fails, or that detects a missing one, writes a report to
+  ``RUN/heartbeats/``, which every rank's watchdog checks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 
 EXIT_LOST_RANK = 1
 
-# The main thread may notice by itself and say more; this long it has for that.
+# Time for the main thread to raise a more specific error by itself.
 _GRACE_SECONDS = 3.0
 
 
@@ -33,8 +33,8 @@ class Peers:
     Args:
         run_dir: Holds ``heartbeats/``, on a file system that all hosts share.
         rank: This rank.
-        start_id: The same on all ranks, another one for every start: reports of earlier starts
-            must not count.
+        start_id: The same on all ranks, different for every start, so that reports of earlier
+            starts are ignored.
     """
 
     def __init__(self, run_dir: Path, rank: int, start_id: str) -> None:
@@ -43,11 +43,11 @@ class Peers:
         self._is_leaving = False
 
     def report_failure(self, reason: str, rank: int | None = None) -> None:
-        """Leave word that a rank (this one by default) has failed; the first report stays."""
+        """Report that a rank (this one by default) has failed; only the first report is kept."""
         rank = self._rank if rank is None else rank
         partial = self._report.with_suffix(f".{self._rank}.partial")
         report = {"rank": rank, "host": socket.gethostname(), "reason": reason}
-        with suppress(OSError):  # no disk, no report: torchrun ends the others
+        with suppress(OSError):  # without a report, torchrun terminates the others
             self._report.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(report), encoding="utf-8")
             if not self._report.exists():
@@ -55,21 +55,21 @@ class Peers:
             partial.unlink(missing_ok=True)
 
     def leave_if_reported(self) -> None:
-        """End this process soon if another rank has left a report."""
+        """Exit this process soon if another rank has reported a failure."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             report = json.loads(self._report.read_text(encoding="utf-8"))
             if report["rank"] != self._rank:
                 self._leave_soon(f"rank {report['rank']} on {report['host']}: {report['reason']}")
 
     def leave_if_local_rank_ended(self) -> None:
-        """End this process soon if a rank of this host has ended. Call when asked to stop."""
+        """Exit this process soon if a rank of this host has exited. Call when asked to stop."""
         ended = ended_local_ranks()
         if ended:
-            self.report_failure("ended", ended[0])
-            self._leave_soon(f"rank {ended[0]} on {socket.gethostname()} has ended")
+            self.report_failure("exited", ended[0])
+            self._leave_soon(f"rank {ended[0]} on {socket.gethostname()} has exited")
 
     def remove_old_reports(self) -> None:
-        """Delete the reports of earlier starts; on one rank."""
+        """Delete the reports of earlier starts; call on one rank."""
         for path in self._report.parent.glob("failed_*"):
             if path != self._report:
                 path.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ class Peers:
 
     def _leave(self, why: str) -> None:
         print(
-            f"[rank {self._rank}] error: {why}; leaving without waiting for it",
+            f"[rank {self._rank}] error: {why}; exiting without waiting for it",
             file=sys.stderr,
             flush=True,
         )
@@ -91,9 +91,9 @@ class Peers:
 
 
 def ended_local_ranks() -> list[int]:
-    """Return the ranks of this host, by torchrun's count, whose processes are gone.
+    """Return the ranks of this host, as numbered by torchrun, whose processes have exited.
 
-    Nothing where the launcher is not the parent of all ranks of the host.
+    Empty if the launcher is not the parent of all ranks of the host.
     """
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if any(name not in os.environ for name in names):

@@ -1,4 +1,4 @@
-"""A look at single steps: what every operator and kernel takes, from torch.profiler."""
+"""Traces of single steps: time of every operator and kernel, from torch.profiler."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _TABLE_ROWS = 60
 
 
 class StepProfiler:
-    """Traces some steps of this rank into ``RUN/profile``. Runs inside a ``with`` block.
+    """Tracer of some steps of this rank, writing to ``RUN/profile``; a context manager.
 
-    ``rank_<r>.json.gz`` opens in Perfetto (ui.perfetto.dev), with the names of the phases of a
-    step; ``rank_<r>.txt`` is a table of what takes the most time.
+    ``rank_<r>.json.gz`` opens in Perfetto (ui.perfetto.dev) and has the names of a step's phases;
+    ``rank_<r>.txt`` is a table of the most expensive operators.
 
     Args:
-        config: Which steps, on which ranks.
+        config: Which steps to trace, on which ranks.
         run_dir: The run.
         rank: This rank.
-        say: Tells the user where they are.
+        say: Prints a message for the user.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class StepProfiler:
         self._profile: profile | None = None
 
     def step(self) -> None:
-        """A step begins.
+        """Begin a step: start or stop tracing if it is due.
 
-        No collective should be under way: a thread of gloo that reports its first event while a
-        trace is being closed makes torch (2.13) lose all events of other threads.
+        No collective should be in flight: a gloo thread that reports its first event while a trace
+        is being stopped makes torch (2.13) lose all events of other threads.
         """
         if not self._is_chosen:
             return
@@ -66,7 +66,7 @@ class StepProfiler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """A run that ends within the steps to be traced leaves those that there were."""
+        """Write the trace of a run that ends within the steps to be traced."""
         if error is None:
             self._finish()
 
@@ -80,7 +80,7 @@ class StepProfiler:
             self._folder.mkdir(parents=True, exist_ok=True)
             done.export_chrome_trace(str(trace))
             trace.with_name(f"{self._name}.txt").write_text(_table(done), encoding="utf-8")
-        except (OSError, RuntimeError) as problem:  # training does not depend on it
+        except (OSError, RuntimeError) as problem:  # must not end training
             log.warning("the profile cannot be written: %s", problem)
             self._say(f"warning: the profile cannot be written: {problem}")
         else:

@@ -1,4 +1,4 @@
-"""Everything rank 0 publishes: console, metrics.jsonl and TensorBoard together."""
+"""Everything that rank 0 publishes: console, metrics.jsonl, TensorBoard and status.json."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from jepa_dist.monitor.system import SystemReader
 from jepa_dist.monitor.writer import MetricsWriter
 from jepa_dist.optim.histograms import Distribution
 
-# What sets runs of a sweep apart, by the beginning of the key: columns of TensorBoard's table.
+# Prefixes of the keys that are columns of TensorBoard's HParams table.
 _SWEPT = ("seed", "jepa.", "optim.", "batch.sequences", "train.steps")
 
 
 class Reporter:
-    """Publishes records. One per run, on rank 0.
+    """Publisher of a run's records, on rank 0.
 
     Args:
-        run_dir: Where the run lives.
-        config: Its configuration.
-        done: Steps done before this start.
+        run_dir: The run directory.
+        config: The run's configuration.
+        done: Steps completed before this start.
         world_size: Number of ranks.
         train_seconds: Training time spent before this start.
         facts: What its numbers depend on besides the configuration (``records.facts``).
@@ -78,19 +78,19 @@ class Reporter:
         self._stragglers = StragglerAlarm(monitor.straggler_ratio)
 
     def say(self, text: str) -> None:
-        """Tell the user something, on the console only."""
+        """Print a line on the console."""
         self._console.say(text)
 
     def text(self, tag: str, text: str) -> None:
-        """Show a text in TensorBoard."""
+        """Add a text to TensorBoard."""
         self._writer.text(tag, text, self._done)
 
     def histograms(self, values: Mapping[str, Distribution], step: int) -> None:
-        """Show distributions in TensorBoard, by tag."""
+        """Add histograms to TensorBoard, by tag."""
         self._writer.histograms(values, step)
 
     def step(self, record: Mapping[str, Any] | None) -> None:
-        """A step is done; ``record`` is None unless it is logged."""
+        """Report a completed step; ``record`` is None unless it is logged."""
         self._console.step()
         if record is not None:
             self._recorded = record["step"]
@@ -111,7 +111,7 @@ class Reporter:
                 self._writer.text("alarms", alarm, record["step"])
 
     def go_back(self, step: int, why: str) -> None:
-        """The run goes on from an earlier step: what was recorded beyond is dropped."""
+        """Continue from an earlier step: drop the records of later steps."""
         self._writer.close()
         self._console.close()
         self._open(step)
@@ -119,18 +119,18 @@ class Reporter:
         self._status.update(step=step)
 
     def saved(self) -> None:
-        """A checkpoint was published."""
+        """Report that a checkpoint was published."""
         self._status.update()
 
     def diverged(self, reason: str) -> None:
-        """The run gives up: leave a record that says why, for whoever counts runs."""
+        """Record that the run has diverged, and why; sweeps read this record."""
         self._writer.diverged(self._recorded, reason)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Leave ``status.json``, tell how the run ended, and close; of a finished run also write
-        the closing record.
+        """Update ``status.json``, print how the run ended, and close; for a finished run, also
+        write the closing record.
 
-        (After a failure nothing needs closing: every record is flushed as it is written.)
+        (After a failure nothing needs closing: every record is written immediately.)
         """
         is_finished = summary["finished"]
         if is_finished:
@@ -146,7 +146,7 @@ class Reporter:
         self._console.say(f"warning: {text}")
 
     def _settings(self) -> dict[str, Any]:
-        """Of this run among those of a sweep; TensorBoard knows numbers, texts and truth values."""
+        """Return the run's HParams columns; TensorBoard accepts numbers, strings and booleans."""
         return {
             key: value if isinstance(value, bool | int | float) else str(value)
             for key, value in flatten(to_dict(self._config))
@@ -160,14 +160,14 @@ def _startup_line(record: Mapping[str, Any]) -> str:
         for key, value in record.items()
         if key.startswith("startup/") and key != "startup/total"
     )
-    return f"first step {record['startup/total']:.1f} s after the process began: {parts}"
+    return f"first step {record['startup/total']:.1f} s after the process started: {parts}"
 
 
 def _stopped(summary: Mapping[str, Any]) -> str:
     how = "with a checkpoint" if summary["saved"] else "without a checkpoint"
     return (
         f"stopped after step {summary['step']} {how}: {summary['reason']}; "
-        "the same command goes on from there"
+        "the same command resumes the run"
     )
 
 
@@ -181,7 +181,7 @@ def _closing_lines(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
     ]
     if "baseline/bigram_bpb" in summary:
         lines.append(
-            f"for comparison, counted on the same training text: "
+            f"n-gram baselines on the same training text: "
             f"bigram {summary['baseline/bigram_bpb']:.4f}, "
             f"trigram {summary['baseline/trigram_bpb']:.4f} bits per byte"
         )
@@ -193,7 +193,7 @@ def _closing_lines(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
 
 
 def _tensorboard_command(folder: Path) -> str:
-    """What shows all runs in ``folder``, to be pasted in any directory."""
+    """Return the command that shows all runs in ``folder``; works from any directory."""
     program = Path(sys.executable).with_name("tensorboard")
     on_path = shutil.which("tensorboard") == str(program)
     return shlex.join(

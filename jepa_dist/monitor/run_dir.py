@@ -1,4 +1,4 @@
-"""The run directory."""
+"""The run directory: creation, checks, ``status.json`` and log files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jepa_dist.files import MIB, check_regular, open_to_append, read_json, write
 from jepa_dist.output import report_lost_output
 from jepa_dist.run_lock import is_in_use
 
-# Far more than a run writes.
+# Much more than a run writes.
 _SMALL_FILE_BYTES = 64 * MIB
 _SMALL_FILES = ("config.yaml", "data.json", "status.json", "starts.jsonl")
 _LARGE_FILES = (
@@ -30,7 +30,7 @@ _CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 
 def write_run_dir(path: Path, files: Mapping[str, str]) -> None:
-    """Make the directory if need be and write what defines the run into it (file name -> text).
+    """Create the directory if it is missing, and write ``files`` (name -> text) into it.
 
     Raises:
         UserError: it cannot be written.
@@ -46,27 +46,27 @@ def write_run_dir(path: Path, files: Mapping[str, str]) -> None:
 
 
 def check_run_dir(path: Path) -> None:
-    """See that the run directory can be made and written; leaves nothing new behind.
+    """Check that the run directory can be created and written, without creating anything.
 
     Raises:
-        UserError: it cannot be.
+        UserError: it cannot.
     """
-    made = path
-    while not made.exists():
-        made = made.parent
-    if not made.is_dir() or not os.access(made, os.W_OK | os.X_OK):
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"run.dir={path}: cannot be written ({made} is not a folder this user may write to); "
-            "name another one (run.dir=...)"
+            f"run.dir={path}: cannot be written ({existing} is not a folder this user may write "
+            "to); name another one (run.dir=...)"
         )
 
 
 def check_run_files(path: Path) -> None:
-    """See that what the run directory holds are files and folders where a run has them, so that no
-    rank waits for a FIFO or reads a device later on.
+    """Check that the entries of the run directory are regular files and folders, so that no rank
+    later waits for a FIFO or reads a device.
 
     Raises:
-        UserError: something else is there; one line each.
+        UserError: one line for each entry of another kind.
     """
     problems = []
     for name in (*_SMALL_FILES, *_LARGE_FILES):
@@ -86,14 +86,14 @@ def check_run_files(path: Path) -> None:
 
 
 class RunStatus:
-    """``status.json``: how the run stands at this moment, for scripts; kept by rank 0.
+    """``status.json``: the current status of the run, for scripts; written by rank 0.
 
-    Rewritten whole at every record and every checkpoint. The checkpoint is looked up in the run
-    directory, so that it is true whoever saved it.
+    Rewritten at every record and every checkpoint. The newest checkpoint is looked up in the run
+    directory.
 
     Args:
         run_dir: The run.
-        warn: Tells the user, once, that the file cannot be written; training goes on.
+        warn: Called once if the file cannot be written; training continues.
     """
 
     def __init__(self, run_dir: Path, warn: Callable[[str], None]) -> None:
@@ -103,14 +103,14 @@ class RunStatus:
         self._facts: dict[str, Any] = {}
 
     def update(self, **facts: Any) -> None:
-        """Change some of ``state`` (``running``, ``finished``, ``stopped``, ``failed``), ``step``
-        (optimizer steps done), ``reason`` (why it ended, in words), ``phase`` and
-        ``tokens_per_second``, and write the file."""
+        """Update fields and write the file: ``state`` (``running``, ``finished``, ``stopped``,
+        ``failed``), ``step`` (completed optimizer steps), ``reason`` (why it ended), ``phase``,
+        ``tokens_per_second``."""
         self._facts |= facts
         try:
             _write_status(self._run_dir, self._facts)
             self._is_failing = False
-        except UserError as error:  # of no consequence for what is trained
+        except UserError as error:  # must not end training
             if not self._is_failing:
                 self._warn(f"status.json is not up to date: {error}")
             self._is_failing = True
@@ -133,18 +133,18 @@ def newest_checkpoint(run_dir: Path) -> int | None:
     return max(steps, default=None)
 
 
-def note_failure(path: Path, rank: int, reason: str) -> None:
-    """Let ``status.json`` say that the run failed, unless another rank has said so already."""
+def record_failure(path: Path, rank: int, reason: str) -> None:
+    """Record in ``status.json`` that the run failed, unless another rank has done so already."""
     status = read_status(path)
     if status.get("state") == "running":
         _write_status(path, {**status, "state": "failed", "reason": f"rank {rank}: {reason}"})
 
 
 def current_status(path: Path) -> dict[str, Any]:
-    """Return ``read_status``, corrected for a run that could not write its end (``kill -9``).
+    """Return ``read_status``, corrected for a run that was killed (``kill -9``).
 
-    Such a run says ``running`` for ever: its lock and heartbeats say that it is dead, its
-    checkpoints what is saved. Its state is ``killed``.
+    The file of such a run still says ``running``, but its lock shows that it is dead. The returned
+    state is ``killed``, and the checkpoint is the newest one on disk.
     """
     status = read_status(path)
     if status.get("state") != "running" or is_in_use(path) is not False:
@@ -155,12 +155,12 @@ def current_status(path: Path) -> dict[str, Any]:
         "state": "killed",
         "checkpoint": checkpoint,
         "saved": checkpoint is not None and checkpoint == status.get("step"),
-        "reason": "it ended without a word: killed, or its host went down",
+        "reason": "it exited without a message: killed, or its host went down",
     }
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """Return what a run last wrote about itself; nothing if there is none, or it is damaged."""
+    """Return the contents of ``status.json``; empty if it is missing or damaged."""
     try:
         status = read_json(path / "status.json", _SMALL_FILE_BYTES)
     except (OSError, ValueError):
@@ -173,10 +173,10 @@ class _LogFile(logging.FileHandler):
     """A log file that drops what it cannot write: a full disk must not end the training."""
 
     def _open(self) -> io.TextIOWrapper:
-        """Open it for appending; a FIFO in its place would wait for a reader.
+        """Open the file for appending, without blocking if it is a FIFO.
 
         Raises:
-            OSError: it cannot be opened, or is no regular file.
+            OSError: it cannot be opened, or is not a regular file.
         """
         file = open_to_append(Path(self.baseFilename))
         return io.TextIOWrapper(
@@ -184,12 +184,12 @@ class _LogFile(logging.FileHandler):
         )
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record; the file is opened by the first."""
+        """Write a record; the first one opens the file."""
         with suppress(OSError):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Say nothing: standard error may be what cannot be written."""
+        """Ignore the error: standard error may not be writable either."""
 
 
 def log_to_run_dir(path: Path, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""What a start costs, from the process's first breath to its first step."""
+"""Time of each part of a start, from process creation to the first step."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import psutil
 
 
 class Startup:
-    """Splits the time since this process was started; call ``done`` after each part."""
+    """Timer of the parts of a start; call ``done`` after each part."""
 
     def __init__(self) -> None:
         self._last = psutil.Process().create_time()
         self._parts: dict[str, float] = {}
 
     def done(self, part: str) -> None:
-        """Everything since the part before (or the start of the process) was this one."""
+        """Attribute the time since the previous call (or process creation) to ``part``."""
         now = time.time()
-        # Guards against a clock that is set meanwhile.
+        # Not negative even if the clock is set back.
         self._parts[part] = max(0.0, now - self._last)
         self._last = now
 
     def record(self) -> dict[str, float]:
-        """Seconds by part, and their sum, as metrics; once, and nothing afterwards."""
+        """Return seconds by part and their sum, as metrics; empty from the second call on."""
         parts, self._parts = self._parts, {}
         if not parts:
             return {}

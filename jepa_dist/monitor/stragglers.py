@@ -1,11 +1,11 @@
-"""Which rank is slow: the same computation timed on every rank, before anybody waits for another.
+"""Detection of slow ranks: time the same computation on every rank, without communication.
 
-A step takes as long on every rank, since each waits for all in the step's collectives; its time
-says nothing about who is slow. So one region of the model that every rank computes alike and that
-waits for nobody is timed on its own: the head with the loss, the last and often the largest piece
-of the forward pass. It holds no parameters of its own, so FSDP2 has no hooks on it, and when it
-runs everything is gathered. Its time rides on the step's metrics reduction: every rank adds its
-own to a vector that is zero elsewhere.
+A step takes equally long on every rank, since all wait for the slowest one in the step's
+collectives; step times do not show which rank is slow. Therefore one region of the model that
+contains no communication is timed separately: the head with the loss, the last and often the
+largest part of the forward pass. It has no parameters of its own, so FSDP2 adds no hooks to it, and
+all parameters are gathered when it runs. The times are exchanged in the step's metrics reduction:
+every rank adds its own to a vector that is zero elsewhere.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 from torch import nn
 
 _KEY = "compute/rank_"
-# Medians over fewer steps say little, and a busy moment may spoil a record.
+# Medians over fewer steps are noisy, and a transient load may affect a single record.
 _LEAST_STEPS = 10
-_RECORDS_IN_ROW = 3
+_CONSECUTIVE_RECORDS = 3
 
 
 class RankTimes:
-    """Times a region on this rank and compares the ranks' times.
+    """Timer of a region on this rank, and comparison of all ranks' times.
 
     Args:
-        rank: This one.
+        rank: This rank.
         hosts: Host of every rank; with fewer than two ranks nothing is measured.
-        device: On CUDA the region is timed there, by events that nobody waits for.
+        device: On CUDA the region is timed on the device, by events, without synchronization.
     """
 
     def __init__(self, rank: int, hosts: Sequence[str], device: torch.device) -> None:
@@ -41,25 +41,25 @@ class RankTimes:
         self._steps: list[list[float]] = []
 
     def around(self, region: nn.Module) -> nn.Module:
-        """The same region, timed; to be called in its place."""
+        """Return a module that times ``region``; call it in its place."""
         return _Timed(region, self._timer) if self._hosts else region
 
     def host_sums(self) -> dict[str, float]:
-        """This rank's seconds for one call of the region, to be added up over ranks."""
+        """Return this rank's seconds per call of the region, to be summed over ranks."""
         sums = {f"{_KEY}{rank}": 0.0 for rank in range(len(self._hosts))}
         if self._hosts:
             sums[f"{_KEY}{self._rank}"] = self._timer.seconds()
         return sums
 
     def observe(self, values: Mapping[str, float]) -> None:
-        """Take in the sums of a step."""
+        """Record the sums of a step."""
         seconds = [values[f"{_KEY}{rank}"] for rank in range(len(self._hosts))]
         if seconds and all(second > 0 for second in seconds):
             self._steps.append(seconds)
 
     def record(self) -> dict[str, Any]:
-        """Each rank's median over the steps since the last result, and the slowest rank against
-        the others; nothing until there are enough steps."""
+        """Return metrics that compare the slowest rank with the others, from each rank's median
+        over the steps since the last result; empty until there are enough steps."""
         if len(self._steps) < _LEAST_STEPS:
             return {}
         steps, self._steps = self._steps, []
@@ -70,46 +70,46 @@ class RankTimes:
         return {
             "straggler/slowest_rank": slowest,
             "straggler/host": self._hosts[slowest],
-            # The lower of the two in the middle: of two ranks, the faster one.
+            # The low median, so that with two ranks the slower is compared with the faster one.
             "straggler/ratio": medians[slowest] / statistics.median_low(medians),
             "straggler/zscore": excess / spread if spread > 0 else 0.0,
         }
 
 
 class StragglerAlarm:
-    """Warns of a rank that stays slow; once, and again only after none was.
+    """Alarm for a rank that is slow in consecutive records; fires once and re-arms when no rank is.
 
     Args:
-        ratio: Slow is a rank that takes so many times as long as a typical one; 0 warns never.
+        ratio: Time relative to the median from which a rank is slow; 0 disables the alarm.
     """
 
     def __init__(self, ratio: float) -> None:
         self._ratio = ratio
         self._suspect = -1
-        self._in_row = 0
+        self._consecutive = 0
 
     def observe(self, record: Mapping[str, Any]) -> list[str]:
-        """Take in a record, in order; the warnings that it gives rise to."""
+        """Process the next record; return its warnings."""
         if "straggler/ratio" not in record:
             return []
         rank, ratio = record["straggler/slowest_rank"], record["straggler/ratio"]
         if not 0 < self._ratio <= ratio:
-            self._in_row = 0
+            self._consecutive = 0
             return []
-        self._in_row = self._in_row + 1 if rank == self._suspect else 1
+        self._consecutive = self._consecutive + 1 if rank == self._suspect else 1
         self._suspect = rank
-        if self._in_row != _RECORDS_IN_ROW:
+        if self._consecutive != _CONSECUTIVE_RECORDS:
             return []
         return [
             f"step {record['step']}: rank {rank} (host {record['straggler/host']}) takes "
             f"{ratio:.2f} times as long as a typical rank for the same computation, and all wait "
-            "for it. Look on that host for other processes and for clocks that are held down "
-            "(nvidia-smi -q -d PERFORMANCE), or leave the host out"
+            "for it. Check that host for other processes and for throttled clocks "
+            "(nvidia-smi -q -d PERFORMANCE), or exclude the host"
         ]
 
 
 class _Timed(nn.Module):
-    """Calls a region, and times the calls that train."""
+    """A region whose calls with gradients enabled are timed."""
 
     def __init__(self, region: nn.Module, timer: _HostTimer | _CudaTimer) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _Timed(nn.Module):
 
 
 class _HostTimer:
-    """Seconds by the host's clock: on a CPU the call is the work."""
+    """Timer by the host's clock, for synchronous execution on a CPU."""
 
     def __init__(self) -> None:
         self._calls: list[float] = []
@@ -136,13 +136,13 @@ class _HostTimer:
         return lambda: self._calls.append(time.perf_counter() - began)
 
     def seconds(self) -> float:
-        """Mean of the calls since it was last asked for."""
+        """Return the mean over the calls since the last query."""
         calls, self._calls = self._calls, []
         return statistics.fmean(calls) if calls else 0.0
 
 
 class _CudaTimer:
-    """Seconds by the device's clock, of the calls that the device is done with."""
+    """Timer by CUDA events, for calls that the device has completed."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -159,7 +159,7 @@ class _CudaTimer:
         return stop
 
     def seconds(self) -> float:
-        """Mean of the calls that ended since it was last asked for; if none did, as before."""
+        """Return the mean over the calls completed since the last query; if none, the last mean."""
         calls = []
         while self._pending and self._pending[0][1].query():
             begin, end = self._pending.popleft()

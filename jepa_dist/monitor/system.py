@@ -1,4 +1,4 @@
-"""The host of this process: processor, memory, disk, and the GPU where it can be read."""
+"""Metrics of this process's host: CPU, memory, disk, and the GPU if it can be queried."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 
 class SystemReader:
-    """Reads what is going on on the host, all processes together.
+    """Reader of the host's metrics, over all processes.
 
     Args:
-        run_dir: Whose disk is looked at.
+        run_dir: Its file system's free space is reported.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        psutil.cpu_percent()  # means are since the call before
+        psutil.cpu_percent()  # later calls return the mean since this one
 
     def record(self) -> dict[str, float]:
-        """Metrics; those of the processor since the record before. What cannot be read is left
-        out."""
+        """Return the metrics, CPU usage as mean since the last record; unreadable ones are
+        omitted."""
         record = {
             "system/cpu_percent": psutil.cpu_percent(),
             "system/memory_percent": psutil.virtual_memory().percent,
@@ -34,10 +34,11 @@ class SystemReader:
 
 
 def _gpu() -> dict[str, float]:
-    """Of this process's device; nothing without the package nvidia-ml-py or the right to look."""
+    """Return metrics of this process's GPU; empty without the package nvidia-ml-py or without
+    permission."""
     if not torch.cuda.is_available():
         return {}
-    # NVML's own exceptions have no base class that could be named without the package.
+    # The base class of NVML's exceptions cannot be named without the package.
     with suppress(Exception):
         return {
             "system/gpu_percent": float(torch.cuda.utilization()),

@@ -1,9 +1,9 @@
-"""Who is stuck, and where: heartbeats in the run directory, and stacks when one is late.
+"""Hang detection: heartbeat files in the run directory, and stack dumps when a rank is stuck.
 
-Every rank rewrites ``heartbeats/rank_<r>.json`` every few seconds. A hung rank soon holds up all
-others, so nobody reads these files until its own place has not changed for ``late_seconds``: then
-it looks who is behind (or gives no sign of life at all), logs it, and dumps its own stacks. This
-only tells; what ends the wait is the time limit of the collectives (parallel.timeout_seconds).
+Every rank rewrites ``heartbeats/rank_<r>.json`` every few seconds. A hung rank soon blocks all
+others, so a rank reads these files only when its own place has not changed for ``late_seconds``. It
+then determines which ranks are behind (or send no heartbeat), logs it, and dumps its own stacks.
+The watchdog only reports; the time limit of collectives (parallel.timeout_seconds) ends the run.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from jepa_dist.files import MIB, open_to_append, read_bytes, write_atomically
-from jepa_dist.monitor.meter import Place
+from jepa_dist.monitor.step_timer import Place
 
 log = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 5.0
-# Two looks at the files, this many beats apart, tell who is alive.
-_BEATS_BETWEEN_LOOKS = 3
+# A rank is alive if its file changes between two reads, this many beats apart.
+_BEATS_BETWEEN_READS = 3
 _JOIN_SECONDS = 5.0
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class Heartbeat:
-    """What a rank leaves."""
+    """Contents of a rank's heartbeat file."""
 
     beat: int
     count: int
     step: int
     phase: str
     seconds: float
-    """That it has been in this place."""
+    """Time since its place last changed."""
     host: str
     pid: int
 
@@ -54,15 +54,15 @@ _HEARTBEAT = TypeAdapter(Heartbeat)
 
 
 class Watchdog:
-    """Leaves this rank's heartbeat and tells who holds the run up. Runs inside a ``with`` block.
+    """Writer of this rank's heartbeat, and hang detector; a context manager.
 
     Args:
         run_dir: Holds ``heartbeats/`` and ``logs/``.
         rank: This rank.
         world_size: Number of ranks.
-        place: Where this rank is, at any time.
-        late_seconds: In one place for longer than this is late; 0 watches nothing.
-        look: Called at every beat, by the watching thread.
+        place: Returns this rank's current place; called by the watchdog thread.
+        late_seconds: Warn if the place has not changed for this long; 0 disables the watchdog.
+        look: Called at every beat, by the watchdog thread.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Watchdog:
         self._beat = 0
         self._since = time.monotonic()
         self._seen = place()
-        self._is_told = False
+        self._has_warned = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -96,7 +96,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         if self._thread.is_alive():
-            self._thread.join(_JOIN_SECONDS)  # a file system that hangs keeps it
+            self._thread.join(_JOIN_SECONDS)  # with a time limit: the file system may hang
 
     def _run(self) -> None:
         self._tick()
@@ -107,14 +107,14 @@ class Watchdog:
         self._look()
         place = self._place()
         if place != self._seen:
-            self._seen, self._since, self._is_told = place, time.monotonic(), False
+            self._seen, self._since, self._has_warned = place, time.monotonic(), False
         seconds = time.monotonic() - self._since
-        self._leave_heartbeat(seconds)
-        if seconds > self._late_seconds and not self._is_told:
-            self._is_told = True
-            self._tell(seconds)
+        self._write_heartbeat(seconds)
+        if seconds > self._late_seconds and not self._has_warned:
+            self._has_warned = True
+            self._report_hang(seconds)
 
-    def _leave_heartbeat(self, seconds: float) -> None:
+    def _write_heartbeat(self, seconds: float) -> None:
         self._beat += 1
         beat = Heartbeat(
             beat=self._beat,
@@ -123,20 +123,20 @@ class Watchdog:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        with suppress(OSError):  # a full disk must not end the watch
+        with suppress(OSError):  # a full disk must not end the watchdog
             self._folder.mkdir(exist_ok=True)
             text = json.dumps(asdict(beat))
             write_atomically(self._folder / f"rank_{self._rank}.json", text)
 
-    def _tell(self, seconds: float) -> None:
+    def _report_hang(self, seconds: float) -> None:
         before = read_heartbeats(self._folder, self._world_size)
-        for _ in range(_BEATS_BETWEEN_LOOKS):
+        for _ in range(_BEATS_BETWEEN_READS):
             if self._end.wait(self._interval):
                 return
             self._look()
-            self._leave_heartbeat(time.monotonic() - self._since)
+            self._write_heartbeat(time.monotonic() - self._since)
         if self._place() != self._seen:
-            return  # it went on meanwhile
+            return  # there was progress in the meantime
         after = read_heartbeats(self._folder, self._world_size)
         lines = diagnose(before, after, self._world_size)
         text = f"no progress for {seconds:.0f} s: " + "; ".join(lines)
@@ -148,7 +148,7 @@ class Watchdog:
 
 
 def read_heartbeats(folder: Path, world_size: int) -> dict[int, Heartbeat]:
-    """The last heartbeat of every rank that has left a readable one, by rank."""
+    """Return the last heartbeat of every rank that has a valid file, by rank."""
     beats = {}
     for rank in range(world_size):
         with suppress(OSError, ValueError):  # pydantic's error is a ValueError
@@ -160,17 +160,17 @@ def read_heartbeats(folder: Path, world_size: int) -> dict[int, Heartbeat]:
 def diagnose(
     before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat], world_size: int
 ) -> list[str]:
-    """Name the ranks that hold the run up, one line each.
+    """Return one line for each rank that blocks the run.
 
     Args:
         before: Heartbeats by rank.
-        after: The same, some beats later.
+        after: Heartbeats some beats later.
         world_size: Number of ranks.
     """
     alive = _alive(before, after)
     lines = [f"rank {r} has left no heartbeat" for r in range(world_size) if r not in after]
     lines += [
-        f"{_who(rank, beat)} gives no sign of life, last seen {_where(beat)}"
+        f"{_who(rank, beat)} sends no heartbeat, last seen {_where(beat)}"
         for rank, beat in after.items()
         if rank not in alive
     ]
@@ -188,7 +188,7 @@ def diagnose(
 
 
 def _alive(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat]) -> set[int]:
-    """Ranks that beat between the two looks, or that came between them."""
+    """Return the ranks whose heartbeat changed, or appeared, between the two reads."""
     return {
         rank
         for rank, beat in after.items()

@@ -13,21 +13,21 @@ from jepa_dist.monitor.layout import LAYOUT
 from jepa_dist.monitor.metrics_file import METRICS, Record, encode, read_records
 from jepa_dist.optim.histograms import Distribution
 
-# Records of these keys say how an earlier start ended.
+# Records with one of these keys describe the end of an earlier start.
 _ENDS = {"final", "diverged"}
 
 
 class MetricsWriter:
-    """Writes one record per logged step; for rank 0 only.
+    """Writer of one record per logged step; for rank 0 only.
 
-    Where the disk is full or cannot be written, training goes on: what cannot be written is left
-    out, and ``warn`` is told once, and once more when it can be written again.
+    If the disk is full or read-only, training continues: such records are lost, and ``warn`` is
+    called once, and again when writing works.
 
     Args:
-        run_dir: Where both live.
-        step: Steps done before this start; what an earlier start recorded beyond is dropped,
-            since those steps are taken again.
-        warn: Tells the user.
+        run_dir: The run directory.
+        step: Steps completed before this start; records of later steps are dropped, since those
+            steps are repeated.
+        warn: Prints a warning for the user.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class MetricsWriter:
         )
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        """Show a text in TensorBoard, as it stands."""
+        """Add a text to TensorBoard, shown preformatted."""
         self._attempt([lambda: self._board.text(tag, text, step)])
 
     def histograms(self, values: Mapping[str, Distribution], step: int) -> None:
-        """Show distributions in TensorBoard, by tag."""
+        """Add histograms to TensorBoard, by tag."""
         self._attempt(
             lambda tag=tag, value=value: self._board.histogram(tag, value, step)  # type: ignore[misc]
             for tag, value in values.items()
         )
 
     def write(self, record: Record) -> None:
-        """Append one record; its ``step`` places the scalars in TensorBoard."""
+        """Append one record, and add its scalars to TensorBoard at its ``step``."""
         self._attempt(
             [
                 lambda: self._file.append(encode(record)),
@@ -66,10 +66,8 @@ class MetricsWriter:
         )
 
     def summary(self, record: Record, settings: Mapping[str, Any]) -> None:
-        """Append the closing record of a finished run; its numbers are in TensorBoard already.
-
-        There it becomes a line of the table that compares runs, with these ``settings``.
-        """
+        """Append the closing record of a finished run, and add the run with these ``settings`` to
+        TensorBoard's HParams table."""
         results = {tag: value for tag, value in _scalars(record).items() if tag.startswith("val/")}
         self._attempt(
             [
@@ -79,17 +77,17 @@ class MetricsWriter:
         )
 
     def diverged(self, step: int, reason: str) -> None:
-        """Append that the run has given up after ``step``; a start that goes on drops it."""
+        """Append a record that the run diverged after ``step``; a later start drops it."""
         record = {"step": step, "diverged": True, "reason": reason}
         self._attempt([lambda: self._file.append(encode(record))])
 
     def close(self) -> None:
-        """Nothing more will be written."""
+        """Close both files."""
         self._board.close()
         self._file.close()
 
     def _extras(self, record: Record) -> None:
-        """What TensorBoard shows besides curves."""
+        """Add a record's text and image to TensorBoard."""
         if "sample" in record:
             self._board.text("sample", record["sample"], record["step"])
         if "jepa/cos_table" in record:
@@ -97,7 +95,7 @@ class MetricsWriter:
             self._board.image("jepa/cos_table", image_HWC, record["step"])
 
     def _attempt(self, writes: Iterable[Callable[[], None]]) -> None:
-        """Do each, whether or not the others can be done."""
+        """Try every write, even if others fail."""
         before = self._missing
         for write in writes:
             try:
@@ -105,8 +103,8 @@ class MetricsWriter:
             except OSError as error:
                 if self._missing == 0:
                     self._warn(
-                        f"metrics cannot be written ({error.strerror}): training goes on without "
-                        "them; make room on the disk of run.dir, or writing possible again"
+                        f"metrics cannot be written ({error.strerror}); training continues without "
+                        "them; free disk space for run.dir, or make it writable again"
                     )
                 self._missing += 1
         if self._missing == before > 0:
@@ -123,7 +121,7 @@ def _scalars(record: Record) -> dict[str, float]:
 
 
 def _drop_records_beyond(metrics: Path, step: int) -> None:
-    """Rewrite the file in one step; a last line that was cut short goes, too."""
+    """Rewrite the file atomically, without invalid lines and records after ``step``."""
     if not metrics.exists():
         return
     partial = partial_name(metrics)

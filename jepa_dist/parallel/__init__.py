@@ -1,1 +1,1 @@
-"""Ranks, meshes, and what is applied to the plain model from outside."""
+"""Process groups, meshes, and the parallelism that is applied to the plain model."""

@@ -1,9 +1,9 @@
-"""The kernel that computes attention (``parallel.attention``), as a part of what is compiled.
+"""Selection of the attention kernel (``parallel.attention``) inside compiled regions.
 
-SDPA chooses a kernel when a region is traced, by device, shapes and process-wide switches, and the
-compiled graph keeps it. The compiler's caches on disk do not know the switches: they would return
-a graph with the kernel of an earlier run. So the choice is made once, at the start, and the region
-itself enters ``sdpa_kernel``: graphs of different kernels then have different cache keys.
+SDPA selects a kernel when a region is traced, by device, shapes and process-wide switches, and the
+compiled graph keeps it. The switches are not part of the key of the compiler's disk cache, which
+would return a graph with the kernel of an earlier run. Therefore the kernel is chosen once, at the
+start, and the region itself enters ``sdpa_kernel``, so that different kernels have different keys.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _SDPA = {
 }
 _NAMES = {backend.value: name for name, backend in _SDPA.items()}
 
-# What ``sdpa_kernel`` leaves in a region's graph. Its arguments are part of the graph and thereby
-# of the key; without this, AOTAutograd would trace and partition the regions anew at every start.
+# Functions that ``sdpa_kernel`` adds to a region's graph. Their arguments are part of the graph and
+# thereby of the cache key, so they are safe to cache; unless they are marked as such, AOTAutograd
+# traces and partitions the regions again at every start.
 _TRACED = ("torch.nn.attention._backend_from_string", "torch.nn.attention._sdpa_kernel")
 
 
@@ -40,17 +41,17 @@ def choose_attention(
     """Return the name of the kernel that attention will run.
 
     Args:
-        wanted: ``parallel.attention``; ``auto`` is resolved to what PyTorch chooses here.
+        wanted: ``parallel.attention``; ``auto`` is resolved to PyTorch's choice for these tensors.
         query: Shape of the queries, [B, H, T, C].
         key: Shape of keys and values, [B, K, T, C].
-        dtype: What is computed in.
-        device: Where.
+        dtype: Dtype of the computation.
+        device: Its device.
 
     Raises:
         UserError: this device cannot run that kernel on such tensors, forward and backward.
     """
     if wanted == "flex":
-        possible = device.type == "cuda"  # PyTorch has no backward of it elsewhere
+        possible = device.type == "cuda"  # PyTorch implements its backward on CUDA only
         chosen = wanted if possible else None
     elif wanted == "auto":
         chosen = _sdpa_choice(list(_SDPA), query, key, dtype, device)
@@ -71,7 +72,7 @@ def _sdpa_choice(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
-    """Return the one of these kernels that SDPA would run; None if it can run none of them."""
+    """Return which of these kernels SDPA would run; None if it can run none of them."""
     options: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": True}
     q, k = torch.empty(query, **options), torch.empty(key, **options)
     if names == ["efficient"]:
@@ -92,7 +93,7 @@ def bind_attention(attend: Attend, name: str, *, others: bool = False) -> Attend
     Args:
         attend: Calls ``scaled_dot_product_attention``.
         name: From ``choose_attention``.
-        others: Fall back to other kernels for tensors that this one does not take (``auto``).
+        others: Fall back to other kernels for tensors that this one does not support (``auto``).
     """
     _make_cacheable()
     if name == "flex":
@@ -112,12 +113,12 @@ def bind_attention(attend: Attend, name: str, *, others: bool = False) -> Attend
 
 
 def _repeat_heads(x_BKTC: Tensor, q_BHTC: Tensor) -> Tensor:
-    """Repeat grouped heads, for the kernel that does not know groups; [B, H, T, C]."""
+    """Repeat grouped heads, for the kernel without GQA support; returns [B, H, T, C]."""
     return x_BKTC.repeat_interleave(q_BHTC.size(1) // x_BKTC.size(1), dim=1)
 
 
 def _flex(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
-    """FlexAttention that skips the blocks above the diagonal."""
+    """Compute causal FlexAttention, which skips the blocks above the diagonal."""
     length = q_BHTC.size(2)
     mask = create_block_mask(_is_visible, None, None, length, length, device=q_BHTC.device)
     grouped = q_BHTC.size(1) != k_BKTC.size(1)
@@ -145,6 +146,6 @@ def _describe(device: torch.device) -> str:
 
 
 def _excluded(wanted: str) -> str:
-    """Why cuDNN may be missing where it could run."""
+    """Return a note that deterministic algorithms exclude cuDNN, if that may be the reason."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     return " under parallel.deterministic" if deterministic and wanted == "cudnn" else ""

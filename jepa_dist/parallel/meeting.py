@@ -1,12 +1,13 @@
-"""A part of the launcher's store that only the ranks of one start use.
+"""A prefix of the launcher's store that only the ranks of one start use.
 
-torchrun hands the same store to every restart, and gloo and NCCL find the addresses of the ranks
-that were killed in it ("connectFullMesh ... Connection refused"). Numbers that torchrun gives to
-restarts are no remedy: agents count them differently.
+torchrun passes the same store to every restart, and gloo and NCCL would find the addresses of
+killed ranks in it ("connectFullMesh ... Connection refused"). torchrun's restart counter cannot
+serve as a prefix: agents count restarts differently.
 
-So the ranks agree on a fresh prefix. Every other rank asks under a name of its own, and rank 0
-answers all it finds with the prefix. What earlier starts asked is answered in vain; nobody else is
-left who could answer this one, because torchrun starts ranks when all those before have ended.
+So the ranks agree on a fresh prefix. Every other rank posts a request under a unique name, and rank
+0 answers all requests that it finds with the prefix. Requests of earlier starts are answered, too,
+but nobody reads the answers. Only this start's rank 0 can answer a request, because torchrun starts
+ranks only after all earlier ones have exited.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ _POLL_SECONDS = 0.02
 
 
 def store_of_this_start(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """Return the part of ``store`` that belongs to this start of the ranks. Collective.
+    """Return ``store`` with a prefix that is unique to this start of the ranks. Collective.
 
     Args:
-        store: What the launcher gives, perhaps with what earlier starts left in it.
+        store: The launcher's store, possibly with entries of earlier starts.
         rank: This rank.
         world_size: Number of ranks.
-        timeout: Longest wait for the others.
+        timeout: Longest wait for the other ranks.
 
     Raises:
-        UserError: on rank 0: some of them did not come in time.
-        torch.distributed.DistError: on the others: rank 0 did not come in time.
+        UserError: on rank 0, if some ranks did not connect in time.
+        torch.distributed.DistError: on the others, if rank 0 did not answer in time.
     """
     mine = uuid.uuid4().hex
     if rank == 0:
@@ -49,7 +50,7 @@ def store_of_this_start(store: Store, rank: int, world_size: int, timeout: timed
 
 
 def _answer(store: Store, prefix: str, world_size: int, timeout: timedelta) -> None:
-    """Tell everybody who asks the prefix, until all ranks have it."""
+    """Answer all requests with the prefix, until all ranks have received it."""
     deadline = time.monotonic() + timeout.total_seconds()
     answered: set[int] = set()
     while (come := store.add(f"start/come/{prefix}", 0)) < world_size - 1:
@@ -60,8 +61,8 @@ def _answer(store: Store, prefix: str, world_size: int, timeout: timedelta) -> N
                 answered.add(number)
         if time.monotonic() > deadline:
             raise UserError(
-                f"only {come + 1} of {world_size} ranks have come within "
-                f"{timeout.total_seconds():g} s (parallel.timeout_seconds); see whether all of "
-                "them were started, and whether they reach MASTER_ADDR"
+                f"only {come + 1} of {world_size} ranks have connected within "
+                f"{timeout.total_seconds():g} s (parallel.timeout_seconds); check that all of "
+                "them were started, and that they can reach MASTER_ADDR"
             )
         time.sleep(_POLL_SECONDS)

@@ -1,8 +1,8 @@
-"""What ranks report upward: one small reduction per step, never waited for but by logged steps.
+"""Metrics reduction: one small asynchronous all-reduce per step; only logged steps wait for it.
 
-A step's numbers form one float64 row on the device: sums to be added up over ranks, then what all
-ranks have alike. The row is reduced and copied to the host asynchronously; ``arrived`` hands out
-the rows that are there, ``drain`` waits for all.
+A step's numbers form one float64 row on the device: first values to be summed over ranks, then
+values that are identical on all ranks. The row is reduced and copied to the host asynchronously;
+``arrived`` returns the completed rows, ``drain`` waits for all.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Pending:
 
 
 class MetricsReduction:
-    """Sums every rank's numbers of a step over all ranks, asynchronously and in order."""
+    """Asynchronous sums of each step's numbers over all ranks, returned in order of steps."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -75,11 +75,11 @@ class MetricsReduction:
         """Start the reduction of one step.
 
         Args:
-            step: Optimiser step.
-            sums: Scalars on the device, added up over ranks; the same names on every rank.
-            host_sums: Numbers of the host, added up likewise.
-            digest: This rank's data digest, an unsigned 64-bit integer, added up modulo 2**64.
-            shared: Scalars that every rank has alike (such as the gradient norm).
+            step: Optimizer step.
+            sums: Scalars on the device, summed over ranks; the same names on every rank.
+            host_sums: Numbers on the host, summed likewise.
+            digest: This rank's data digest, an unsigned 64-bit integer, summed modulo 2**64.
+            shared: Scalars that are identical on every rank (such as the gradient norm).
         """
         # 16-bit limbs: float64 adds them exactly for up to 2**37 ranks.
         limbs = [float(digest >> (_LIMB_BITS * i) & 0xFFFF) for i in range(len(_LIMBS))]
@@ -92,14 +92,14 @@ class MetricsReduction:
         self._pending.append(self._to_host(_Pending(step, names, row, work, event=None)))
 
     def arrived(self) -> list[StepReport]:
-        """Reports of the oldest steps that are there already; waits for nothing."""
+        """Return the reports of the oldest steps that are complete; does not wait."""
         reports = []
         while self._pending and self._pending[0].has_arrived():
             reports.append(self._pending.popleft().report())
         return reports
 
     def drain(self) -> list[StepReport]:
-        """Reports of all steps not handed out yet; waits for the device."""
+        """Return the reports of all steps not returned yet; waits for the device."""
         for pending in self._pending:
             pending.wait()
         return self.arrived()
@@ -110,7 +110,7 @@ class MetricsReduction:
         return host.pin_memory().to(self._world.device, non_blocking=True)
 
     def _to_host(self, pending: _Pending) -> _Pending:
-        """Queue the copy behind the reduction; on a CPU the row is where it should be."""
+        """Queue the copy to the host after the reduction; on a CPU there is nothing to copy."""
         if self._world.device.type == "cpu":
             return pending
         if pending.work is not None:

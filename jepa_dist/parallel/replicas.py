@@ -1,4 +1,4 @@
-"""Whether all replicas hold the same bits: nothing later would show that they do not."""
+"""Check that all replicas hold identical bits: no later check would detect a difference."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jepa_dist.parallel.world import World
 def check_replicas(tensors: Mapping[str, Tensor], world: World) -> None:
     """Compare a checksum of every tensor's bits between the ranks that hold the same part of it.
 
-    Each replica updates its own copy from the same gradients, so what differs at the start of
-    training differs to its end. Collective; waits for the device.
+    Each replica updates its own copy from the same gradients, so a difference at the start of
+    training persists to its end. Collective; waits for the device.
 
     Args:
-        tensors: By name: DTensors, or tensors that every rank holds whole; the same on every rank.
-        world: The ranks; with one replica only the whole tensors are compared.
+        tensors: DTensors or unsharded tensors by name; the same names on every rank.
+        world: The ranks; with one replica only the unsharded tensors are compared.
 
     Raises:
         TrainingError: on every rank, naming the tensors and the ranks that differ.
@@ -40,14 +40,14 @@ def check_replicas(tensors: Mapping[str, Tensor], world: World) -> None:
                 differences.append(f"{name} (ranks {sides})")
     if differences:
         raise TrainingError(
-            f"replicas differ before training: {'; '.join(differences)}; expected the same bits; "
-            "look for memory errors on the devices of these ranks, and for ranks that run another "
-            "version of torch or of this code"
+            f"replicas differ before training: {'; '.join(differences)}; expected identical bits; "
+            "check the devices of these ranks for memory errors, and the versions of torch and of "
+            "this code"
         )
 
 
 def _part(tensor: Tensor) -> tuple[int, ...]:
-    """Which part of the tensor this rank holds: its coordinates on what shards it."""
+    """Return this rank's coordinates on the mesh dimensions that shard the tensor."""
     if not isinstance(tensor, DTensor):
         return ()
     coordinate = tensor.device_mesh.get_coordinate()
@@ -60,7 +60,7 @@ def _part(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of the bits of this rank's part and their order, modulo 2**64."""
+    """Return a checksum, modulo 2**64, of the bits of this rank's part and their order."""
     shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     octets = shard.detach().contiguous().flatten().view(torch.uint8)
     bits = octets.view(torch.int32) if octets.numel() % 4 == 0 else octets

@@ -1,4 +1,4 @@
-"""Who we are among the ranks: process groups, device, mesh."""
+"""This process's rank, device, process groups and mesh."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from jepa_dist.config import ParallelConfig
 from jepa_dist.consistency import Statement, check_alike
+from jepa_dist.dist_env import is_launched, launched_local_rank, launched_rank, launched_world_size
 from jepa_dist.errors import UserError
-from jepa_dist.launched import is_launched, launched_local_rank, launched_rank, launched_world_size
 from jepa_dist.parallel.determinism import use_deterministic_algorithms
 from jepa_dist.parallel.meeting import store_of_this_start
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this job and this process's place among them."""
+    """The ranks of this job, and this process's rank, device and groups."""
 
     rank: int
     local_rank: int
@@ -37,17 +37,17 @@ class World:
     mesh: DeviceMesh
     """1-D ``dp_shard``, or 2-D ``dp_replicate x dp_shard`` when there are replicas."""
     control: dist.ProcessGroup
-    """gloo group for decisions (StepPlan); never carries tensors of a device."""
+    """gloo group for control messages (StepPlan); never used for device tensors."""
     timeout: timedelta
     """Longest wait in a collective."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone decides, writes and speaks."""
+        """Whether this is rank 0, the only one that makes decisions, writes files and prints."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set on any rank. Collective."""
+        """Return whether ``flag`` is set on any rank. Collective."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
@@ -55,22 +55,22 @@ class World:
         return bool(flags.item())
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's (picklable) ``value``, in rank order. Collective."""
+        """Return every rank's (picklable) ``value``, in rank order. Collective."""
         values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values  # type: ignore[return-value]
 
     def fills_compile_cache(self) -> bool:
-        """Whether this rank is the first of those that can share compiled graphs: those on one host
-        whose devices have the same number, which is part of the cache's keys. Collective."""
+        """Return whether this rank is the first of those that can share compiled graphs: ranks on
+        one host with the same device index, which is part of the cache key. Collective."""
         places = self.gather((socket.gethostname(), self.device.index))
         return places.index(places[self.rank]) == self.rank
 
-    def decide(self, fn: Callable[[], T]) -> T:
-        """Run ``fn`` on rank 0 and hand its (picklable) result to everyone.
+    def run_on_main(self, fn: Callable[[], T]) -> T:
+        """Run ``fn`` on rank 0 and return its (picklable) result on every rank. Collective.
 
         Raises:
-            UserError: on every rank, with the same problems, if rank 0's ``fn`` raised it.
+            UserError: on every rank, with the same problems, if ``fn`` raised it.
         """
         outcome: list[tuple[T | None, tuple[str, ...]]] = [(None, ())]
         if self.is_main:
@@ -90,16 +90,16 @@ def start_world(
 ) -> World:
     """Join the process group (NCCL and gloo on CUDA, gloo on CPU) and build the mesh.
 
-    Without a launcher this process is a world of its own.
+    Without a launcher the world has one rank.
 
     Args:
         config: The mesh and the time limit.
-        mine: What must be the same on every rank (``consistency.statement``); None compares
-            nothing.
-        store: Where the ranks find each other (default: what the launcher says).
+        mine: What must be the same on every rank (``consistency.statement``); None skips the
+            comparison.
+        store: Rendezvous store (default: the launcher's).
 
     Raises:
-        SharedError: on every rank: the ranks were not started alike.
+        SharedError: on every rank, if the ranks differ in configuration, data, code or libraries.
         UserError: more ranks on this host than CUDA devices.
     """
     if config.deterministic:
@@ -132,7 +132,7 @@ def start_world(
 
 
 def _meet(rank: int, world_size: int, timeout: timedelta) -> Store:
-    """The store through which the ranks of this start find each other."""
+    """Return the rendezvous store of this start of the ranks."""
     if not is_launched():
         return HashStore()
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
@@ -141,7 +141,7 @@ def _meet(rank: int, world_size: int, timeout: timedelta) -> Store:
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:
-    """What must be the same on every rank, besides configuration, data and code."""
+    """Return what else must be identical on all ranks: device type, CUDA and NCCL versions."""
     if device.type == "cpu":
         return {"device": "cpu"}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -149,10 +149,10 @@ def _device_facts(device: torch.device) -> dict[str, str]:
 
 
 def record_collectives(folder: Path) -> None:
-    """Have NCCL keep its last collectives and write them to ``folder`` when one times out.
+    """Make NCCL record its last collectives and write them to ``folder`` when one times out.
 
-    To be called before ``start_world``; what the environment says already is left alone. Read the
-    files with ``torchfrtrace`` (they are pickles of PyTorch's own).
+    Call this before ``start_world``; environment variables that are set already are kept. Read the
+    files with ``torchfrtrace`` (they are in PyTorch's own pickle format).
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -160,7 +160,7 @@ def record_collectives(folder: Path) -> None:
 
 
 def stop_world() -> None:
-    """Leave the process group; without this, exits abort now and then."""
+    """Destroy the process group; without this, the exit occasionally aborts."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -175,17 +175,17 @@ def _device(local_rank: int) -> torch.device:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    # Where a product is split along its sum, the parts are added up in float32, too: torch's
-    # default rounds them to bfloat16, at a place that depends on shapes and on the GPU.
+    # Accumulate the partial sums of split-K matrix products in float32. By default torch rounds
+    # them to bfloat16, with a split that depends on shapes and on the GPU.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return device
 
 
 def build_mesh(config: ParallelConfig, world_size: int, device: torch.device) -> DeviceMesh:
-    """1-D ``dp_shard`` over the ranks, or 2-D ``dp_replicate x dp_shard`` with replicas."""
+    """Return the mesh: 1-D ``dp_shard``, or 2-D ``dp_replicate x dp_shard`` with replicas."""
     replicas = config.dp_replicate
     if replicas == 1:
-        # A mesh of (1, ranks) would split off a group of one for every rank.
+        # A (1, ranks) mesh would create a process group of size one for every rank.
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp_shard",))
     return init_device_mesh(
         device.type,

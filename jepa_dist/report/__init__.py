@@ -1,1 +1,1 @@
-"""``python -m jepa_dist.report``: runs compared on one page, from what is in their directories."""
+"""``python -m jepa_dist.report``: one page that compares runs, from their run directories."""

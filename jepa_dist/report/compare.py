@@ -1,4 +1,4 @@
-"""What may be compared, and the comparison in numbers."""
+"""Comparison of runs in numbers, and whether they are comparable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from jepa_dist.monitor.metrics_file import number
 from jepa_dist.report.runs import Array, Run
 
-# Differ between any two runs, and mean nothing.
+# Keys that always differ between runs.
 _NOT_COMPARED = {"run.dir"}
 _NONE = "-"
 
@@ -19,10 +19,10 @@ Rows = list[tuple[str, list[str]]]
 
 
 def metric(runs: Sequence[Run], average: str = "") -> str:
-    """What runs are judged by: bits per byte, or the loss where there is no tokenizer.
+    """Return the main validation metric: bits per byte, or the loss if there is no tokenizer.
 
     Args:
-        runs: All of them.
+        runs: All runs.
         average: ``ema_`` for the averaged weights.
     """
     has_bytes = any("val/bpb" in run.series for run in runs)
@@ -30,34 +30,35 @@ def metric(runs: Sequence[Run], average: str = "") -> str:
 
 
 def pairing(runs: Sequence[Run]) -> list[str]:
-    """Why a difference to the first run may not come from the configuration; empty: it may."""
+    """Return reasons why a difference to the first run may have other causes than the
+    configuration; empty if the runs are paired."""
     first, *others = runs
     return [f"{run.label}: {reason}" for run in others for reason in _mismatches(first, run)]
 
 
 def config_differences(runs: Sequence[Run]) -> Rows:
-    """The keys that are not equal in all runs, with the value of each run."""
+    """Return the keys whose values differ between runs, with each run's value."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     rows = [(key, [_shown(run.config, key) for run in runs]) for key in keys]
     return [(key, row) for key, row in rows if len(set(row)) > 1 and key not in _NOT_COMPARED]
 
 
 def difference(first: Run, other: Run, key: str) -> tuple[Array, Array]:
-    """Steps at which both runs recorded the metric, and by how much ``other`` has more.
+    """Return the steps at which both runs recorded the metric, and ``other`` minus ``first``.
 
-    There are none where it was measured on other validation data.
+    Both are empty if the validation data differ.
     """
     has_both = key in first.series and key in other.series
     if not has_both or first.validated_on() != other.validated_on():
         return np.empty(0), np.empty(0)
     one, two = first.series[key], other.series[key]
     steps, in_one, in_two = np.intersect1d(one.steps, two.steps, return_indices=True)
-    with np.errstate(invalid="ignore"):  # of two infinities
+    with np.errstate(invalid="ignore"):  # inf - inf
         return steps, two.values[in_two] - one.values[in_one]
 
 
 def summary(runs: Sequence[Run]) -> Rows:
-    """The table of the runs: name of the row, and the cell of each run."""
+    """Return the rows of the summary table: name, and one cell per run."""
     live, averaged = metric(runs), metric(runs, "ema_")
     rows: list[tuple[str, Callable[[Run], str]]] = [
         ("state", _state),
@@ -78,7 +79,7 @@ def summary(runs: Sequence[Run]) -> Rows:
         ("goodput", lambda run: _newest(run, "goodput/productive_share", "{:.1%}".format)),
         ("starts", lambda run: _newest(run, "goodput/starts", "{:.0f}".format)),
         ("of these after failures", lambda run: _newest(run, "goodput/failures", "{:.0f}".format)),
-        ("to beat, by counting", _baselines),
+        ("n-gram baselines", _baselines),
         ("not finite", _not_finite),
         ("notes", lambda run: "; ".join(run.notes) or _NONE),
     ]
@@ -97,7 +98,7 @@ def _mismatches(first: Run, run: Run) -> Iterator[str]:
     ]
     changed = [one.label for one in (first, run) if one.settings_changed]
     if changed:
-        yield f"settings changed on the way in {', '.join(dict.fromkeys(changed))} (see notes)"
+        yield f"settings changed during {', '.join(dict.fromkeys(changed))} (see notes)"
     mine, theirs = run.facts(), first.facts()
     for name in dict.fromkeys([*mine, *theirs]) if mine and theirs else ():
         if mine.get(name) != theirs.get(name) or " / " in mine[name]:
@@ -110,11 +111,12 @@ def _mismatches(first: Run, run: Run) -> Iterator[str]:
             yield f"{name} {value} against {other}"
     step = other_tokens(first, run)
     if step is not None:
-        yield f"other tokens were trained on (tokens_digest at step {step})"
+        yield f"trained on different tokens (tokens_digest at step {step})"
 
 
 def other_tokens(first: Run, run: Run) -> int | None:
-    """The last step that both recorded, if the digests of the tokens up to there differ."""
+    """Return the last step that both runs recorded if their token digests differ there, else
+    None."""
     digests = {record["step"]: record.get("tokens_digest") for record in first.records}
     for record in reversed(run.records):
         known = digests.get(record["step"])
@@ -153,7 +155,7 @@ def _best(run: Run, key: str) -> str:
 
 
 def _last_gap(first: Run, run: Run, key: str) -> str:
-    """At the last step that both have validated at."""
+    """Return the difference at the last step at which both runs have validated."""
     steps, gaps = difference(first, run, key)
     if run is first or not len(steps):
         return _NONE
@@ -161,7 +163,7 @@ def _last_gap(first: Run, run: Run, key: str) -> str:
 
 
 def _median(run: Run, key: str, form: str) -> str:
-    """Over the records but the first, whose steps compile."""
+    """Return the median over all records but the first, whose steps include compilation."""
     if key not in run.series:
         return _NONE
     values = run.series[key].values

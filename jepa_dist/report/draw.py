@@ -1,7 +1,7 @@
-"""Drawing metrics on axes.
+"""Draw metrics on axes.
 
-A run has the same colour everywhere. Where a plot shows several metrics, the line styles tell them
-apart; where it shows one run only, the colours do.
+A run has the same color in all plots. Several metrics in one plot differ in line style, or in color
+if there is only one run.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 from jepa_dist.report.compare import difference
 from jepa_dist.report.runs import Array, Run
 
-# Text and axes; in the page this very colour becomes that of the page's text, light or dark.
+# Text and axes; in the page this color is replaced by the page's text color, light or dark.
 INK = "#010203"
 # Okabe and Ito, "Color Universal Design" (2008), without black and yellow.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1)))
-_LOG_SPAN = 30.0  # largest over smallest value from which on a logarithmic scale is worth it
-_MOST_POINTS = 600  # of a line; more only make the page large
+_LOG_SPAN = 30.0  # largest over smallest value from which a logarithmic scale is used
+_MOST_POINTS = 600  # per line; more only make the page larger
 
 XAxis = Literal["step", "tokens", "time"]
 Draw = Callable[[Axes, Sequence[Run], Sequence[str]], None]
 
 
 def run_colors(count: int) -> list[str]:
-    """A colour for each run, to be told apart by the colour-blind, too."""
+    """Return a color for each run, distinguishable by color-blind readers up to six runs."""
     return list(_PALETTE[:count]) if count <= len(_PALETTE) else _spread(count)
 
 
@@ -44,7 +44,7 @@ def draw_lines(
     log: bool = False,
     reference: float | None = None,
 ) -> None:
-    """Each metric of each run, smoothed over the raw values where these are noisy."""
+    """Draw each metric of each run; noisy ones smoothed, over their raw values."""
     label, place = _x_axis(runs, x)
     by_key = len(runs) == 1 and len(keys) > 1
     colors = run_colors(len(keys) if by_key else len(runs))
@@ -65,7 +65,7 @@ def draw_lines(
 
 
 def draw_difference(ax: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
-    """How far the other runs are from the first one."""
+    """Draw the difference of each other run to the first one."""
     for color, run in list(zip(run_colors(len(runs)), runs, strict=True))[1:]:
         steps, gaps = difference(runs[0], run, keys[0])
         _draw_line(ax, steps, gaps, color, "-")
@@ -74,7 +74,7 @@ def draw_difference(ax: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
 
 
 def draw_time(ax: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
-    """Where a step's time goes: over the steps of one run, or on average over each of several."""
+    """Draw a step's time by phase: over the steps of one run, or the mean of each of several."""
     parts = [key for key in keys if key != "time/step"] or list(keys)
     names = [short(key.removeprefix("time/"), 30) for key in parts]
     if len(runs) == 1:
@@ -89,7 +89,7 @@ def draw_time(ax: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
 
 
 def _draw_bars(ax: Axes, runs: Sequence[Run], parts: Sequence[str], names: Sequence[str]) -> None:
-    """One bar per run; the first record is left out, since its steps compile."""
+    """Draw one bar per run, without the first record, whose steps include compilation."""
     starts = np.zeros(len(runs))
     for part, name, color in zip(parts, names, _spread(len(parts)), strict=True):
         means = [_mean_per_record(run, part) for run in runs]
@@ -107,7 +107,7 @@ def _mean_per_record(run: Run, key: str) -> float:
 
 
 def _at_each(run: Run, key: str, steps: Array) -> Array:
-    """The metric at these steps; 0 where it was not recorded or is not finite."""
+    """Return the metric at these steps; 0 where it was not recorded or is not finite."""
     if key not in run.series:
         return np.zeros_like(steps)
     series = run.series[key]
@@ -116,7 +116,7 @@ def _at_each(run: Run, key: str, steps: Array) -> Array:
 
 
 def draw_cosines(ax: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
-    """The last ``jepa/cos_table`` of each run, by span length."""
+    """Draw the last ``jepa/cos_table`` of each run, by span length."""
     for color, run in zip(run_colors(len(runs)), runs, strict=True):
         cosines = run.cosines()
         if cosines is not None:
@@ -125,7 +125,7 @@ def draw_cosines(ax: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
 
 
 def _draw_line(ax: Axes, x: Array, y: Array, color: str, style: Any) -> None:
-    """NaN and infinities are gaps in the line and crosses on the axis."""
+    """Draw a line; NaN and infinities become gaps in it and crosses on the axis."""
     finite = np.isfinite(y)
     y = np.where(finite, y, np.nan)
     smooth = _smoothed(y)
@@ -148,7 +148,7 @@ def _draw_line(ax: Axes, x: Array, y: Array, color: str, style: Any) -> None:
 
 
 def _smoothed(y: Array) -> Array:
-    """Mean over a centred window of about a twentieth of the line, NaN left out."""
+    """Return the mean over a centered window of about a twentieth of the line, ignoring NaN."""
     window = np.ones(2 * (len(y) // 40) + 1)
     known = np.isfinite(y)
     sums = np.convolve(np.where(known, y, 0.0), window, mode="same")
@@ -156,7 +156,7 @@ def _smoothed(y: Array) -> Array:
 
 
 def _is_noisy(y: Array, smooth: Array) -> bool:
-    """Whether most points are off the smoothed line by much of what that moves."""
+    """Return whether the median distance to the smoothed line exceeds 1 % of that line's range."""
     known = np.isfinite(y)
     if known.sum() < 60:
         return False
@@ -164,10 +164,8 @@ def _is_noisy(y: Array, smooth: Array) -> bool:
 
 
 def thinned(x: Array, y: Array) -> tuple[Array, Array]:
-    """At most some ``_MOST_POINTS`` points: lowest and highest of each stretch, so no peak is lost.
-
-    A stretch keeps a gap if it has one.
-    """
+    """Reduce a line to about ``_MOST_POINTS`` points: minimum and maximum of each interval, so that
+    peaks are kept, and one gap (NaN) of each interval that has one."""
     if len(y) <= _MOST_POINTS:
         return x, y
     kept: list[int] = []
@@ -180,7 +178,7 @@ def thinned(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _x_axis(runs: Sequence[Run], x: XAxis) -> tuple[str, Callable[[Run, Array], Array | None]]:
-    """Label of the axis, and where steps of a run lie on it (None if the run does not tell)."""
+    """Return the axis label, and a function from a run's steps to x values (None if unknown)."""
     if x == "step":
         return "step", lambda run, steps: steps
     if x == "tokens":
@@ -198,7 +196,7 @@ def _x_axis(runs: Sequence[Run], x: XAxis) -> tuple[str, Callable[[Run, Array], 
 
 
 def _finish(ax: Axes, label: str, log: bool = False) -> None:
-    """Scales, tick labels, legend."""
+    """Set scales, tick labels and legend."""
     values = _points(ax)[1]
     if log and len(values) and 0 < _LOG_SPAN * values.min() < values.max():
         ax.set_yscale("log")
@@ -216,7 +214,7 @@ def _finish(ax: Axes, label: str, log: bool = False) -> None:
 
 
 def _cut_start(ax: Axes) -> None:
-    """Let the first tenth leave the plot where it would dwarf the rest."""
+    """Fit the y range to the last nine tenths if the first tenth would dominate it."""
     x, y = _points(ax)
     if not len(x):
         return
@@ -227,7 +225,7 @@ def _cut_start(ax: Axes) -> None:
 
 
 def _points(ax: Axes) -> tuple[Array, Array]:
-    """All finite points of the lines (not of what is placed relative to the axes)."""
+    """Return all finite points of lines in data coordinates."""
     lines = [line.get_xydata() for line in ax.lines if line.get_transform() == ax.transData]
     points = np.concatenate([np.empty((0, 2)), *(np.asarray(line, float) for line in lines)])
     points = points[np.isfinite(points).all(axis=1)]
@@ -235,10 +233,10 @@ def _points(ax: Axes) -> tuple[Array, Array]:
 
 
 def _spread(count: int) -> list[str]:
-    """Colours of even steps in lightness and hue."""
+    """Return colors in even steps of a perceptually uniform colormap."""
     return [to_hex(color) for color in mpl.colormaps["viridis"](np.linspace(0.05, 0.95, count))]
 
 
 def short(text: str, length: int) -> str:
-    """At most ``length`` characters of a name."""
+    """Shorten a name to ``length`` characters."""
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, neither scripts nor the network."""
+"""The page: one self-contained HTML file without scripts or network access."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jepa_dist.report.draw import run_colors
 from jepa_dist.report.plots import Group, Plot, groups, svg
 from jepa_dist.report.runs import Run
 
-# Whatever a run may be called: nothing is loaded and nothing is run.
+# The content security policy forbids loading and scripts, whatever a run's name contains.
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -49,13 +49,14 @@ svg {{ display: block; width: 100%; height: auto; }}
 
 
 _READING = (
-    "<p><small>Noisy lines are smoothed over their raw values. A plot leaves out the first tenth "
-    "of a run where that would dwarf the rest. A cross on the axis: not finite.</small></p>"
+    "<p><small>Noisy lines are drawn smoothed over their raw values. The first tenth of a run may "
+    "lie outside a plot's y range. A cross on the axis marks a value that is not finite."
+    "</small></p>"
 )
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page as text. Everything that comes from the runs is escaped."""
+    """Return the page as text. All text that comes from the runs is escaped."""
     title = " / ".join(run.label for run in runs)
     sections = [
         _table(runs, summary(runs)),
@@ -71,25 +72,25 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _comparison(runs: Sequence[Run]) -> str:
-    """Whether the runs are pairs, and what differs in their configurations."""
+    """Return whether the runs are paired, and the differences in their configurations."""
     reasons, differences = pairing(runs), config_differences(runs)
     if reasons:
         items = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
         verdict = (
-            '<div class="warning"><p>Not paired: a difference may come from what differs besides '
-            f"the setting under test.</p><ul>{items}</ul></div>"
+            '<div class="warning"><p>Not paired: a difference may be caused by more than the '
+            f"setting under test.</p><ul>{items}</ul></div>"
         )
     else:
         verdict = (
-            "<p>Paired: the same seed, data and number of steps. One pair does not tell how much "
-            "chance does; more seeds do.</p>"
+            "<p>Paired: the same seed, data and number of steps. A single pair does not show the "
+            "noise between seeds; train more seeds.</p>"
         )
     table = _table(runs, differences) if differences else "<p>The configurations are the same.</p>"
     return f"<h2>What differs</h2>\n{verdict}\n{table}"
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    """The runs' colours; stays in sight."""
+    """Return the runs' colors and names; stays visible while scrolling."""
     names = " ".join(f"<span>{name}</span>" for name in _names(runs))
     return f'<div class="legend">{names}</div>'
 
@@ -98,7 +99,7 @@ def _group(group: Group, runs: Sequence[Run]) -> str:
     figures = "\n".join(_figure(plot, runs) for plot in group.plots)
     plots = f'<div class="plots">\n{figures}\n</div>' if figures else ""
     rows: Rows = [(key, [_constant(run, key) for run in runs]) for key in group.constants]
-    constants = f"<p>Recorded once, or never changed:</p>\n{_table(runs, rows)}" if rows else ""
+    constants = f"<p>Constant or recorded once:</p>\n{_table(runs, rows)}" if rows else ""
     return f"<section>\n<h2>{escape(group.title)}</h2>\n{plots}\n{constants}\n</section>"
 
 
@@ -109,14 +110,14 @@ def _figure(plot: Plot, runs: Sequence[Run]) -> str:
 
 
 def _table(runs: Sequence[Run], rows: Rows) -> str:
-    """One column per run, one row per fact."""
+    """Return a table with one column per run."""
     head = "".join(f'<th scope="col">{name}</th>' for name in _names(runs))
     lines = "\n".join(_row(name, cells) for name, cells in rows)
     return f'<div class="wide"><table>\n<tr><th></th>{head}</tr>\n{lines}\n</table></div>'
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Each run's name behind its colour."""
+    """Return each run's name, preceded by its color."""
     return [
         f'<span class="swatch" style="background:{color}"></span>{escape(run.label)}'
         for color, run in zip(run_colors(len(runs)), runs, strict=True)

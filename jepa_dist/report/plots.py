@@ -1,4 +1,4 @@
-"""The plots: which there are, and making pictures of them with matplotlib."""
+"""The list of plots, and rendering them with matplotlib."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _RC: Any = {
     "lines.linewidth": 1.4,
     "svg.fonttype": "none",
     "text.color": INK,
-    "text.parse_math": False,  # names may hold a $
+    "text.parse_math": False,  # names may contain a $
     "xtick.color": INK,
     "ytick.color": INK,
 }
-# They grow with the steps, or the table on top has them.
+# They only grow with the steps, or are in the table at the top.
 _NEVER_SHOWN = ("progress", "tokens", "train_seconds", "goodput/wall_seconds")
 
 
@@ -57,10 +57,10 @@ class Plot:
     """One plot.
 
     Args:
-        title: What it shows.
-        keys: Metrics, or patterns of them; without any of these there is no plot.
-        draw: Draws the metrics of the runs.
-        note: How to read it, in a few words.
+        title: Title.
+        keys: Metrics, or patterns of them; omitted if no run has any.
+        draw: Draws the runs' metrics on axes.
+        note: A few words on how to read it.
     """
 
     title: str
@@ -71,7 +71,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Group:
-    """Plots under one heading, and metrics that need none because they never change."""
+    """Plots under one heading, and metrics shown in a table because they never change."""
 
     title: str
     plots: Sequence[Plot]
@@ -79,10 +79,10 @@ class Group:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """The plots that these runs have the numbers for.
+    """Return the plots for which these runs have metrics.
 
-    Under each heading of the layout the plots named there, then one for every other metric that
-    matches its patterns.
+    Each heading has the plots listed in the layout, then one for every other metric that matches
+    its patterns.
     """
     recorded = dict.fromkeys(key for run in runs for key in run.series)
     left = [key for key in recorded if key not in _NEVER_SHOWN]
@@ -105,7 +105,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def _layout(runs: Sequence[Run]) -> list[tuple[str, list[Plot], list[str]]]:
-    """Headings with their plots, and patterns of the metrics that get a plot of their own there."""
+    """Return headings with their plots, and patterns of metrics that get a plot of their own."""
     live, averaged = metric(runs), metric(runs, "ema_")
     judged = (live, averaged)
     differences = Plot(f"{live}, difference to {runs[0].label}", (live,), draw_difference)
@@ -141,14 +141,14 @@ def _layout(runs: Sequence[Run]) -> list[tuple[str, list[Plot], list[str]]]:
             [
                 Plot("tokens per second", ("tokens_per_second",), draw_lines),
                 Plot("MFU, share of the devices' peak", ("mfu",), draw_lines),
-                Plot("seconds per step", ("time/step",), draw_lines, "evaluation left out"),
-                Plot("where the time goes", ("time/*",), draw_time),
+                Plot("seconds per step", ("time/step",), draw_lines, "without evaluation"),
+                Plot("seconds per step, by phase", ("time/*",), draw_time),
             ],
             ["throughput/*"],
         ),
         ("Memory", [], ["memory/*"]),
         (
-            "Optimisation",
+            "Optimization",
             [
                 Plot("gradient norm", ("grad_norm",), partial(draw_lines, log=True)),
                 Plot("learning rates", ("lr/*",), draw_lines),
@@ -168,7 +168,7 @@ def _layout(runs: Sequence[Run]) -> list[tuple[str, list[Plot], list[str]]]:
                     "cosine of these gradients",
                     ("jepa/grad_cos",),
                     partial(draw_lines, reference=0.0),
-                    "below 0: they pull apart",
+                    "below 0: they conflict",
                 ),
                 Plot(
                     "rank of the tapped states",
@@ -192,7 +192,7 @@ def _layout(runs: Sequence[Run]) -> list[tuple[str, list[Plot], list[str]]]:
 
 
 def _other_axes(runs: Sequence[Run]) -> list[tuple[str, XAxis]]:
-    """What validation can be plotted over besides steps."""
+    """Return the axes, besides steps, over which validation can be plotted."""
     axes: list[tuple[str, XAxis]] = []
     if any(run.tokens_per_step is not None for run in runs):
         axes.append(("tokens", "tokens"))
@@ -210,14 +210,14 @@ def _matching(patterns: Sequence[str], keys: Sequence[str]) -> list[str]:
 
 
 def _is_constant(runs: Sequence[Run], key: str) -> bool:
-    """Whether the metric never changes in any of the runs (it may differ between them)."""
+    """Return whether the metric is constant within each run (it may differ between runs)."""
     values = [run.series[key].values for run in runs if key in run.series]
     return all(np.array_equal(v, np.full_like(v, v[0]), equal_nan=True) for v in values)
 
 
 def svg(plot: Plot, runs: Sequence[Run]) -> str:
-    """A plot as an ``<svg>`` element for an HTML page: text is text and follows its colour."""
-    # The salt makes ids that are the same for the same runs and unlike those of other plots.
+    """Return a plot as an ``<svg>`` element; its text is text and has the page's text color."""
+    # The salt makes ids reproducible, and unique among the plots of a page.
     with mpl.rc_context({**_RC, "svg.hashsalt": plot.title}):
         figure = Figure(figsize=(4.8, 2.7), layout="constrained")
         plot.draw(figure.subplots(), runs, plot.keys)
@@ -226,14 +226,14 @@ def svg(plot: Plot, runs: Sequence[Run]) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     element = file.getvalue()
     element = element[element.index("<svg") :]
-    # HTML knows what an <svg> is without being told where that is written.
+    # Within HTML, an <svg> element needs no namespace declarations.
     element = re.sub(r' xmlns(:xlink)?="[^"]*"', "", element, count=2)
     element = re.sub(r' id="[^"]*_[0-9]+"', "", element)  # nothing refers to these
     return element.replace(INK, "currentColor")
 
 
 def overview_png(runs: Sequence[Run], columns: int = 4) -> bytes:
-    """All plots on one sheet."""
+    """Return all plots in one PNG."""
     plots = [plot for group in groups(runs) for plot in group.plots]
     rows = -(-len(plots) // columns)
     with mpl.rc_context(_RC):

@@ -1,4 +1,4 @@
-"""Reading run directories: forgiving with damaged lines, strict about which run is meant."""
+"""Read run directories: damaged lines are skipped with a note, wrong paths are errors."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Record = Mapping[str, Any]
 COSINES = "jepa/cos_table"
 _VALIDATED_ON = "val/set"
 _JSON_BYTES = 64 * MIB
-# More lengths and places than a table has.
+# More cells than a table of cosines has.
 _MOST_CELLS = 10_000
 
-_NO_RECORDS = "no step is recorded yet; wait for the first (train.log_every)"
+_NO_RECORDS = "no step is recorded yet; wait for the first record (train.log_every)"
 
 
 @dataclass(frozen=True)
@@ -37,33 +37,33 @@ class Series:
 
     Args:
         steps: float64 [N], increasing; where the metric was recorded.
-        values: float64 [N]; may hold NaN and infinities.
+        values: float64 [N]; may contain NaN and infinities.
     """
 
     steps: Array
     values: Array
 
     def at(self, step: float) -> float | None:
-        """The value recorded at this step, if there is one."""
+        """Return the value recorded at this step; None if there is none."""
         found = np.flatnonzero(self.steps == step)
         return float(self.values[found[0]]) if len(found) else None
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says.
+    """Contents of a run directory.
 
     Args:
-        label: Short name, unlike those of the other runs, printable.
+        label: Short printable name, unique among the runs.
         records: The logged steps in order, without the closing record.
         final: The closing record, empty unless the run is finished.
         config: Values by dotted key.
         data: ``data.json``, by split.
-        status: ``status.json``; of a run that was killed, what its lock and checkpoints say.
-        starts: Those of which steps are left in the run.
-        settings_changed: Whether those starts had other settings (``notes`` say which).
-        written: Time of the last record, in seconds since 1970.
-        notes: What was wrong with the files, for people.
+        status: ``status.json``; for a run that was killed, derived from its lock and checkpoints.
+        starts: Starts that contributed steps to the run.
+        settings_changed: Whether settings differed between those starts (``notes`` list them).
+        written: Unix time of the last record.
+        notes: Messages about problems with the files and changed settings.
     """
 
     label: str
@@ -80,34 +80,34 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step that was recorded."""
+        """Last recorded step."""
         return int(self.records[-1]["step"])
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Tokens of one optimiser step, if the configuration is known."""
+        """Tokens per optimizer step; None if the configuration is not known."""
         sequences, length = (self.config.get(key) for key in ("batch.sequences", "model.seq_len"))
         if isinstance(sequences, int) and isinstance(length, int):
             return sequences * length
         return None
 
     def digest(self, split: str) -> str | None:
-        """Fingerprint of the shards of ``train`` or ``val``."""
+        """Return the fingerprint of the shards of ``train`` or ``val``."""
         entry = self.data.get(split)
         return entry.get("digest") if isinstance(entry, dict) else None
 
     def validated_on(self) -> str | None:
-        """What ``val/*`` were measured on, as far as the run says: shards and how much of them."""
+        """Return an id of the validation data (shards and number of sequences); None if unknown."""
         for record in reversed(self.records):
-            told = record.get(_VALIDATED_ON)
-            if isinstance(told, str):
-                return told
+            recorded = record.get(_VALIDATED_ON)
+            if isinstance(recorded, str):
+                return recorded
         digest, sequences = self.digest("val"), self.config.get("eval.sequences", 0)
         return None if digest is None else f"{digest}:{sequences}"
 
     def tokens_at(self, steps: Array) -> Array | None:
-        """Tokens that were trained on, after so many steps; the batch may have changed meanwhile,
-        so they are counted where the run has recorded them."""
+        """Return the number of tokens trained on after each of ``steps``: from the recorded metric
+        if there is one, since the batch size may have changed, else from the configuration."""
         if "tokens" in self.series:
             counted = self.series["tokens"]
             origin = [0.0] if counted.steps[0] > 0 else []
@@ -115,24 +115,24 @@ class Run:
         return None if self.tokens_per_step is None else steps * self.tokens_per_step
 
     def facts(self) -> dict[str, str]:
-        """What numbers depend on besides the configuration, by name; of each start, if it differs;
-        empty if the run does not say."""
-        told = [start.facts for start in self.starts if start.facts is not None]
-        names = dict.fromkeys(name for facts in told for name in facts)
+        """Return what numbers depend on besides the configuration, by name; values that differ
+        between starts are joined; empty if the run has not recorded them."""
+        recorded = [start.facts for start in self.starts if start.facts is not None]
+        names = dict.fromkeys(name for facts in recorded for name in facts)
         return {
-            name: " / ".join(dict.fromkeys(facts.get(name, "?") for facts in told))
+            name: " / ".join(dict.fromkeys(facts.get(name, "?") for facts in recorded))
             for name in names
         }
 
     def seconds_at(self, steps: Array) -> Array | None:
-        """Training time after so many steps, over all starts and without evaluation."""
+        """Return the training time after each of ``steps``, over all starts, without evaluation."""
         if "train_seconds" not in self.series:
             return None
         timed = self.series["train_seconds"]
         return np.interp(steps, timed.steps, timed.values)
 
     def cosines(self) -> tuple[Array, Array] | None:
-        """The last ``jepa/cos_table``: span lengths [L], and mean cos over all places [L]."""
+        """Return the last ``jepa/cos_table``: span lengths [L], and mean cos over positions [L]."""
         tables = [record[COSINES] for record in self.records if COSINES in record]
         try:
             lengths, cosines = (np.array(tables[-1][key], np.float64) for key in ("lengths", "cos"))
@@ -145,7 +145,7 @@ class Run:
             TypeError,
             ValueError,
             OverflowError,
-        ):  # none, or not such a table
+        ):  # no table, or an invalid one
             return None
 
 
@@ -153,7 +153,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read run directories, in the order given.
 
     Raises:
-        UserError: a directory is none of a run, has no records yet, or is given twice.
+        UserError: a directory is not a run directory, has no records yet, or is given twice.
     """
     resolved = [path.expanduser().resolve() for path in paths]
     problems = [problem for path in resolved for problem in _problems(path)]
@@ -181,7 +181,7 @@ def _problems(path: Path) -> list[str]:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """Each directory's name, or its whole path where two have the same name."""
+    """Return each directory's name, or its full path if another one has the same name."""
     names = Counter(path.name for path in paths)
     return [_printable(path.name if names[path.name] == 1 else str(path)) for path in paths]
 
@@ -220,7 +220,7 @@ def _read(path: Path, label: str) -> Run:
 
 
 def _read_records(metrics: Path) -> tuple[list[Record], Record, list[str]]:
-    """Records by step, the closing record, and a note on the lines that had to be skipped."""
+    """Return the records by step, the closing record, and notes, e.g. on skipped lines."""
     records: dict[int, Record] = {}
     final: Record = {}
     damaged, notes = [], []
@@ -230,7 +230,7 @@ def _read_records(metrics: Path) -> tuple[list[Record], Record, list[str]]:
         elif record.get("final"):
             final = record
         elif record.get("diverged"):
-            notes.append(f"gave up after step {record['step']}: {record.get('reason')}")
+            notes.append(f"diverged after step {record['step']}: {record.get('reason')}")
         else:
             records[record["step"]] = record
     if damaged:
@@ -242,7 +242,7 @@ def _read_records(metrics: Path) -> tuple[list[Record], Record, list[str]]:
 
 
 def _changes(starts: Sequence[StartRecord]) -> list[str]:
-    """What was not the same in all starts of the run, but for where it saves and logs."""
+    """Return one line per setting that changed between starts, except where it saves and logs."""
     configs = [(start.step, dict(flatten(start.config))) for start in starts if start.config]
     return [
         f"{key} changed from {before.get(key)!r:.80} to {now.get(key)!r:.80} at step {step}"
@@ -254,12 +254,12 @@ def _changes(starts: Sequence[StartRecord]) -> list[str]:
 
 
 def _validated_alike(records: list[Record], notes: list[str]) -> list[Record]:
-    """The records without validations on other data than the last one's: no one curve."""
+    """Return the records without ``val/*`` measured on other data than the last validation's."""
     sets = [record[_VALIDATED_ON] for record in records if _VALIDATED_ON in record]
     other = [r["step"] for r in records if _VALIDATED_ON in r and r[_VALIDATED_ON] != sets[-1]]
     if not other:
         return records
-    notes.append(f"val/* up to step {other[-1]} left out: validated on other data than later")
+    notes.append(f"val/* up to step {other[-1]} omitted: validated on other data than later")
     return [
         {key: value for key, value in record.items() if not key.startswith("val/")}
         if record["step"] in other
@@ -269,7 +269,7 @@ def _validated_alike(records: list[Record], notes: list[str]) -> list[Record]:
 
 
 def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A file of YAML or JSON; empty, with a note, if it cannot be used."""
+    """Read a YAML or JSON mapping; return an empty one, with a note, if it cannot be used."""
     if not path.exists():
         notes.append(f"{path.name}: missing")
         return {}
@@ -285,7 +285,7 @@ def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _series(records: Iterable[Record]) -> dict[str, Series]:
-    """The numbers of the records by key; texts and nulls are no points."""
+    """Return the records' numbers by key; strings and nulls are skipped."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         for key in record:

@@ -1,1 +1,1 @@
-"""Sweeps: one list of arms and seeds, checked, run member by member, and read in pairs."""
+"""Sweeps: arms and seeds from one file, trained one after the other, compared in pairs."""

@@ -1,18 +1,18 @@
-"""A sweep: the arms and seeds of one YAML file, run one after the other and read in pairs.
+"""Train the arms and seeds of one YAML file one after the other, and compare them in pairs.
 
-    jepa_dist sweep list FILE              one line per member, after all checks
-    jepa_dist sweep run FILE [--dry-run]   train every member here; continue where it stopped
-    jepa_dist sweep results FILE           the answer: differences to the control
-    jepa_dist sweep member FILE INDEX      what one member gives to jepa_dist train
+    jepa_dist sweep list FILE              check the file and print one line per member
+    jepa_dist sweep run FILE [--dry-run]   train every member here, or resume the sweep
+    jepa_dist sweep results FILE           print the differences to the control
+    jepa_dist sweep member FILE INDEX      print one member's arguments for jepa_dist train
 
-FILE is a YAML file, or the name of one that comes with the package (jepa_debug, jepa_36m). Each
-command takes KEY=VALUE at the end, for all members alike (data.train=..., train.steps=...); run.dir
-is the folder of the members' run directories. Relative paths start from the working directory (with
-python launch/sweep.py, from the top folder of the checkout). On SLURM: slurm/jepa_sweep.sh. The
-format of FILE: docs/sweeps.md.
+FILE is a YAML file, or the name of a shipped one (jepa_debug, jepa_36m). Every command accepts
+KEY=VALUE at the end, applied to all members (data.train=..., train.steps=...); run.dir is the
+folder of the members' run directories. Relative paths are relative to the working directory (with
+python launch/sweep.py, to the root of the checkout). On SLURM: slurm/jepa_sweep.sh. The format of
+FILE: docs/sweeps.md.
 
-    NPROC_PER_NODE=N   ranks (default: the GPUs of this machine, or 2 without any)
-    OMP_NUM_THREADS=N  threads per rank (default: the cores, shared out)
+    NPROC_PER_NODE=N   ranks (default: the number of GPUs, or 2 without any)
+    OMP_NUM_THREADS=N  threads per rank (default: cores / ranks)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main() -> int:
-    """Run a subcommand; the exit code."""
+    """Run a subcommand; return the exit code."""
     arguments = _arguments()
     try:
         members = read_sweep(arguments.file, arguments.overrides)
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    """The command line; options may stand anywhere."""
+    """Parse the command line; options may appear anywhere."""
     parser = argparse.ArgumentParser(
         prog=program("jepa_dist.sweep"),
         description=__doc__,
@@ -90,10 +90,10 @@ def _pick(members: Sequence[Member], index: int) -> Member:
 
 
 def _run_all(members: Sequence[Member], dry_run: bool) -> int:
-    """Train the members in turn; a finished one finds nothing to do.
+    """Train the members one after the other; finished ones exit immediately.
 
     Returns:
-        0: all are finished. 1: at least one failed. 128 + n: stopped by signal n.
+        0 if all are finished, 1 if at least one failed, 128 + n if stopped by signal n.
     """
     ranks = _num_ranks()
     commands = [_command(member, ranks) for member in members]
@@ -110,14 +110,14 @@ def _run_all(members: Sequence[Member], dry_run: bool) -> int:
         if code != 0 or _state(member) != "finished":
             failed.append(f"{member.run_dir} (exit code {code}, state {_state(member)})")
     for name in failed:
-        print(f"error: {name}: not finished; its own messages say why", file=sys.stderr)
+        print(f"error: {name}: not finished; see its messages above", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _num_ranks() -> int:
     given = os.environ.get("NPROC_PER_NODE")
     if given is None:
-        import torch  # late: it takes seconds
+        import torch  # imported here because it is slow
 
         return torch.cuda.device_count() or 2
     if not given.isdecimal() or int(given) == 0:
@@ -135,18 +135,20 @@ def _command(member: Member, ranks: int) -> list[str]:
 
 
 def _run(command: Sequence[str]) -> tuple[int, int | None]:
-    """Run to the end, handing on requests to stop: the exit code, and the signal, if there was one.
+    """Run a command, forwarding stop signals; return the exit code, and the signal if there was
+    one.
 
-    In a session of its own, or Ctrl-C would reach torchrun twice: from the terminal and from here.
+    The command gets its own session; otherwise Ctrl-C would reach torchrun twice: from the terminal
+    and from here.
     """
     process = subprocess.Popen(command, start_new_session=True)
     requests: list[int] = []
 
-    def hand_on(number: int, _: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         requests.append(number)
         process.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, hand_on) for number in _STOP_SIGNALS}
+    before = {number: signal.signal(number, forward) for number in _STOP_SIGNALS}
     code = process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -154,7 +156,7 @@ def _run(command: Sequence[str]) -> tuple[int, int | None]:
 
 
 def _state(member: Member) -> str:
-    """How its run ended, as its status.json says; torchrun's exit code does not tell."""
+    """Return the state in the member's status.json; torchrun's exit code does not show it."""
     try:
         return str(json.loads((member.run_dir / "status.json").read_text())["state"])
     except (OSError, ValueError, KeyError):

@@ -1,9 +1,9 @@
-"""The list of a sweep: arms times seeds, checked so that arms differ in what they declare only.
+"""Members of a sweep: arms times seeds, with a check that arms differ only in what they declare.
 
-One YAML file names a base configuration, what all arms change in it (``common``), the arms (name
--> settings; one is ``control``) and the seeds. A member is one arm at one seed. Members of one
-seed are paired: initialisation, order of the data and spans are functions of the seed (and the
-step) alone, so they start from the same weights and see the same tokens in the same order.
+One YAML file names a base configuration, settings of all arms (``common``), the arms (name ->
+settings; one is ``control``) and the seeds. A member is one arm with one seed. Members with the
+same seed are paired: initialization, data order and spans are functions of the seed (and the step)
+alone, so they start from the same weights and see the same tokens in the same order.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.shipped import find_sweep
 
 CONTROL = "control"
-# What a member has of its own: an arm must not set it.
+# Set for each member; an arm must not set them.
 _OF_THE_MEMBER = ("seed", "run.dir")
 
 Settings = dict[str, Any]
 
-# What a setting makes idle: if the key has this value, the keys with these beginnings do nothing.
+# If the key has this value, keys with these prefixes have no effect.
 _IDLE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("jepa.lambda", 0, ("jepa.",)),
     ("jepa.objective", "span", ("jepa.next_state.",)),
@@ -60,7 +60,7 @@ _IDLE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Member:
-    """One arm at one seed."""
+    """One arm with one seed."""
 
     index: int
     arm: str
@@ -68,28 +68,28 @@ class Member:
     config_file: str
     """The base configuration."""
     settings: Settings
-    """What it changes in that: dotted keys, seed and run.dir among them."""
+    """Its changes to the base configuration, by dotted key, including seed and run.dir."""
     declared: frozenset[str] = frozenset()
-    """The keys that make the arm."""
+    """Keys that the arm sets."""
 
     @property
     def run_dir(self) -> Path:
-        """Where it lives."""
+        """Its run directory."""
         return Path(self.settings["run.dir"]).expanduser()
 
     @property
     def arguments(self) -> list[str]:
-        """What to give to ``jepa_dist.train``: CONFIG KEY=VALUE ..."""
+        """Its arguments for ``jepa_dist.train``: CONFIG KEY=VALUE ..."""
         return [
             self.config_file,
             *(as_override(key, value) for key, value in self.settings.items()),
         ]
 
     def resolve(self) -> Config:
-        """Its configuration.
+        """Return its configuration.
 
         Raises:
-            UserError: there is none.
+            UserError: the configuration is invalid.
         """
         return load(self.config_file, self.arguments[1:], {}).config
 
@@ -104,16 +104,16 @@ class _SweepFile(BaseModel):
 
 
 def read_sweep(path: Path, overrides: Iterable[str] = ()) -> list[Member]:
-    """Read and check a sweep; members of one seed stand together.
+    """Read and check a sweep; return its members, ordered by seed.
 
     Args:
-        path: The YAML file, or the name of a shipped one. Relative paths in it are seen from the
+        path: The YAML file, or the name of a shipped one. Relative paths in it are relative to the
             working directory.
-        overrides: ``KEY=VALUE``, added to what all arms have in common; ``run.dir`` is the folder
-            that holds the members' run directories (default: ``runs/`` and the file's name).
+        overrides: ``KEY=VALUE``, added to ``common``; ``run.dir`` is the folder of the members' run
+            directories (default: ``runs/`` and the file's name).
 
     Raises:
-        UserError: everything that is wrong with it, at once.
+        UserError: one line for each problem.
     """
     _refuse_switches(os.environ)
     path = find_sweep(path)
@@ -145,7 +145,8 @@ def read_sweep(path: Path, overrides: Iterable[str] = ()) -> list[Member]:
 
 
 def _refuse_switches(environ: Mapping[str, str]) -> None:
-    """A switch in the environment would reach the arms that do not set it, and only those."""
+    """Raise if an environment variable overrides a setting: it would affect only the arms that do
+    not set it."""
     given = [name for name in ENVIRONMENT if name in environ]
     if given:
         raise UserError(
@@ -158,8 +159,8 @@ def _parse(path: Path) -> _SweepFile:
         return _SweepFile.model_validate(read_mapping(path))
     except ValidationError as error:
         known = ", ".join(_SweepFile.model_fields)
-        told = [f"{path}: {field} (a sweep has {known})" for field in invalid_fields(error)]
-        raise UserError(*told) from None
+        problems = [f"{path}: {field} (a sweep has {known})" for field in invalid_fields(error)]
+        raise UserError(*problems) from None
 
 
 def _split(overrides: Iterable[str]) -> Settings:
@@ -177,9 +178,9 @@ def _split(overrides: Iterable[str]) -> Settings:
 
 
 def _misplaced(arms: Mapping[str, Settings], common: Settings, seeds: list[int]) -> Iterable[str]:
-    """What is said in the wrong place, or not at all."""
+    """Yield problems of the file: missing, misplaced or duplicate entries."""
     if CONTROL not in arms:
-        yield f"arms: none is called {CONTROL!r}, with which all others are compared"
+        yield f"arms: {CONTROL!r} is missing, with which all others are compared"
     if len(arms) < 2:
         yield "arms: at least one besides the control is needed"
     if len(set(seeds)) < len(seeds):
@@ -189,18 +190,19 @@ def _misplaced(arms: Mapping[str, Settings], common: Settings, seeds: list[int])
     for name, settings in arms.items():
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name)):
             yield (
-                f"arm {name!r}: must be a name of letters, digits, - and _, in quotes where YAML "
-                "takes it for something else"
+                f"arm {name!r}: expected a name of letters, digits, - and _, in quotes if YAML "
+                "would parse it as another type"
             )
         for key in settings:
             if key in _OF_THE_MEMBER:
                 yield f"arm {name}: {key}: is set for each member; an arm cannot"
             if key in common:
-                yield f"arm {name}: {key}: is common to all arms; say it in one place"
+                yield f"arm {name}: {key}: is set in common, too; set it in one place"
 
 
 def _unlike(members: list[Member], arms: Mapping[str, Settings]) -> Iterable[str]:
-    """Compare the arms as they resolve (all at one seed) with the control and each other."""
+    """Yield problems of the arms' resolved configurations (all with one seed), compared with the
+    control and each other."""
     resolved: dict[str, Settings] = {}
     problems: dict[str, list[str]] = {}
     for member in members:
@@ -261,5 +263,5 @@ def _effective(settings: Settings) -> Settings:
 
 
 def settings_of(config: Config) -> Settings:
-    """All dotted keys, without what each member has of its own."""
+    """Return all settings by dotted key, except those that are set for each member."""
     return {key: v for key, v in flatten(to_dict(config)) if key not in _OF_THE_MEMBER}

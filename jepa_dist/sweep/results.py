@@ -1,10 +1,11 @@
-"""What a sweep found: differences to the control, paired by seed, with their uncertainty.
+"""Results of a sweep: differences to the control, paired by seed, with their standard errors.
 
-A pair counts only if both runs are finished, were made by this list in every start, computed alike
-(precision, device, versions) and consumed the same tokens in the same order (``tokens_digest``).
-Every difference comes with its standard error over the pairs, and is called one only where it
-leaves the two-sided 95 % interval of Student's t distribution around zero: with three pairs that
-takes 4.3 standard errors. A member that diverged has no number; it counts against its arm.
+A pair counts only if both runs are finished, used this list's settings in every start, computed in
+the same way (precision, device, versions) and consumed the same tokens in the same order
+(``tokens_digest``). Every difference has its standard error over the pairs, and counts as
+significant only outside the two-sided 95 % interval of Student's t distribution around zero: with
+three pairs, from 4.3 standard errors. A member that diverged has no value; it counts against its
+arm.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from jepa_dist.monitor.history import StartRecord, lasting, read_starts
 from jepa_dist.monitor.metrics_file import HELD_BYTES, METRICS, number, read_records
 from jepa_dist.sweep.members import CONTROL, Member, Settings, settings_of
 
-# 97.5 % points of Student's t distribution with 1, 2, ... degrees of freedom; with more than
-# listed, the last one errs on the side of caution.
+# 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom; beyond the end of
+# the list, the last one is conservative.
 _STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 _DATA_BYTES = 64 * MIB
@@ -36,7 +37,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences (arm less control)."""
+    """Mean of paired differences (arm - control)."""
 
     mean: float
     error: float
@@ -45,7 +46,7 @@ class Difference:
 
     @property
     def is_beyond_noise(self) -> bool:
-        """Whether zero lies outside the 95 % interval."""
+        """Whether the difference is significant: zero is outside the 95 % interval."""
         if self.pairs < 2:
             return False
         quantile = _STUDENT_T[min(self.pairs - 1, len(_STUDENT_T)) - 1]
@@ -56,7 +57,7 @@ class Difference:
 
 
 def paired_difference(pairs: Iterable[tuple[float, float]]) -> Difference | None:
-    """Of (arm, control) values; None without a pair."""
+    """Return the mean difference of (arm, control) values; None without a pair."""
     differences = [arm - control for arm, control in pairs]
     if not differences:
         return None
@@ -67,36 +68,36 @@ def paired_difference(pairs: Iterable[tuple[float, float]]) -> Difference | None
 
 @dataclass
 class Results:
-    """Closing records of the finished members, and what is missing."""
+    """Closing records of the finished members, and the members without one."""
 
     arms: list[str]
     records: dict[tuple[str, int], Record] = field(default_factory=dict)
-    """By arm and seed: the last record, with the best validation of the run beside it."""
+    """By arm and seed: the last record, extended by the run's best validation."""
     diverged: dict[tuple[str, int], str] = field(default_factory=dict)
-    """By arm and seed: members that gave up, or ended in a loss that is not finite, and how."""
+    """By arm and seed: the reason why the member diverged."""
     left_out: list[str] = field(default_factory=list)
     """One line for each member that does not count, with the reason."""
     notes: list[str] = field(default_factory=list)
-    """What is not known of members that count."""
+    """Messages about members that count, but whose settings are not fully known."""
 
     @property
     def metric(self) -> str:
-        """Bits per byte; nats per token where there is no tokenizer to count bytes with."""
+        """Bits per byte; nats per token if there is no tokenizer to count bytes with."""
         has_bytes = all(number(record, "val/bpb") is not None for record in self.records.values())
         return "val/bpb" if has_bytes else "val/loss"
 
     def values(self, arm: str, key: str) -> dict[int, float]:
-        """A number of every finished seed of an arm, where its record has it."""
+        """Return a metric of an arm by seed, for finished members that have it."""
         found = {seed: number(r, key) for (name, seed), r in self.records.items() if name == arm}
         return {seed: v for seed, v in found.items() if v is not None and math.isfinite(v)}
 
     def difference(self, arm: str, key: str) -> Difference | None:
-        """An arm's paired difference to the control."""
+        """Return an arm's paired difference to the control."""
         ours, control = self.values(arm, key), self.values(CONTROL, key)
         return paired_difference((ours[seed], control[seed]) for seed in ours if seed in control)
 
     def diverged_seeds(self, arm: str) -> list[int]:
-        """Seeds at which an arm diverged."""
+        """Return the seeds at which an arm diverged."""
         return [seed for name, seed in self.diverged if name == arm]
 
 
@@ -105,7 +106,7 @@ class _DivergedError(Exception):
 
 
 def read_results(members: Iterable[Member]) -> Results:
-    """Read what the members left in their run directories."""
+    """Read the results from the members' run directories."""
     members = list(members)
     results = Results(list(dict.fromkeys(member.arm for member in members)))
     for member in members:
@@ -120,11 +121,11 @@ def read_results(members: Iterable[Member]) -> Results:
 
 
 def _read(member: Member) -> Record:
-    """The closing record of a finished run that this list describes.
+    """Return the closing record of a finished member.
 
     Raises:
-        UserError: there is none.
-        _DivergedError: there is none, because the loss did not stay finite.
+        UserError: it is not finished, cannot be read, or had other settings.
+        _DivergedError: it diverged.
     """
     run_dir = member.run_dir
     try:
@@ -166,10 +167,8 @@ def _data(run_dir: Path) -> Any:
 
 
 def _best(records: list[Record]) -> Record:
-    """The best validation along the run: what stopping early would have given.
-
-    Only where the run was validated on what it was validated on at the end.
-    """
+    """Return the best validation of the run, as early stopping would have given, over records with
+    the same validation data as the last one."""
     found = {}
     same = [record for record in records if record.get("val/set") == records[-1].get("val/set")]
     for key in _METRICS:
@@ -180,7 +179,7 @@ def _best(records: list[Record]) -> Record:
 
 
 def _refuse_other_settings(member: Member, starts: Iterable[StartRecord]) -> None:
-    """Compare the settings of every start that steps of the run come from with the list's."""
+    """Raise if a start that contributed steps to the run had other settings than the list."""
     wanted = settings_of(member.resolve())
     config = member.run_dir / "config.yaml"
     try:
@@ -197,17 +196,18 @@ def _refuse_other_settings(member: Member, starts: Iterable[StartRecord]) -> Non
             if key in settings and settings[key] != value and not key.startswith(WATCHING + LAYOUT)
         ]
         if other:
-            raise UserError(f"{member.run_dir}: made with other settings{when}: {'; '.join(other)}")
+            raise UserError(
+                f"{member.run_dir}: trained with other settings{when}: {'; '.join(other)}"
+            )
 
 
 def _without_own(config: Mapping[str, Any]) -> Settings:
-    """The dotted keys of a start's configuration."""
+    """Return a start's settings by dotted key, except those that are set for each member."""
     return {key: value for key, value in flatten(config) if key not in ("seed", "run.dir")}
 
 
 def _leave_out_unpaired(results: Results, declared: Mapping[str, frozenset[str]]) -> None:
-    """Runs that did not see their control's tokens, or that computed otherwise than it did, would
-    be compared as if they had."""
+    """Drop runs that consumed other tokens, or computed in another way, than their control."""
     for (arm, seed), record in list(results.records.items()):
         control = results.records.get((CONTROL, seed), record)
         reasons = [
@@ -221,23 +221,23 @@ def _leave_out_unpaired(results: Results, declared: Mapping[str, frozenset[str]]
             results.records.pop((arm, seed), None)
         elif not record["facts"]:
             results.notes.append(
-                f"{arm}, seed {seed}: made by a version that does not record precision, device "
-                "and versions; they are not compared"
+                f"{arm}, seed {seed}: trained by a version that does not record precision, device "
+                "and versions; these are not compared"
             )
 
 
 def _computed_otherwise(
     facts: list[Mapping[str, str]], control: list[Mapping[str, str]], declared: frozenset[str]
 ) -> Iterator[str]:
-    """In which facts two runs differ, or one run between its starts; but for those that the arm
-    itself sets."""
+    """Yield the facts in which two runs differ, or one run between its starts, except those that
+    the arm sets."""
     names = dict.fromkeys(name for one in [*facts, *control] for name in one)
     for name in names:
         ours, theirs = ({one.get(name) for one in of} for of in (facts, control))
         if ours != theirs and name not in declared:
             yield f"{name} {_either(ours)}, of its control {_either(theirs)}"
         elif len(ours) > 1:
-            yield f"{name} {_either(ours)}, by turns"
+            yield f"{name} {_either(ours)}, depending on the start"
 
 
 def _either(values: set[str | None]) -> str:
@@ -248,10 +248,11 @@ def _either(values: set[str | None]) -> str:
 
 
 def describe(results: Results) -> list[str]:
-    """One table and one sentence per arm."""
+    """Return one table, and one sentence per arm."""
     if not results.records:
-        told = [_verdict(results, arm, "") for arm in results.arms if results.diverged_seeds(arm)]
-        return ["no member is finished", *told, *_left_out(results)]
+        diverged = [arm for arm in results.arms if results.diverged_seeds(arm)]
+        verdicts = [_verdict(results, arm, "") for arm in diverged]
+        return ["no member is finished", *verdicts, *_left_out(results)]
     metric = results.metric
     header = ["arm", "seeds", metric, "to control", f"best {metric}", "EMA", "tokens/s"]
     rows = [header, *(_row(results, arm, metric) for arm in results.arms)]
@@ -288,13 +289,13 @@ def _mean(values: Mapping[int, float], form: str) -> str:
 
 
 def _shown(difference: Difference) -> str:
-    """Without an error where one pair gives none."""
+    """Format a difference, with its standard error unless there is only one pair."""
     return str(difference) if difference.pairs > 1 else f"{difference.mean:+.4f}"
 
 
 def _verdict(results: Results, arm: str, metric: str) -> str:
-    """What to say of an arm. A seed at which it diverged, but the control did not, is worse than
-    any difference, so the mean over the others cannot make it better."""
+    """Return the verdict on an arm. An arm that diverged at a seed where the control did not is
+    worse than the control, whatever the mean over the other seeds."""
     diverged = results.diverged_seeds(arm)
     if arm == CONTROL:
         return f"{CONTROL}: diverged at seed {_listed(diverged)}: no pairs there"
@@ -310,13 +311,13 @@ def _difference(difference: Difference | None, *, says_better: bool) -> str:
     if difference is None:
         return "no pair yet"
     if difference.pairs == 1:
-        return f"{difference.mean:+.4f} in one pair, which says nothing about the noise"
+        return f"{difference.mean:+.4f} in one pair, without an estimate of the noise"
     if not difference.is_beyond_noise:
         return f"{difference} over {difference.pairs} pairs: within noise"
-    told = f"{difference} over {difference.pairs} pairs"
+    text = f"{difference} over {difference.pairs} pairs"
     if difference.mean < 0:
-        return f"{told}: better than the control" if says_better else told
-    return f"{told}: worse than the control"
+        return f"{text}: better than the control" if says_better else text
+    return f"{text}: worse than the control"
 
 
 def _listed(seeds: Iterable[int]) -> str:
@@ -324,7 +325,7 @@ def _listed(seeds: Iterable[int]) -> str:
 
 
 def _left_out(results: Results) -> list[str]:
-    """Members without a number, and why."""
+    """Return the notes, and the members without a value, with reasons."""
     lines = []
     for title, found in (
         ("not known:", results.notes),

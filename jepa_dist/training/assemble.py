@@ -21,8 +21,8 @@ from jepa_dist.config import Config
 from jepa_dist.data.check import known_bos, load_checked_tokenizer
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.evaluate.weights import find_initial
-from jepa_dist.monitor.meter import Meter
 from jepa_dist.monitor.startup import Startup
+from jepa_dist.monitor.step_timer import StepTimer
 from jepa_dist.monitor.stragglers import RankTimes
 from jepa_dist.optim.clip import GradientClip
 from jepa_dist.parallel.communication import time_communication
@@ -66,7 +66,7 @@ def build_trainer(
     startup: Startup | None = None,
     on_stop: Callable[[], None] | None = None,
     on_give_up: Callable[[str], None] | None = None,
-    meter: Meter | None = None,
+    meter: StepTimer | None = None,
 ) -> Trainer:
     """Build everything a run needs from its configuration. Collective.
 
@@ -87,7 +87,7 @@ def build_trainer(
     bos_id = known_bos(config, tokenizer)
     state = _build_state(config, world, bos_id, is_new=resume is None)
     validation = build_validation(config, world, layout.micro_size, tokenizer)
-    meter = meter or Meter(config.batch.sequences * config.model.seq_len, world.device)
+    meter = meter or StepTimer(config.batch.sequences * config.model.seq_len, world.device)
     time_communication(state.root, lambda: meter.communication())
     times = Times(meter, TrainingClock(), startup or Startup())
     saving: Saving = (

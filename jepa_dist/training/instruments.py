@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jepa_dist.monitor.clipped import ClippedShare
 from jepa_dist.monitor.compiles import CompileCounter
-from jepa_dist.monitor.meter import Meter
+from jepa_dist.monitor.step_timer import StepTimer
 from jepa_dist.monitor.stragglers import RankTimes
 from jepa_dist.objectives.joint import JointModel, Watch
 from jepa_dist.objectives.probe import TapProbe
@@ -74,7 +74,7 @@ class Instrument:
 class Speed(Instrument):
     """Tokens per second, seconds by phase, and the share of the device's peak."""
 
-    def __init__(self, meter: Meter, saving: Saving, root: JointModel, world: World) -> None:
+    def __init__(self, meter: StepTimer, saving: Saving, root: JointModel, world: World) -> None:
         self._meter = meter
         self._saving = saving
         self._root = root

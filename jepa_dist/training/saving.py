@@ -83,7 +83,7 @@ class CheckpointSaving(Saving):
     @property
     def is_completed(self) -> bool:
         """Whether a save has ended that the ranks have not finalized yet."""
-        return self._checkpointer.has_landed
+        return self._checkpointer.save_completed
 
     def finalize(self, plan: StepPlan) -> None:
         """Finalize the save in flight in the step in which rank 0 has every rank do so."""
@@ -115,7 +115,7 @@ class CheckpointSaving(Saving):
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of later steps, so that no start resumes from them. Collective."""
         folder = self._checkpointer.folder
-        self._state.world.decide(lambda: set_aside_after(folder, step))
+        self._state.world.run_on_main(lambda: set_aside_after(folder, step))
 
     def costs(self) -> dict[str, float]:
         """Return what the saves cost that were finalized since the last call, as metrics."""

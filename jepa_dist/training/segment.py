@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jepa_dist.config import Config
 from jepa_dist.data.loader import Batch
-from jepa_dist.monitor.meter import RollingDigest
+from jepa_dist.monitor.step_timer import RollingDigest
 from jepa_dist.parallel.reduce import MetricsReduction, StepReport
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
 from jepa_dist.progress import Progress

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch
-from jepa_dist.monitor.meter import Meter
+from jepa_dist.monitor.step_timer import StepTimer
 from jepa_dist.plan import StepPlan
 from jepa_dist.training.instruments import Instruments
 from jepa_dist.training.segment import Segment
@@ -34,7 +34,7 @@ class TrainStep:
     loss: Loss
     """This rank's share of the global loss by micro-batch, and its parts (``GlobalLoss``)."""
     instruments: Instruments
-    meter: Meter
+    meter: StepTimer
 
     def __call__(self, plan: StepPlan, segment: Segment) -> None:
         """Take the step that ``plan`` describes on the segment's next batches. Collective."""

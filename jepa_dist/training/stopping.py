@@ -6,7 +6,7 @@ import signal
 from collections.abc import Mapping
 from typing import Protocol
 
-from jepa_dist.monitor.meter import Meter
+from jepa_dist.monitor.step_timer import StepTimer
 from jepa_dist.parallel.world import World
 from jepa_dist.signals import STOP_SIGNALS
 
@@ -28,7 +28,7 @@ class NoRequest:
 class StopSignals:
     """Tells all ranks of the request that one of them has received."""
 
-    def __init__(self, request: Request, world: World, meter: Meter) -> None:
+    def __init__(self, request: Request, world: World, meter: StepTimer) -> None:
         self._request = request
         self._world = world
         self._meter = meter

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from jepa_dist.monitor.meter import Meter
 from jepa_dist.monitor.startup import Startup
+from jepa_dist.monitor.step_timer import StepTimer
 from jepa_dist.plan import TrainingClock
 
 
@@ -15,7 +15,7 @@ from jepa_dist.plan import TrainingClock
 class Times:
     """The clocks of a process."""
 
-    meter: Meter
+    meter: StepTimer
     """Phases of a step, and the place that the watchdog reports."""
     clock: TrainingClock
     """Training time over all starts of the run."""

@@ -156,7 +156,7 @@ def stop_rank_for_good(run: Run) -> None:
     rank = run.pick_rank()
     victim = run.ranks()[rank]
     run.send(signal.SIGSTOP, victim, f"rank {rank}")
-    told = f"pid {victim.pid}) gives no sign of life"
+    told = f"pid {victim.pid}) sends no heartbeat"
     run.wait_for(lambda: told in run.output())
 
 
@@ -395,9 +395,9 @@ FAULTS: dict[str, Fault] = {
     "ask to stop": ask_to_stop,
     "full disk": full_disk,
     "read-only checkpoints": read_only,
-    "truncated checkpoint": damage("truncated", truncate, told="skipped, it is not whole"),
-    "incomplete checkpoint": damage("lost", lose, told="skipped, it is not whole"),
-    "flipped bit": damage("bit flipped", flip_bit, told="skipped, it is not whole"),
+    "truncated checkpoint": damage("truncated", truncate, told="skipped, damaged or incomplete"),
+    "incomplete checkpoint": damage("lost", lose, told="skipped, damaged or incomplete"),
+    "flipped bit": damage("bit flipped", flip_bit, told="skipped, damaged or incomplete"),
     "foreign files": damage("dropped in", drop_in),
     "latest names nothing": damage("overwritten", lead_astray),
     "clock jump": jump_in_time,

@@ -70,7 +70,7 @@ class _World(World):
     def gather(self, value: Any) -> list[Any]:
         return [value] * self.world_size
 
-    def decide(self, fn: Any) -> Any:
+    def run_on_main(self, fn: Any) -> Any:
         return fn()
 
 

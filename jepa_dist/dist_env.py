@@ -1,8 +1,8 @@
-"""The launcher's environment: the one place that reads which rank this process is.
+"""The launcher's environment variables: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. ``adopt_launcher`` derives
-them from SLURM's variables under srun, and refuses an environment that names only some of them:
-such a process would wait forever, or train alone beside its siblings.
+torchrun sets all of them. ``adopt_launcher`` derives them from SLURM's variables under srun, and
+rejects an environment in which some are missing: such a process would wait forever, or train
+separately from the other ranks.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from jepa_dist.errors import UserError
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-# Launchers whose variables are not enough to meet: number of processes -> name.
+# Launchers that set no rendezvous address: variable with the number of processes -> name.
 _OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
-# Ports from 32768 on are the kernel's; 10000 to 29999 are multinode.sh's.
+# The kernel assigns ports from 32768; launch/multinode.sh uses 10000 to 29999.
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
 _SCONTROL_SECONDS = 60
 
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 
 _FIRST_PARENT = os.getppid()
-# What process 1 is where it is not torchrun: programs that start no ranks themselves.
-_TAKE_IN_ORPHANS = (
+# Programs that run as process 1, adopt orphans, and do not start ranks themselves.
+_INIT_PROGRAMS = (
     *("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "conmon", "runit"),
     *("s6-svscan", "supervisord", "launchd", "bash", "sh", "dash", "zsh", "sleep", "pause"),
 )
@@ -41,16 +41,16 @@ _TAKE_IN_ORPHANS = (
 def adopt_launcher(environ: MutableMapping[str, str], *, will_meet: bool = True) -> None:
     """Complete RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or leave all unset.
 
-    Under srun they follow from SLURM's variables; a given MASTER_ADDR or MASTER_PORT is kept.
-    Without a launcher this process is a world of its own.
+    Under srun they are derived from SLURM's variables; a given MASTER_ADDR or MASTER_PORT is kept.
+    Without a launcher they stay unset: world size 1.
 
     Args:
-        environ: Is changed.
-        will_meet: Whether the ranks will join each other. If not, WORLD_SIZE alone may say how
-            many there will be.
+        environ: The environment; modified in place.
+        will_meet: Whether a process group will be created. If not, WORLD_SIZE may be set without
+            RANK.
 
     Raises:
-        UserError: some of the variables are missing or are no numbers.
+        UserError: some of the variables are missing or not numbers.
     """
     if "RANK" not in environ and not will_meet:
         _check_numbers(environ, ("WORLD_SIZE",) if "WORLD_SIZE" in environ else ())
@@ -77,7 +77,7 @@ def adopt_launcher(environ: MutableMapping[str, str], *, will_meet: bool = True)
 
 
 def _refuse_rankless(environ: Mapping[str, str]) -> None:
-    """Refuse variables that say that there are more processes than this one."""
+    """Raise if variables say that there are several processes although RANK is not set."""
     if "WORLD_SIZE" in environ:
         raise UserError(
             f"environment: WORLD_SIZE={environ['WORLD_SIZE']!r} is set, but RANK is not; start the "
@@ -101,7 +101,7 @@ def _check_numbers(environ: Mapping[str, str], names: Iterable[str]) -> None:
 
 
 def _tasks_of_step(environ: Mapping[str, str]) -> int:
-    """The number of tasks that srun started together with this one; 1 outside of srun."""
+    """Return the number of tasks in this srun step; 1 outside of srun."""
     if "SLURM_PROCID" not in environ:
         return 1
     name = next((n for n in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if n in environ), None)
@@ -117,9 +117,9 @@ def _adopt_slurm(environ: MutableMapping[str, str]) -> None:
     if missing:
         raise UserError(
             f"environment: SLURM_PROCID={environ['SLURM_PROCID']!r} of {_tasks_of_step(environ)} "
-            f"tasks, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing or no "
-            "number; start the ranks with srun or torchrun, or unset SLURM_PROCID to train in this "
-            "process alone"
+            f"tasks, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing or "
+            "not a number; start the ranks with srun or torchrun, or unset SLURM_PROCID to train "
+            "in this process alone"
         )
     if not environ.get("MASTER_ADDR"):
         environ["MASTER_ADDR"] = _first_address(environ)
@@ -131,7 +131,7 @@ def _adopt_slurm(environ: MutableMapping[str, str]) -> None:
 
 
 def _first_address(environ: Mapping[str, str]) -> str:
-    """Address of the first node of the step; names of nodes need not resolve."""
+    """Return the address of the step's first node; node names may not be resolvable."""
     if environ.get("SLURM_STEP_NUM_NODES") == "1":
         return "127.0.0.1"
     try:
@@ -140,8 +140,8 @@ def _first_address(environ: Mapping[str, str]) -> str:
         return next(w for w in words if w.startswith("NodeAddr=")).partition("=")[2]
     except (KeyError, IndexError, StopIteration, OSError, subprocess.SubprocessError):
         raise UserError(
-            "environment: SLURM does not say at which address the ranks meet "
-            "(SLURM_STEP_NODELIST, scontrol); set MASTER_ADDR to the first node's"
+            "environment: the rendezvous address cannot be derived from SLURM "
+            "(SLURM_STEP_NODELIST, scontrol); set MASTER_ADDR to the first node's address"
         ) from None
 
 
@@ -153,10 +153,10 @@ def _scontrol(what: str, name: str) -> str:
 
 
 def check_rendezvous(environ: Mapping[str, str]) -> None:
-    """See that the address where the ranks meet can be resolved: waiting for it takes minutes.
+    """Check that MASTER_ADDR can be resolved; otherwise the rendezvous times out after minutes.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be resolved.
     """
     address = environ.get("MASTER_ADDR")
     if address is None:
@@ -197,8 +197,8 @@ def ranks_on_this_host() -> int:
     return max(1, int(given)) if re.fullmatch(r"[0-9]{1,9}", given) else 1
 
 
-def tell_place() -> None:
-    """Print once for each of several hosts which ranks it has."""
+def print_local_ranks() -> None:
+    """Print this host's ranks, once per host; nothing on a single host."""
     if launched_local_rank() != 0 or int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
         return
     first, count = launched_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -209,16 +209,16 @@ def tell_place() -> None:
 
 
 def die_with_launcher() -> None:
-    """Let the kernel end this rank when torchrun's agent dies, even by SIGKILL (Linux).
+    """Have the kernel kill this rank when torchrun's agent dies, even by SIGKILL (Linux).
 
-    Otherwise it would train on unnoticed, for minutes.
+    Otherwise it would keep training unsupervised, for minutes.
     """
     if is_launched():
         die_with_parent()
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process when its parent dies, even by SIGKILL (Linux)."""
+    """Have the kernel kill this process when its parent dies, even by SIGKILL (Linux)."""
     set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != _FIRST_PARENT or is_orphan(os.environ):  # it died before
         os._exit(128 + signal.SIGKILL)
@@ -244,14 +244,14 @@ def parent_death_signal() -> int:
 def is_orphan(
     environ: Mapping[str, str], parent: int | None = None, init: Path = Path("/proc/1/comm")
 ) -> bool:
-    """Return whether torchrun, which started this process, has ended by now.
+    """Return whether torchrun started this process and has exited since.
 
-    Process 1 takes in orphans, but in a container it may be torchrun itself.
+    Process 1 adopts orphans, but in a container it may be torchrun itself.
 
     Args:
-        environ: Of this process; torchrun leaves its mark there.
-        parent: The parent process (default: this process's).
-        init: Says what program process 1 is.
+        environ: This process's environment; torchrun sets TORCHELASTIC_RUN_ID in it.
+        parent: Pid of the parent process (default: this process's).
+        init: File with the name of process 1's program.
     """
     parent = os.getppid() if parent is None else parent
     if parent != 1 or "TORCHELASTIC_RUN_ID" not in environ:
@@ -260,4 +260,4 @@ def is_orphan(
         name = init.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return False
-    return name in _TAKE_IN_ORPHANS
+    return name in _INIT_PROGRAMS

@@ -1,4 +1,4 @@
-"""Time and tokens: where a step's time goes, and how fast the run is (contract C8)."""
+"""Time per phase of a step, tokens per second, and the rolling token digest (contract C8)."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from dataclasses import dataclass
 
 import torch
 
-# Phases of a step that train, as they come; time in others is not training time.
+# Training phases of a step, in order; time in other phases is not training time.
 TRAINING_PHASES = ("data_wait", "forward", "backward", "communication", "optimizer")
 _PASSES = ("forward", "backward")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is."""
+    """A rank's current position in the run."""
 
     count: int
-    """Phases entered so far. Every rank enters the same ones, so who has the lowest is behind."""
+    """Phases entered so far; all ranks enter the same ones, so the lowest count is behind."""
     step: int
     phase: str
 
 
-class Meter:
-    """Measures the stretch of steps between two records; only training counts for its speed.
+class StepTimer:
+    """Timer of the steps between two records; tokens per second count training time only.
 
     Args:
-        tokens_per_step: Of the global batch.
-        device: On CUDA the training phases are measured there, by events that are read only when
-            a record is made. The wait for data is always the host's.
+        tokens_per_step: Tokens in the global batch.
+        device: On CUDA, training phases are timed on the device, by events that are read only when
+            a record is made. The wait for data is always timed on the host.
     """
 
     def __init__(self, tokens_per_step: int, device: torch.device) -> None:
@@ -44,13 +44,13 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Training begins now."""
+        """Start timing: training begins now."""
         self._started = time.perf_counter()
         self._begin()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time spent in here is reported as ``time/NAME``, and not as that of a phase around it."""
+        """Report the time within this context as ``time/NAME``, not as the enclosing phase's."""
         around, self._phase = self._phase, name
         self.place = Place(self.place.count + 1, self.place.step, name)
         start = time.perf_counter()
@@ -65,23 +65,23 @@ class Meter:
             self.place = Place(self.place.count, self.place.step, around)
 
     def communication(self) -> AbstractContextManager[None]:
-        """A phase within forward and backward of a step that times it (``step``); elsewhere (in an
-        evaluation) it is not set apart."""
+        """Return the phase ``communication``, for use within forward and backward of a step that
+        times it (see ``step``); elsewhere, e.g. in an evaluation, a null context."""
         is_timed = self._times_communication and self._phase in _PASSES
         return self.phase("communication") if is_timed else nullcontext()
 
     def still_alive(self) -> None:
-        """A long phase gets on; to be called at the same points on every rank."""
+        """Record progress within a long phase; call at the same points on every rank."""
         self.place = Place(self.place.count + 1, self.place.step, self.place.phase)
 
     def step(self, step: int, *, saving: bool = False, times_communication: bool = False) -> None:
-        """An optimiser step begins.
+        """Begin an optimizer step.
 
         Args:
             step: Its number.
             saving: Whether a checkpoint is being written.
-            times_communication: Whether this step times its communication, at dozens of points.
-                Some of a lap's steps are enough: the others are taken to be alike.
+            times_communication: Whether to time this step's communication, at dozens of points.
+                Some of a lap's steps suffice; their mean is used for the others.
         """
         self._end_step()
         self._saving = saving
@@ -91,11 +91,11 @@ class Meter:
         self.place = Place(self.place.count, step, "step")
 
     def lap(self) -> dict[str, float]:
-        """Means over the steps since the last lap; on CUDA the device must have been waited for.
+        """Return means over the steps since the last lap; on CUDA, synchronize the device first.
 
         Returns:
             Seconds per step, training only (``time/step``) and by phase, trained tokens per
-            second, and how much longer steps took while a checkpoint was written.
+            second, and the slowdown of steps while a checkpoint was written.
         """
         self._end_step()
         self._read_events()
@@ -116,7 +116,8 @@ class Meter:
         return result
 
     def summary(self) -> dict[str, float | None]:
-        """Median tokens/s over the laps (without the first, which compiles) and total seconds."""
+        """Return median tokens/s over the laps (without the first, which compiles) and total
+        seconds."""
         rates = self._rates[1:] or self._rates
         return {
             "tokens_per_second": statistics.median(rates) if rates else None,
@@ -160,7 +161,8 @@ class Meter:
             self._seconds[around] = self._seconds.get(around, 0.0) - seconds
 
     def _set_communication_apart(self) -> None:
-        """Take out of the passes what their timed steps spent communicating, for all steps."""
+        """Move communication time, scaled from the timed steps to all, from the passes to its own
+        phase."""
         for around, seconds in self._exposed.items():
             exposed = seconds * self._steps / max(1, self._timed_steps)
             exposed = min(exposed, self._seconds[around])
@@ -178,7 +180,7 @@ class Meter:
         return begin, end
 
     def _read_events(self) -> None:
-        """What the device measured takes the place of the host's times."""
+        """Replace the host's times by those measured on the device."""
         for name in {name for name, *_ in self._pairs}:
             self._seconds[name] = 0.0
         if self._pairs:
@@ -188,20 +190,20 @@ class Meter:
 
 
 def _is_profiling() -> bool:
-    """Whether anybody sees the profiler's ranges, which cost the host time all the same."""
+    """Return whether a profiler is running; ``record_function`` costs host time even without."""
     return torch.autograd.profiler._is_profiler_enabled
 
 
 class RollingDigest:
-    """Digest of everything fed to it, in order; its state is the digest itself."""
+    """Digest chained over its inputs; the digest is its whole state."""
 
     def __init__(self, so_far: str = "") -> None:
         self._digest = bytes.fromhex(so_far)
 
     def update(self, data: bytes) -> None:
-        """Take in one step's share."""
+        """Add one step's data."""
         self._digest = hashlib.blake2b(self._digest + data, digest_size=16).digest()
 
     def hex(self) -> str:
-        """The digest as 32 hexadecimal digits (empty before the first step)."""
+        """Return the digest as 32 hexadecimal digits (empty before the first step)."""
         return self._digest.hex()

@@ -1,4 +1,4 @@
-"""What the ranks report, in one table, and what of it is off."""
+"""Per-rank reports, the problems found in them, and the table that shows them."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-# Machines of one kind differ by a few per cent; links that share a switch by more.
+# Ratios to the median below which a rank is slow. Identical machines differ by a few percent, links
+# that share a switch by more.
 _SLOW_MATMUL, _SLOW_RING = 0.8, 0.5
 _CLOCK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank found."""
+    """One rank's measurements."""
 
     rank: int
     node: str
     versions: dict[str, str]
-    """What must be the same everywhere: torch, driver, NCCL, device, ... (``-``: has none)."""
+    """Must be identical on all nodes: torch, driver, NCCL, device, ... (``-``: none)."""
     interface: str
-    """Towards the rendezvous: name and address."""
+    """Name and address of the interface used to reach the rendezvous."""
     clock_ahead: float
-    """Seconds before rank 0's clock."""
+    """Seconds by which this node's clock is ahead of rank 0's."""
     clock_error: float
     free_gib: float
     files: str
-    """What is wrong with the shared folder; empty if nothing is."""
+    """Problem with the shared folder; empty if there is none."""
     has_hidden_gpu: bool
-    """There is a GPU, and torch does not see it."""
+    """Whether there is a GPU that torch cannot use."""
     matmul_tflops: float
     ring_gbps: float | None
 
 
 def findings(reports: Sequence[Report], folder: str, need_gib: float) -> list[str]:
-    """Everything that is off, one line each."""
+    """Return one line for each problem."""
     return [
         *_versions_differ(reports),
         *_per_node(reports, lambda report: _wrong_on_node(report, folder, need_gib)),
@@ -56,7 +57,7 @@ def _versions_differ(reports: Sequence[Report]) -> Iterable[str]:
 
 
 def _per_node(reports: Sequence[Report], wrong: Callable[[Report], Iterable[str]]) -> Iterable[str]:
-    """Each line once, though several ranks of the node report it."""
+    """Return each distinct line once, although several ranks of a node report it."""
     lines = (f"{report.node}: {line}" for report in reports for line in wrong(report))
     return dict.fromkeys(lines)
 
@@ -95,7 +96,7 @@ def _slow(
 
 
 def table(reports: Sequence[Report]) -> list[str]:
-    """One line per rank."""
+    """Return a header and one line per rank."""
     header = [
         *("rank", "node", *reports[0].versions, "interface"),
         *("clock", "free", "files", "matmul", "link"),
@@ -113,7 +114,7 @@ def _row(report: Report) -> list[str]:
         report.interface,
         f"{report.clock_ahead:+.3f} s",
         f"{report.free_gib:,.0f} GiB",
-        "off" if report.files else "same",
+        "differ" if report.files else "same",
         f"{report.matmul_tflops:.3g} TFLOP/s",
         "-" if report.ring_gbps is None else f"{report.ring_gbps:.3g} GB/s",
     ]

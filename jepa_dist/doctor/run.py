@@ -1,4 +1,4 @@
-"""One examination: every rank's report, the table, and what is off."""
+"""All checks: collect every rank's report, print the table, return the problems."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from jepa_dist.consistency import code_digest
-from jepa_dist.doctor.judge import Report, findings, table
-from jepa_dist.doctor.measure import (
+from jepa_dist.doctor.findings import Report, findings, table
+from jepa_dist.doctor.probes import (
     allreduce_gbps,
     check_files,
     clock_offset,
@@ -19,36 +19,37 @@ from jepa_dist.doctor.measure import (
     matmul_tflops,
     ring_gbps,
 )
-from jepa_dist.doctor.place import interface_to, node_name, num_nodes
+from jepa_dist.doctor.topology import interface_to, node_name, num_nodes
 from jepa_dist.parallel.world import World
 
 
-def examine(world: World, folder: Path, need_gib: float) -> list[str]:
+def run_checks(world: World, folder: Path, need_gib: float) -> list[str]:
     """Measure on all ranks and print the table on rank 0. Collective.
 
     Args:
         world: The ranks.
         folder: Where the runs will be.
-        need_gib: Room that must be free there.
+        need_gib: Free space required there, in GiB.
 
     Returns:
-        What is off, the same on every rank.
+        One line per problem, the same on every rank.
     """
     report = _report(world, folder)
     bandwidth = allreduce_gbps(world)
     known = world.gather(report)
-    off = findings(known, str(folder), need_gib)
+    problems = findings(known, str(folder), need_gib)
     if world.is_main:
         print(*table(known), sep="\n")
         if bandwidth is not None:
             print(f"all-reduce over {world.world_size} ranks: {bandwidth:.3g} GB/s (bus bandwidth)")
-    return off
+    return problems
 
 
 def _report(world: World, folder: Path) -> Report:
-    """What this rank finds. Collective."""
+    """Return this rank's report. Collective."""
     nodes = num_nodes(os.environ)
-    # Between nodes, where there are several: every rank with its counterpart on the next one.
+    # With several nodes, measure the links between them: each rank sends to the rank with the same
+    # local rank on the next node.
     stride = world.world_size // nodes
     ahead, error = clock_offset(world)
     return Report(
@@ -67,7 +68,7 @@ def _report(world: World, folder: Path) -> Report:
 
 
 def _versions(world: World) -> dict[str, str]:
-    """What must not differ between nodes."""
+    """Return the versions that must be identical on all nodes."""
     on_gpu = world.device.type == "cuda"
     return {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""What the ranks find out together; every function here is collective."""
+"""Measurements made by all ranks together; every function here is collective unless noted."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch.distributed as dist
 from jepa_dist.parallel.world import World
 
 _PINGS = 10
-# A network file system may take its time to show what another node wrote.
+# On a network file system, files written by another node may become visible late.
 _VISIBLE_WITHIN_SECONDS = 30.0
 
 
 def clock_offset(world: World, clock: Callable[[], float] = time.time) -> tuple[float, float]:
-    """By how many seconds this node's clock is ahead of rank 0's, and how far off that may be.
+    """Return by how many seconds this node's clock is ahead of rank 0's, and the maximum error.
 
-    Each rank in turn asks rank 0 for its time; of several answers the fastest is believed
-    (Cristian's algorithm).
+    The ranks query rank 0's time one after the other; of several replies, the one with the shortest
+    round trip is used (Cristian's algorithm).
     """
     best = (0.0, float("inf")) if world.rank else (0.0, 0.0)
     for asking in range(1, world.world_size):
@@ -51,33 +51,34 @@ def _answer(world: World, rank: int, clock: Callable[[], float]) -> None:
 
 
 def free_gib(folder: Path) -> float:
-    """Room on the file system of a folder, which need not exist yet. (Not collective.)"""
+    """Return the free space, in GiB, on the file system of a folder, which need not exist yet. (Not
+    collective.)"""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     return shutil.disk_usage(existing).free / 2**30
 
 
 def check_files(folder: Path, world: World, patience: float = _VISIBLE_WITHIN_SECONDS) -> str:
-    """Whether all ranks write and read the same files in ``folder``.
+    """Check that all ranks read and write the same files in ``folder``.
 
     Rank 0 writes a token that every rank reads; every rank writes one that rank 0 reads.
 
     Returns:
-        What is wrong with this rank's view; empty if nothing is.
+        The problem with this rank's view of the folder; empty if there is none.
     """
-    name = world.decide(lambda: f".doctor-{secrets.token_hex(8)}")
+    name = world.run_on_main(lambda: f".doctor-{secrets.token_hex(8)}")
     mine = folder / name / f"rank_{world.rank}"
-    problem = _tell_others(mine, name) if world.is_main else ""
+    problem = _write_token(mine, name) if world.is_main else ""
     dist.barrier(group=world.control)
     if not world.is_main:
         problem = _read(folder / name / "rank_0", name, patience) or _write(mine, name)
     known = world.gather(problem)
-    unread = world.decide(lambda: _read_all(folder / name, known, name, patience))
+    unread = world.run_on_main(lambda: _read_all(folder / name, known, name, patience))
     if world.is_main:
         shutil.rmtree(folder / name, ignore_errors=True)
     return problem or unread[world.rank]
 
 
-def _tell_others(path: Path, token: str) -> str:
+def _write_token(path: Path, token: str) -> str:
     try:
         path.parent.mkdir(parents=True)
     except OSError as error:
@@ -100,7 +101,7 @@ def _read(path: Path, token: str, patience: float) -> str:
             found = path.read_text(encoding="utf-8")
             if found == token:
                 return ""
-            problem = "holds other content than rank 0 wrote"
+            problem = "has other content than rank 0 wrote"
         except OSError as error:
             problem = f"does not show what rank 0 wrote ({error.strerror}): not the same folder"
         if time.monotonic() > deadline:
@@ -109,8 +110,8 @@ def _read(path: Path, token: str, patience: float) -> str:
 
 
 def _read_all(folder: Path, known: list[str], token: str, patience: float) -> list[str]:
-    """Per rank what rank 0 misses; it does not wait for ranks whose problem is known, nor in vain
-    more than once."""
+    """Return rank 0's problem with each rank's file; skips ranks that have a problem already, and
+    waits for the full ``patience`` at most once."""
     problems = []
     for rank, problem in enumerate(known):
         missing = not problem and _read(folder / f"rank_{rank}", token, patience)
@@ -123,7 +124,8 @@ def _read_all(folder: Path, known: list[str], token: str, patience: float) -> li
 
 
 def matmul_tflops(world: World) -> float:
-    """Speed of a matrix product while all ranks are at it: bf16 on CUDA, float32 on CPU."""
+    """Return the speed of a matrix product while all ranks compute one, in TFLOP/s: bf16 on CUDA,
+    float32 on CPU."""
     on_gpu = world.device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
     matrix = torch.randn(size, size, device=world.device).to(dtype)
@@ -132,8 +134,8 @@ def matmul_tflops(world: World) -> float:
 
 
 def allreduce_gbps(world: World) -> float | None:
-    """Bus bandwidth of an all-reduce over all ranks in GB/s (2 (n-1)/n * bytes / time, as
-    nccl-tests counts it); None for one rank."""
+    """Return the bus bandwidth of an all-reduce over all ranks in GB/s (2 (n-1)/n * bytes / time,
+    as in nccl-tests); None for one rank."""
     if world.world_size == 1:
         return None
     tensor = torch.zeros(_num_floats(world, mib=256), device=world.device)
@@ -142,8 +144,8 @@ def allreduce_gbps(world: World) -> float | None:
 
 
 def ring_gbps(world: World, stride: int) -> float | None:
-    """What arrives from the rank ``stride`` before this one, in GB/s, while all ranks send to the
-    rank ``stride`` after them: unlike an all-reduce it differs per rank. None for one rank."""
+    """Return the receive bandwidth from rank - stride, in GB/s, while every rank sends to
+    rank + stride; unlike an all-reduce's, it differs between ranks. None for one rank."""
     if world.world_size == 1:
         return None
     outgoing = torch.zeros(_num_floats(world, mib=64), device=world.device)
@@ -167,7 +169,8 @@ def _num_floats(world: World, mib: int) -> int:
 
 
 def _median_seconds(work: Callable[[], object], world: World, repeat: int) -> float:
-    """Of ``repeat`` calls on all ranks at once, after a few to warm up."""
+    """Return the median time of ``repeat`` simultaneous calls on all ranks, after three warm-up
+    calls."""
     for _ in range(3):
         work()
     _finish(world)

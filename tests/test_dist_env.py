@@ -1,4 +1,4 @@
-"""The launcher's environment: adopted when complete, refused in one line when not."""
+"""The launcher's environment: adopted if complete, rejected in one line if not."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from jepa_dist.dist_env import adopt_launcher, check_rendezvous, is_orphan, ranks_on_this_host
 from jepa_dist.errors import UserError
-from jepa_dist.launched import adopt_launcher, check_rendezvous, is_orphan, ranks_on_this_host
 
 TORCHRUN = {
     "RANK": "1",
