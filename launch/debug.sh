@@ -5,12 +5,12 @@
 #
 #   --dry-run          print the commands and run none
 #   NPROC_PER_NODE=N   ranks (default 2)
-#   OMP_NUM_THREADS=N  threads per rank (default: the cores, shared out)
+#   OMP_NUM_THREADS=N  threads per rank (default: cores / ranks)
 #   JEPA_LAMBDA=... and the other JEPA_* switches of docs/configuration.md
 #   VENV=DIR, PYTHON=EXE: see launch/setup.sh
 #
-# The run goes to run.dir=..., or else to runs/debug, runs/debug-2, ... (the first that is free).
-# Relative paths are seen from the top folder of this checkout.
+# The run directory is run.dir=..., by default the first of runs/debug, runs/debug-2, ... that does
+# not exist. Relative paths are relative to the root of this checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -65,7 +65,7 @@ fi
 
 train=(
     env OMP_NUM_THREADS="$OMP_NUM_THREADS"
-    # The name of this machine need not resolve.
+    # Not the host name, which may not be resolvable.
     "$venv/bin/torchrun" --standalone --local-addr=127.0.0.1 --nproc-per-node="$ranks"
     -m jepa_dist.train "$config" "${overrides[@]}"
 )

@@ -1,4 +1,4 @@
-"""``jepa_dist doctor`` where only the path of a script can be given: docs/slurm.md."""
+"""``jepa_dist doctor`` as a script, for launchers that take only a script's path: docs/slurm.md."""
 
 from __future__ import annotations
 

@@ -4,22 +4,23 @@
 #   bash launch/multinode.sh --nodes 8 --head HOST [OPTIONS] CONFIG [KEY=VALUE ...]
 #
 #   --nodes N         hosts that take part
-#   --head HOST       name or address of one of them, where all meet: as the others reach it
-#   --min-nodes N     go on with as few as these when hosts are lost, and with all again when they
-#                     are back (default: all)
+#   --head HOST       name or address of one of them, for the rendezvous; as the others reach it
+#   --min-nodes N     continue on N or more hosts when some are lost; lost hosts may rejoin
+#                     (default: all)
 #   --port PORT       on the head (default 29500)
-#   --id NAME         the same on all hosts, another one for every job (default: jepa)
-#   --node-rank N     this host's number, from 0, the head (default: found by its name)
-#   --same-machine    the "hosts" are one machine: a rehearsal, the only case for a loopback address
+#   --id NAME         job id: the same on all hosts, different for every job (default: jepa)
+#   --node-rank N     this host's number; the head is 0 (default: derived from its address)
+#   --same-machine    all "hosts" are this machine (for tests), where loopback addresses are valid
 #   --dry-run         print the command and run nothing
 #
 #   NPROC_PER_NODE=N   ranks on this host (default: its GPUs, or 1 if it has none)
-#   OMP_NUM_THREADS=N  threads per rank (default: the cores, shared out)
+#   OMP_NUM_THREADS=N  threads per rank (default: cores / ranks)
 #   VENV=DIR           virtual environment (default: .venv of this checkout)
 #
-# Relative paths are seen from the top folder of this checkout, which must be the same on all hosts,
-# as must be run.dir: on a shared file system. Ctrl-C on one host saves and stops the ranks of all
-# (where it was not pressed, torchrun ends within five minutes); the same command goes on from there.
+# Relative paths are relative to the root of this checkout, which must have the same path on all
+# hosts. run.dir must be on a shared file system. Ctrl-C on one host makes the ranks of all hosts
+# save and stop (on the other hosts, torchrun exits within five minutes); the same command resumes
+# the run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -61,9 +62,9 @@ count_gpus() {
     fi
 }
 
-[[ $nodes ]] || fail "--nodes: how many hosts take part?"
-[[ $head ]] || fail "--head: on which host do they meet?"
-[[ $# -gt 0 && $1 != *=* ]] || fail "which configuration? e.g. configs/debug.yaml"
+[[ $nodes ]] || fail "--nodes: missing; expected the number of hosts"
+[[ $head ]] || fail "--head: missing; expected the name or address of the rendezvous host"
+[[ $# -gt 0 && $1 != *=* ]] || fail "CONFIG: missing; expected e.g. configs/debug.yaml"
 min_nodes="${min_nodes:-$nodes}"
 is_count "$nodes" || fail "--nodes $nodes: expected a number of hosts"
 is_count "$min_nodes" || fail "--min-nodes $min_nodes: expected a number of hosts"
@@ -72,8 +73,8 @@ is_count "$port" || fail "--port $port: expected a port"
 [[ ! $node_rank || $node_rank =~ ^[0-9]+$ ]] || fail "--node-rank $node_rank: expected a number"
 if [[ $nodes != 1 && ! $same_machine ]]; then
     case "$head" in
-        localhost* | 127.* | ::1) fail "--head $head: only this host itself reaches that address;" \
-            "give the name or address that the others use" ;;
+        localhost* | 127.* | ::1) fail "--head $head: other hosts cannot reach this address;" \
+            "use the name or address that they use" ;;
     esac
 fi
 
@@ -86,11 +87,11 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
 fi
 venv="${VENV:-.venv}"
 [[ $dry_run || -x $venv/bin/python ]] ||
-    fail "$venv is no virtual environment on $(hostname): bash launch/setup.sh makes .venv" \
+    fail "$venv: not a virtual environment on $(hostname); create .venv by bash launch/setup.sh" \
         "(or set VENV)"
 
-# The address of this host on the way to the head: what other ranks are told to connect to. Host
-# names that do not resolve, or that resolve to loopback, are common on clusters.
+# The address of this host's interface towards the head, to which other ranks connect. On clusters,
+# host names often do not resolve, or resolve to loopback.
 own_address() {
     "$venv/bin/python" - "$head" "$port" <<'PYTHON'
 import socket
@@ -99,7 +100,7 @@ import sys
 try:
     family, kind, _, _, address = socket.getaddrinfo(*sys.argv[1:], type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(address)  # of a datagram socket: chooses a route, sends nothing
+        probe.connect(address)  # on a datagram socket: selects a route, sends nothing
         print(probe.getsockname()[0])
 except OSError as error:
     sys.exit(f"error: --head {sys.argv[1]}: not reachable from this host: {error}")
@@ -107,8 +108,8 @@ PYTHON
 }
 if [[ $dry_run ]]; then address=ADDRESS; else address="$(own_address)" || exit 2; fi
 
-# torchrun would wait a minute for whatever listens there. (On one machine that plays several hosts
-# it is the first of them.)
+# If another process listens on the port, torchrun would wait for it for a minute. (Not checked with
+# --same-machine, where that process may be the agent of the first host.)
 port_is_free() {
     "$venv/bin/python" - "$address" "$port" <<'PYTHON'
 import errno
@@ -133,12 +134,12 @@ head = {found[4][0] for found in socket.getaddrinfo(sys.argv[1], None)}
 sys.exit(sys.argv[2] not in head)' "$head" "$address"
 }
 if [[ ! $dry_run && ! $same_machine ]] && is_head; then
-    port_is_free || fail "--port $port: is in use on this host, perhaps by another job; end that" \
-        "one, or give --port another number on all hosts"
+    port_is_free || fail "--port $port: is in use on this host, perhaps by another job; stop that" \
+        "job, or use another --port on all hosts"
 fi
 
-# A host that was not heard of for 5 s x 3 takes no part in the next meeting; those that remain wait
-# last_call_timeout for late ones. read_timeout is above the 30 s that torchrun gives a rank to end.
+# A host without keep-alive for 3 x 5 s is excluded from the next rendezvous; the others wait
+# last_call_timeout for late hosts. read_timeout exceeds the 30 s that a rank has to exit.
 rendezvous=(
     join_timeout=600 last_call_timeout=15 close_timeout=10 read_timeout=60
     keep_alive_interval=5 keep_alive_max_attempt=3
@@ -152,8 +153,8 @@ agent=(
     env
     OMP_NUM_THREADS="$OMP_NUM_THREADS"
     PYTHONUNBUFFERED=1
-    # torchrun kills ranks this long after a stop signal (torch 2.11: always after 30 s). They leave
-    # before, by checkpoint.grace_seconds.
+    # torchrun kills ranks this long after a stop signal (torch 2.11: always after 30 s). Ranks exit
+    # earlier, within checkpoint.grace_seconds.
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-330}"
     "$venv/bin/python" -m jepa_dist.agent
     --nnodes="$min_nodes:$nodes"
@@ -165,7 +166,7 @@ agent=(
     --local-addr="$address"
     --max-restarts=3
     --monitor-interval=0.5
-    # All of them make the ranks save and stop; without SIGUSR1 in the list torchrun dies of it.
+    # All of them make the ranks save and stop; SIGUSR1 would kill torchrun if it were not listed.
     "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     -m jepa_dist.train "$@"
 )

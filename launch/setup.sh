@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Set-up: a virtual environment with this package in it.  bash launch/setup.sh [EXTRA]
 #
-#   EXTRA       dev: what tests and linters need as well
-#   VENV=DIR    where (default: .venv of this checkout)
-#   PYTHON=EXE  the Python to start from, 3.11 or later (default: python3)
+#   EXTRA       dev: also install what tests and linters need
+#   VENV=DIR    the virtual environment (default: .venv of this checkout)
+#   PYTHON=EXE  the base Python, 3.11 or later (default: python3)
 #
-# Does nothing when nothing changed since the last call. Two calls at once wait for each other; an
-# environment whose installation was interrupted is made anew.
+# Does nothing if nothing has changed since the last call. Concurrent calls wait for each other; an
+# interrupted installation is completed by the next call.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,8 +20,8 @@ fail() {
     exit 1
 }
 
-# What a finished installation is known by. It begins with the place, because the programs in a
-# virtual environment stop working when it is moved.
+# Identifies a complete installation. It includes the path, because the programs in a virtual
+# environment stop working when it is moved.
 state="$venv/.jepa_dist"
 wanted="$venv $(cat pyproject.toml constraints.txt | cksum)"
 
@@ -37,9 +37,9 @@ is_broken() {
 
 create() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        fail "needs Python 3.11 or later, and '$python' is none; name one: PYTHON=python3.12 bash ..."
+        fail "'$python': expected Python 3.11 or later; fix: PYTHON=python3.12 bash ..."
     [[ ! -e $venv || -f $venv/pyvenv.cfg || -z $(ls -A "$venv") ]] ||
-        fail "$venv exists and is no virtual environment; move it away or name another place (VENV)"
+        fail "$venv exists and is not a virtual environment; move it away or change VENV"
     echo "set-up: creating $venv"
     "$python" -m venv --clear "$venv" ||
         fail "'$python' cannot create $venv (on Debian: apt-get install python3-venv)"
@@ -53,14 +53,14 @@ install() {
     [[ -t 1 ]] || quiet=(--quiet)
     "$venv/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check \
         --constraint constraints.txt --editable ".${extra:+[$extra]}" ||
-        fail "the installation failed; pip says why above, and the next call starts anew"
+        fail "the installation failed; see pip's message above; the next call tries again"
     echo "$wanted${extra:+ $extra}" >"$state"
     echo "set-up: done"
 }
 
-[[ -z $extra || $extra == dev ]] || fail "unknown extra '$extra'; the only one is dev"
+[[ -z $extra || $extra == dev ]] || fail "unknown extra '$extra'; expected dev"
 if is_done; then exit; fi
-# The lock is on a file that exists anyway, and is gone with the subshell (and all that it started).
+# Locks a file that always exists; the lock is released when the subshell and its children exit.
 (
     ! command -v flock >/dev/null || flock 9
     if ! is_done; then install; fi

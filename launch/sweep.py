@@ -1,4 +1,4 @@
-"""``jepa_dist sweep``, with relative paths from the top folder of this checkout: docs/sweeps.md."""
+"""``jepa_dist sweep``, with paths relative to the root of this checkout: docs/sweeps.md."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# TensorBoard for the runs in a folder, seen from this machine alone unless asked otherwise.
+# Start TensorBoard for the runs in a folder; reachable from this machine only, by default.
 #
 #   bash launch/tensorboard.sh [--dry-run] [DIR]      DIR: a folder with run directories (runs)
 #
 #   --dry-run   print the command and do not run it
-#   PORT=N      this port or none (default: 6006, or the next one that is free)
-#   HOST=ADDR   where to listen (default: 127.0.0.1; 0.0.0.0 shows the runs to the whole network)
+#   PORT=N      use exactly this port (default: 6006, or the next free one)
+#   HOST=ADDR   address to listen on (default: 127.0.0.1; 0.0.0.0 exposes the runs to the network)
 #   VENV=DIR    see launch/setup.sh
 #
-# A relative DIR is seen from the top folder of this checkout.
+# A relative DIR is relative to the root of this checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,7 +31,7 @@ for argument; do
             exit
             ;;
         --dry-run) dry_run=yes ;;
-        -*) fail "$argument: unknown option; --help shows how to call it" ;;
+        -*) fail "$argument: unknown option; --help shows the usage" ;;
         *)
             [[ -z $runs ]] || fail "$runs and $argument: give one folder, that holds both"
             runs="$argument"

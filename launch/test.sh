@@ -2,7 +2,7 @@
 # Set up and run the tests (docs/testing.md).
 #
 #   bash launch/test.sh [PYTEST ARGUMENTS]          the default tier: minutes
-#   bash launch/test.sh --all [PYTEST ARGUMENTS]    the slow and SLURM tiers too: all but those that
+#   bash launch/test.sh --all [PYTEST ARGUMENTS]    slow and SLURM tiers too: all but those that
 #                                                   need a GPU or a CUDA build of torch
 #
 #   VENV=DIR, PYTHON=EXE: see launch/setup.sh

@@ -15,19 +15,20 @@
 #   sbatch [SBATCH OPTIONS] slurm/jepa_8node.sh [CONFIG] [KEY=VALUE ...]
 #   bash slurm/jepa_8node.sh [SBATCH OPTIONS] [CONFIG] [KEY=VALUE ...]
 #
-# The second form reads slurm/site.env before it submits: partition, account, time limit. Both read
-# it in the job: modules, container, network interface. slurm/site.env.example says how.
+# The second form reads slurm/site.env before it submits: partition, account, time limit. Both forms
+# read it in the job: modules, container, network interface. See slurm/site.env.example.
 #
 #   CONFIG             default: configs/debug.yaml
 #   --dry-run          print the commands; submit and start nothing (before CONFIG)
-#   MIN_NODES=N        go on with as few nodes as these when some are lost (default: half of them)
+#   MIN_NODES=N        continue on N or more nodes when some are lost (default: half of them)
 #   NPROC_PER_NODE=N   ranks per node (default: its GPUs, or 1 if it has none)
-#   VENV=DIR           virtual environment (default: .venv of this checkout, made if it is missing)
+#   VENV=DIR           virtual environment (default: .venv of this checkout, created if missing)
 #   JEPA_LAMBDA=... and the other JEPA_* switches of docs/configuration.md
 #
-# SBATCH OPTIONS are written --name=value. The run goes to run.dir=..., or else to
-# runs/<CONFIG>-<job id>. Before the time limit, and when it is preempted, the run is saved and the
-# job requeued; it goes on by itself. Jobs are stopped by  scancel --signal=USR1 JOB  (saves first).
+# Write SBATCH OPTIONS as --name=value. The run directory is run.dir=..., by default
+# runs/<CONFIG>-<job id>. Before the time limit, and when it is preempted, the job saves a
+# checkpoint and is requeued; it then resumes by itself. To stop a job, with a checkpoint:
+# scancel --signal=USR1 JOB
 set -euo pipefail
 
 fail() {
@@ -35,9 +36,9 @@ fail() {
     exit 2
 }
 
-# ---------------------------------------------------------------- where we are, what is asked for
+# ---------------------------------------------------------------- checkout and arguments
 
-# Of an array, this task alone: the number of its last task means the whole array, too.
+# For an array: this task only. (SLURM_JOB_ID of its last task would address the whole array.)
 job="${SLURM_JOB_ID:-JOB}"
 [[ ! ${SLURM_ARRAY_JOB_ID:-} ]] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 
@@ -66,7 +67,7 @@ find_checkout() {
 
 read_site_file() {
     [[ -e $checkout/slurm/site.env ]] || return 0
-    # Modules' functions know nothing of set -eu; what is set here is for the ranks too.
+    # The shell functions of "module" fail under set -eu; -a exports the settings to the ranks.
     set +eu -a
     # shellcheck source=/dev/null
     source "$checkout/slurm/site.env"
@@ -108,7 +109,7 @@ run() {
     fi
 }
 
-# ---------------------------------------------------------------- outside of a job: submit it
+# ---------------------------------------------------------------- outside of a job: submit
 
 if [[ ! ${SLURM_JOB_ID:-} ]]; then
     if [[ $dry_run ]]; then
@@ -120,14 +121,14 @@ if [[ ! ${SLURM_JOB_ID:-} ]]; then
     script="$checkout/slurm/jepa_8node.sh"
     run sbatch ${options[@]+"${options[@]}"} "$script" "$config" ${overrides[@]+"${overrides[@]}"}
     [[ $dry_run ]] || exit 0
-    echo "# and in the job, with JOB, HEAD and the nodes as SLURM then says:"
+    echo "# in the job, where SLURM sets JOB, HEAD and the nodes:"
 fi
 
-# ---------------------------------------------------------------- in the job: what it consists of
+# ---------------------------------------------------------------- in the job: nodes and commands
 
 cd "$checkout"
 [[ ! ${SLURM_JOB_ID:-} || ${#options[@]} == 0 ]] ||
-    fail "${options[*]}: options of sbatch stand before slurm/jepa_8node.sh"
+    fail "${options[*]}: options of sbatch must come before slurm/jepa_8node.sh"
 start="${SLURM_RESTART_COUNT:-0}"
 nodes="${SLURM_JOB_NUM_NODES:-8}"
 min_nodes="${MIN_NODES:-$(((nodes + 1) / 2))}"
@@ -156,7 +157,7 @@ node_fields() {
 head=HEAD names=() same_machine=()
 if [[ ${SLURM_JOB_ID:-} ]]; then
     readarray -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    # The name of a node need not resolve; its address does.
+    # Use the address: the node's name may not be resolvable.
     head="$(SLURM_JOB_NODELIST="${names[0]}" node_fields NodeAddr)"
     if ((nodes > 1)) && [[ $(node_fields NodeHostName | sort -u | wc -l) == 1 ]]; then
         same_machine=(--same-machine)
@@ -167,7 +168,7 @@ if [[ ${SLURM_JOB_ID:-} ]]; then
     fi
 fi
 
-# A step does not get what a job with --exclusive was given, only what is asked for.
+# A step of a job with --exclusive gets only the GPUs that it requests.
 gpus=()
 [[ ! ${SLURM_GPUS_ON_NODE:-} ]] || gpus=("--gpus-per-node=$SLURM_GPUS_ON_NODE")
 on_nodes() {
@@ -178,17 +179,17 @@ on_nodes() {
         ${SRUN_ARGS[@]+"${SRUN_ARGS[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} "$@"
 }
 
-# shellcheck disable=SC2016  # SLURM_NODEID is known on the node
+# shellcheck disable=SC2016  # SLURM_NODEID is expanded on the node
 agents=(
     "$nodes" bash -c 'exec bash launch/multinode.sh --node-rank "$SLURM_NODEID" "$@"' agent
     --nodes "$nodes" --min-nodes "$min_nodes" ${same_machine[@]+"${same_machine[@]}"}
-    # Jobs that share a node must not share a port; ports from 32768 on are the kernel's.
+    # Jobs on the same node need different ports; the kernel assigns those from 32768.
     --head "$head" --port "$((10000 + ${SLURM_JOB_ID:-0} % 20000))" --id "$job.$start"
     "$config" "${overrides[@]}"
 )
 [[ ! $ranks ]] || export NPROC_PER_NODE="$ranks"
 
-# ---------------------------------------------------------------- what can go wrong, goes wrong now
+# ---------------------------------------------------------------- checks before the start
 
 warned='' ended_by_slurm=''
 trap 'warned=yes' USR1
@@ -232,8 +233,8 @@ say() {
 say "start $((start + 1))"
 cat <<TEXT
     config    $config ${overrides[*]}
-    nodes     $nodes (goes on with $min_nodes): ${names[*]}
-    ranks     ${ranks:-as many as GPUs, or 1,} on each node; they meet at $head (${names[0]})
+    nodes     $nodes (continues on $min_nodes or more): ${names[*]}
+    ranks     ${ranks:-as many as GPUs, or 1,} on each node; rendezvous at $head (${names[0]})
     run       $run_path
     watch     tail -f $(job_line StdOut)
               bash launch/tensorboard.sh $(dirname "$run_path")
@@ -242,7 +243,7 @@ TEXT
 
 warn() {
     warned=yes
-    say "the time limit is near: the ranks save and stop"
+    say "approaching the time limit: the ranks save and stop"
     scancel --signal=USR1 "$job"
 }
 trap warn USR1
@@ -258,14 +259,14 @@ on_nodes "${agents[@]}" &
 agents_pid=$!
 code=0
 while kill -0 "$agents_pid" 2>/dev/null; do
-    # Comes back on every signal too.
+    # wait also returns on every signal.
     wait "$agents_pid" && code=0 || code=$?
 done
 
-# ---------------------------------------------------------------- how it ended, how to go on
+# ---------------------------------------------------------------- how it ended, how to resume
 
 if [[ $ended_by_slurm ]]; then
-    # srun is gone, but the ranks have SLURM's KillWait (30 s, normally) to save.
+    # srun has ended, but the ranks have SLURM's KillWait (by default 30 s) to save.
     for ((second = 0; second < 25; second++)); do
         [[ $(status state) == running ]] || break
         sleep 1
@@ -273,38 +274,38 @@ if [[ $ended_by_slurm ]]; then
 fi
 state="$(status state)" step="$(status step)"
 [[ $code == 0 || $(status_version) != "$before" ]] || state=''
-told="after step ${step:-0}"
-[[ $(status saved) == true ]] || told+=", without a checkpoint of it"
+where="after step ${step:-0}"
+[[ $(status saved) == true ]] || where+=", without a checkpoint of this step"
 [[ $(status saved) == true || ! $(status checkpoint) =~ ^[0-9]+ ]] ||
-    told+=" (the newest is of step $(status checkpoint))"
+    where+=" (newest checkpoint: step $(status checkpoint))"
 
 requeue() {
-    say "$1: $2 $told; requeued, goes on by itself"
+    say "$1: $2 $where; requeued, resumes by itself"
     scontrol requeue "$job" || {
-        say "SLURM does not requeue it; go on with"
+        say "SLURM does not requeue it; resume with"
         again
         exit 1
     }
-    sleep 60 # SLURM ends this script
+    sleep 60 # SLURM kills this script
     exit
 }
 
 if [[ $state == finished ]]; then
-    say "finished $told: $run_path"
+    say "finished $where: $run_path"
 elif [[ $(job_word JobState) != RUNNING ]]; then
-    say "ended by SLURM, ${state:-not started}, $told; if it was not requeued, go on with"
+    say "ended by SLURM, ${state:-not started}, $where; if it was not requeued, resume with"
     again
 elif [[ $(job_word PreemptTime) == [0-9]* ]]; then
     requeue "preempted" "${state:-not started}"
 elif [[ $warned && $(newest) != "$newest_before" ]]; then
     requeue "time limit" "${state:-not started}"
 elif [[ $state == stopped && ! $warned ]]; then
-    say "stopped $told ($(status reason)); go on with"
+    say "stopped $where ($(status reason)); resume with"
     again
 else
     [[ ! $warned ]] || say "the time limit (--time) left no time for a single step"
-    say "failed (exit code $code), ${state:-not started}, $told: $(status reason)"
-    echo "    see the first error above, and $run_path/logs; then go on with"
+    say "failed (exit code $code), ${state:-not started}, $where: $(status reason)"
+    echo "    see the first error above, and $run_path/logs; then resume with"
     again
     exit 1
 fi

@@ -18,14 +18,14 @@
 # The first form checks FILE, counts its members, reads slurm/site.env and submits the second.
 #
 #   FILE            default: configs/sweeps/jepa_36m.yaml
-#   KEY=VALUE       for all members alike; run.dir: the folder of their run directories
+#   KEY=VALUE       applied to all members; run.dir: the folder of their run directories
 #   --dry-run       print the commands; submit and start nothing (before FILE)
-#   MAX_RUNNING=N   members that run at the same time (default 4)
+#   MAX_RUNNING=N   maximum number of members that run at the same time (default 4)
 #   NPROC_PER_NODE, MIN_NODES, VENV: see slurm/jepa_8node.sh
 #
-# SBATCH OPTIONS are written --name=value. Each member is a job like any other: saved and requeued
-# before the time limit and when preempted, it goes on by itself. The same command, typed again,
-# goes on with what is not finished.
+# Write SBATCH OPTIONS as --name=value. Each member is a job as of slurm/jepa_8node.sh: it is saved
+# and requeued before the time limit and when preempted, and resumes by itself. The same command,
+# run again, resumes the members that are not finished.
 set -euo pipefail
 
 fail() {
@@ -50,7 +50,7 @@ find_checkout() {
 
 read_site_file() {
     [[ -e slurm/site.env ]] || return 0
-    # Modules' functions know nothing of set -eu; what is set here is for the ranks too.
+    # The shell functions of "module" fail under set -eu; -a exports the settings to the ranks.
     set +eu -a
     # shellcheck source=/dev/null
     source slurm/site.env
@@ -90,16 +90,18 @@ sweep() {
 # ---------------------------------------------------------------- in the job: one member
 
 if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    [[ ${#options[@]} == 0 ]] || fail "${options[*]}: options stand before slurm/jepa_sweep.sh"
+    [[ ${#options[@]} == 0 ]] ||
+        fail "${options[*]}: options must come before slurm/jepa_sweep.sh"
     on_node=(srun --nodes=1 --ntasks=1 ${SRUN_ARGS[@]+"${SRUN_ARGS[@]}"})
     member="$(sweep member "$SLURM_ARRAY_TASK_ID" "$@")" || exit 2
     readarray -t arguments <<<"$member"
-    # Read as a whole: bash reads a script while it runs, and a checkout may change in these hours.
+    # Sourced, so that it is read at once: bash reads a script while it runs, and the checkout may
+    # change in the meantime.
     source slurm/jepa_8node.sh "${arguments[@]}"
     exit
 fi
 
-# ---------------------------------------------------------------- outside of it: submit them all
+# ---------------------------------------------------------------- outside of a job: submit all
 
 [[ ${MAX_RUNNING:-4} =~ ^[1-9][0-9]{0,5}$ ]] ||
     fail "MAX_RUNNING=$MAX_RUNNING: expected a number of members"
@@ -116,12 +118,12 @@ fi
 if [[ $dry_run ]]; then
     env | grep '^SBATCH_' || true
     printf '%q ' "${submit[@]}"
-    printf '\n# and in the jobs, by their number in the array:\n'
+    printf '\n# in the jobs, by array index:\n'
     sed 's/^\([0-9]*\) */\1  bash slurm\/jepa_8node.sh /' <<<"$members"
     exit
 fi
 cd "$submitted_from" # where sbatch puts the output
 "${submit[@]}"
-printf 'its answer, as far as it is: python launch/sweep.py results '
+printf 'results so far: python launch/sweep.py results '
 printf '%q ' "$file" "$@"
 echo

@@ -1,4 +1,4 @@
-"""The scripts in launch/: set-up that happens once, and the commands that a user gets."""
+"""The scripts in launch/: set-up, and the commands that they run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _own(environ: dict[str, object]) -> dict[str, object]:
 def test_unsuitable_python(project: Path, python: str) -> None:
     finished = setup(project, PYTHON=python)
     assert finished.code == 1
-    assert f"needs Python 3.11 or later, and '{python}' is none" in finished.output
+    assert f"'{python}': expected Python 3.11 or later" in finished.output
     assert not (project / ".venv").exists()
 
 
@@ -73,7 +73,7 @@ def test_folder_of_somebody_else(project: Path, tmp_path: Path) -> None:
     (mine / "thesis.txt").write_text("three years")
     finished = setup(project, VENV=mine)
     assert finished.code == 1
-    assert f"{mine} exists and is no virtual environment" in finished.output
+    assert f"{mine} exists and is not a virtual environment" in finished.output
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
 
 

@@ -1,4 +1,4 @@
-"""launch/multinode.sh: what it starts, what it refuses, and a run on two hosts (both this one)."""
+"""launch/multinode.sh: its command, rejected arguments, and a run on two hosts (both this one)."""
 
 from __future__ import annotations
 
@@ -89,14 +89,20 @@ def test_what_a_slurm_job_would_run() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--head", "h1", "x.yaml"], "--nodes: how many hosts take part?"),
-        (["--nodes", "2", "x.yaml"], "--head: on which host do they meet?"),
-        (["--nodes", "2", "--head", "h1"], "which configuration? e.g. configs/debug.yaml"),
-        (["--nodes", "2", "--head", "h1", "seed=1"], "which configuration?"),
+        (["--head", "h1", "x.yaml"], "--nodes: missing; expected the number of hosts"),
+        (["--nodes", "2", "x.yaml"], "--head: missing; expected the name or address"),
+        (["--nodes", "2", "--head", "h1"], "CONFIG: missing; expected e.g. configs/debug.yaml"),
+        (["--nodes", "2", "--head", "h1", "seed=1"], "CONFIG: missing"),
         (["--nodes", "two", "--head", "h1", "x.yaml"], "--nodes two: expected a number of hosts"),
         (["--nodes", "2", "--min-nodes", "3", "--head", "h", "x"], "--min-nodes 3: more than"),
-        (["--nodes", "2", "--head", "localhost", "x.yaml"], "--head localhost: only this host"),
-        (["--nodes", "2", "--head", "127.0.0.1", "x.yaml"], "--head 127.0.0.1: only this host"),
+        (
+            ["--nodes", "2", "--head", "localhost", "x.yaml"],
+            "--head localhost: other hosts cannot reach",
+        ),
+        (
+            ["--nodes", "2", "--head", "127.0.0.1", "x.yaml"],
+            "--head 127.0.0.1: other hosts cannot reach",
+        ),
         (["--node", "2"], "--node: unknown option"),
         (["--nodes"], "--nodes: a value is missing"),
         (["--nodes", "2", "--head", "no-such-host.invalid", "x"], "no-such-host.invalid: not rea"),

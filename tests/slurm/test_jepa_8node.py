@@ -55,7 +55,7 @@ def test_the_debug_run_on_eight_nodes_is_the_run_of_one_process(checkout: Checko
     output = job.output()
     for told in (
         f"run       {run_dir}\n",
-        "nodes     8 (goes on with 4): n1 n2 n3 n4 n5 n6 n7 n8\n",
+        "nodes     8 (continues on 4 or more): n1 n2 n3 n4 n5 n6 n7 n8\n",
         f"finished after step 6: {run_dir}\n",
     ):
         assert told in output
@@ -84,7 +84,7 @@ def test_options_overrides_and_environment_are_taken(checkout: Checkout, tmp_pat
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert config["jepa"]["lambda"] == 0.25
     assert config["batch"]["sequences"] == 4
-    assert "nodes     2 (goes on with 2): n1 n2\n" in job.output()
+    assert "nodes     2 (continues on 2 or more): n1 n2\n" in job.output()
     assert "ranks     2 on each node" in job.output()
 
 
@@ -118,7 +118,7 @@ def stops_and_starts(job: Job) -> tuple[list[int], list[int]]:
     """After which steps the run was stopped, and after which it went on."""
     output = job.output()
     stopped = re.findall(r"^stopped after step (\d+) with a checkpoint", output, re.MULTILINE)
-    resumed = re.findall(r"^going on from .*, after step (\d+)$", output, re.MULTILINE)
+    resumed = re.findall(r"^resuming from .*, after step (\d+)$", output, re.MULTILINE)
     return [int(step) for step in stopped], [int(step) for step in resumed]
 
 
@@ -133,7 +133,7 @@ def test_time_limit(checkout: Checkout) -> None:
     assert job.wait(2 * PATIENCE) == "COMPLETED", job.output()
     restarts = int(job.field("Restarts"))
     assert restarts >= 1
-    assert job.output().count("the time limit is near: the ranks save and stop") == restarts
+    assert job.output().count("approaching the time limit: the ranks save and stop") == restarts
     stopped, resumed = stops_and_starts(job)
     assert len(stopped) == restarts
     assert stopped == resumed
@@ -278,7 +278,7 @@ def test_a_missing_configuration(checkout: Checkout) -> None:
 
 def test_an_option_at_the_wrong_place(checkout: Checkout) -> None:
     job = checkout.submit("--nodes=4", *checkout.settings(), options=("--nodes=2",))
-    _fails(job, checkout, "error: --nodes=4: options of sbatch stand before")
+    _fails(job, checkout, "error: --nodes=4: options of sbatch must come before")
 
 
 def _fails(job: Job, checkout: Checkout, told: str) -> None:

@@ -86,12 +86,12 @@ def test_all_members_complete_though_some_are_killed(checkout: Checkout, sweep: 
     assert cancelled.wait(PATIENCE) == "CANCELLED"
     assert [is_done(member) for member in members] == [True, False, True]
     assert int(lost.field("Restarts")) == 1
-    assert "going on from" in lost.output()
+    assert "resuming from" in lost.output()
     assert last.field("Restarts") == "0", "what happens to one member is nothing to the others"
 
     again = submit(checkout, sweep)
     assert [job.wait(2 * PATIENCE) for job in again] == ["COMPLETED"] * 3
-    assert "going on from" in again[1].output()
+    assert "resuming from" in again[1].output()
     for job in (again[0], again[2]):
         assert f"finished already, after step {STEPS}; nothing to do" in job.output()
 
