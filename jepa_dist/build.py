@@ -31,7 +31,7 @@ from jepa_dist.parallel.shard import (
     Gathering,
     InitialValue,
     compute_dtype,
-    parallelise,
+    parallelize,
 )
 from jepa_dist.parallel.world import World
 
@@ -62,7 +62,7 @@ def build_joint_model(
         return initial_value(own_name, shape, config=config.model, seed=config.seed, device=device)
 
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
-    gathering = _parallelise(model, config.parallel, world, value, layout.num_micro)
+    gathering = _parallelize(model, config.parallel, world, value, layout.num_micro)
     return model, gathering
 
 
@@ -149,14 +149,14 @@ def build_gpt(
         parallel: Compilation, precision, sharding.
         world: Ranks and mesh.
         initial_value: Full initial tensor by name and shape, the same on every rank.
-        micro_batches: Forward and backward passes per optimiser step.
+        micro_batches: Forward and backward passes per optimizer step.
     """
     with torch.device("meta"):
         model = GPT(config)
-    return model, _parallelise(model, parallel, world, initial_value, micro_batches)
+    return model, _parallelize(model, parallel, world, initial_value, micro_batches)
 
 
-def _parallelise(
+def _parallelize(
     root: GPT | JointModel,
     parallel: ParallelConfig,
     world: World,
@@ -168,7 +168,7 @@ def _parallelise(
     config = model.config
     looped = [model.blocks[index] for index in looped_blocks(config)]
     _bind_attention(model, config, parallel, world.device)
-    return parallelise(
+    return parallelize(
         root,
         regions=root.regions(),
         blocks=model.blocks,

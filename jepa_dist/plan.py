@@ -32,7 +32,7 @@ Shape: TypeAlias = tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimiser step."""
+    """One optimizer step."""
 
     step: int
     frac: float

@@ -58,7 +58,7 @@ def test_every_place_takes_every_value_alike(n: int) -> None:
         assert chi2 < (n - 1) + 6 * math.sqrt(2 * (n - 1))
 
 
-def test_neighbours_are_scattered() -> None:
+def test_neighbors_are_scattered() -> None:
     """Distances of consecutive samples behave as in a random order: a third of n on average."""
     n = 10_000
     image = permute(np.arange(n), n, epoch_key(1, 0))

@@ -140,7 +140,7 @@ def test_ranks_against_numpy() -> None:
     assert seen["mean_share"].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_sink_is_recognised_and_hides_nothing_else() -> None:
+def test_a_sink_is_recognized_and_hides_nothing_else() -> None:
     h = gaussian()
     h[:, 0] *= 100
     seen, without = look(h), look(gaussian())
@@ -157,7 +157,7 @@ def test_sink_share_by_hand() -> None:
     assert sink_share(h, spans).item() == pytest.approx(9 / (9 + 1 + 4 + 4))
 
 
-def test_document_offsets_are_recognised() -> None:
+def test_document_offsets_are_recognized() -> None:
     h = gaussian()
     h[:, LENGTH // 2 :] += 3 * normal(ROWS, 1, WIDTH, seed=1)
     seen = look(h)

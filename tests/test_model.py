@@ -27,7 +27,7 @@ def initialized(config: ModelConfig, seed: int = 0) -> GPT:
     return model
 
 
-def randomised(config: ModelConfig) -> GPT:
+def randomized(config: ModelConfig) -> GPT:
     """No zero projections: every part matters."""
     model, generator = GPT(config), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -73,7 +73,7 @@ def plain_gpt(model: GPT, ids: Tensor, heads: int) -> Tensor:
 
 def test_defaults_are_a_plain_gpt() -> None:
     config = ModelConfig(vocab_size=50, seq_len=16, num_layers=3, model_dim=32, num_heads=4)
-    model = randomised(config)
+    model = randomized(config)
     names = {
         name.rpartition(".weight")[0].rpartition(".")[2] for name, _ in model.named_parameters()
     }
@@ -89,7 +89,7 @@ def test_the_future_is_not_seen() -> None:
         vocab_size=50, seq_len=16, num_layers=4, model_dim=32, x0_mix=True, unet_skips=True,
         num_loops=2, loop_start=1, loop_end=2, xsa_last_n=4,
     )  # fmt: skip
-    model, ids = randomised(config), tokens(1, 16)
+    model, ids = randomized(config), tokens(1, 16)
     changed = ids.clone()
     changed[0, 10] += 1
     before, after = (model(x, phase=2).logits_BTV for x in (ids, changed))
@@ -101,14 +101,14 @@ def test_the_future_is_not_seen() -> None:
 
 
 def test_the_final_tap_is_the_very_tensor_that_the_head_reads() -> None:
-    model, seen = randomised(ModelConfig(vocab_size=50, seq_len=16)), []
+    model, seen = randomized(ModelConfig(vocab_size=50, seq_len=16)), []
     model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     assert model(tokens(1, 16), taps=(-1,)).taps[0] is seen[0]
     assert model(tokens(1, 16)).taps == ()
 
 
 def test_rows_are_weighted() -> None:
-    model = randomised(ModelConfig(vocab_size=50, seq_len=16))
+    model = randomized(ModelConfig(vocab_size=50, seq_len=16))
     ids, targets = tokens(2, 16), tokens(2, 16).flip(1)
     first = model(ids[:1], targets[:1], torch.ones(1)).loss_sum
     padded = model(ids, targets, torch.tensor([1.0, 0.0])).loss_sum
@@ -165,7 +165,7 @@ def test_flops_against_torchs_counter(phase: int) -> None:
         vocab_size=50, seq_len=32, num_layers=4, model_dim=32, num_kv_heads=2, embedding_dim=20,
         num_loops=2, loop_start=1, loop_end=2,
     )  # fmt: skip
-    model, ids = randomised(config), tokens(2, 32)
+    model, ids = randomized(config), tokens(2, 32)
     # The counter knows attention only as the matrix products of the unfused kernel.
     unfused = sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), unfused, FlopCounterMode(display=False) as counter:

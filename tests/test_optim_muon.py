@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from jepa_dist.errors import UserError
 from jepa_dist.optim.exchange import Matrix, balance
 from jepa_dist.optim.muon import Muon, MuonSettings
-from jepa_dist.optim.newton_schulz import FIXED, POLAR_EXPRESS, orthogonalise
+from jepa_dist.optim.newton_schulz import FIXED, POLAR_EXPRESS, orthogonalize
 from tests.golden_cases import cases
 from tests.ranks import run_ranks
 
@@ -66,7 +66,7 @@ def test_newton_schulz_matches_golden(case):
     table = POLAR_EXPRESS if settings["polar_express"] else FIXED
     expected = case.tensors("ns/f32/")
     first = [case.tensors(f"grad/{name}")[""][0] for name in expected]
-    found = orthogonalise(first, table, settings["muon_backend_steps"], torch.float32)
+    found = orthogonalize(first, table, settings["muon_backend_steps"], torch.float32)
     for result, matrix in zip(found, expected.values(), strict=True):
         # Not 5e-6: with Polar Express float32 is up to 9e-6 off float64, the golden file 6.4e-6.
         torch.testing.assert_close(result, matrix, atol=2e-5, rtol=0)
@@ -74,9 +74,9 @@ def test_newton_schulz_matches_golden(case):
 
 def test_bfloat16_iteration_stays_near_float32():
     matrices = [torch.randn(6, 9), torch.randn(9, 6)]
-    exact = orthogonalise(matrices, FIXED, 5, torch.float32)
+    exact = orthogonalize(matrices, FIXED, 5, torch.float32)
     for result, reference in zip(
-        orthogonalise(matrices, FIXED, 5, torch.bfloat16), exact, strict=True
+        orthogonalize(matrices, FIXED, 5, torch.bfloat16), exact, strict=True
     ):
         assert result.dtype == torch.bfloat16
         torch.testing.assert_close(result.float(), reference, atol=0.06, rtol=0)

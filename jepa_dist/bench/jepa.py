@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m jepa_dist.bench jepa``."""
     add_config(parser)
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds of each variant")
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a round")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a round")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

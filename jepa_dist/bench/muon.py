@@ -169,10 +169,10 @@ class EveryoneMuon(Muon):
         here = [key for key, parameter in enumerate(self._params) if local(parameter).numel()]
         return replace(super()._make_plan(present), whole=here, waves=[])
 
-    def _orthogonalise(
+    def _orthogonalize(
         self, matrices: Mapping[int, Tensor], result_dtype: torch.dtype
     ) -> dict[int, Tensor]:
-        results = super()._orthogonalise(self._gather(matrices), result_dtype)
+        results = super()._orthogonalize(self._gather(matrices), result_dtype)
         return {key: self._own_rows(result) for key, result in results.items()}
 
     def _gather(self, directions: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -12,7 +12,7 @@ from jepa_dist.bench.muon import matrix_shapes
 from jepa_dist.bench.session import Measured, Session, Skipped
 from jepa_dist.config import Config
 from jepa_dist.model.head import num_chunks
-from jepa_dist.optim.newton_schulz import FIXED, POLAR_EXPRESS, cost, orthogonalise
+from jepa_dist.optim.newton_schulz import FIXED, POLAR_EXPRESS, cost, orthogonalize
 from jepa_dist.parallel.shard import compute_dtype
 
 _BACKENDS = {
@@ -160,5 +160,5 @@ def newton_schulz(session: Session, path: str) -> Measured:
     shapes = list(matrix_shapes(config).values())
     updates = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
     tflop = steps * sum(2 * cost(*shape) for shape in shapes) / 1e12
-    ms = milliseconds(lambda: orthogonalise(updates, table, steps, dtype), device, repeat=3)
+    ms = milliseconds(lambda: orthogonalize(updates, table, steps, dtype), device, repeat=3)
     return Measured({"all matrices ms": ms, "TFLOP/s": 1e3 * tflop / ms}, {"count": len(shapes)})

@@ -19,7 +19,7 @@ class DocumentStarts:
         bos_id: Id that begins every document.
         sequences: Rows of a global batch.
         seed: Of the order of samples.
-        step: Optimiser step at which ``samples_consumed`` holds.
+        step: Optimizer step at which ``samples_consumed`` holds.
         samples_consumed: Of the run, before that step.
         skip: Places in the order that the run passes over.
     """

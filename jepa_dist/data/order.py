@@ -79,7 +79,7 @@ def _feistel(values: npt.NDArray[np.uint64], half_bits: int, key: Key) -> npt.ND
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64: every output bit depends on every input bit."""
+    """The finalizer of SplitMix64: every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -42,7 +42,7 @@ class Description(BaseModel):
     format: Literal[1] = 1
     """Version of this layout."""
     step: int | None
-    """Optimiser steps that the weights have seen; None where that is not known."""
+    """Optimizer steps that the weights have seen; None where that is not known."""
     phase: int = Field(ge=0, le=LAST_PHASE)
     """Recurrence phase that the weights were last trained in, and are to be run in."""
     weights: Weights
@@ -75,7 +75,7 @@ def export_model(
         folder: Where the two files go; made if need be, files of an earlier export are replaced.
         model: The model; FSDP units that are still gathered are freed first.
         config: Configuration of the run.
-        step: Optimiser steps taken.
+        step: Optimizer steps taken.
         world: The ranks.
         phase: Recurrence phase to run the weights in.
         weights: Which weights the model holds now.

@@ -48,14 +48,14 @@ def describe_states(h_BTD: Tensor) -> dict[str, Tensor]:
     h_BTD = h_BTD.float()
     later_BTD = h_BTD[:, 1:]
     mean_D = later_BTD.mean((0, 1))
-    centred_BTD = later_BTD - mean_D
+    centered_BTD = later_BTD - mean_D
     energy = later_BTD.square().sum(-1).mean()
     return {
-        **_ranks(centred_BTD, energy),
+        **_ranks(centered_BTD, energy),
         "mean_cosine": mean_pairwise_cosine(h_BTD),
-        "std": centred_BTD.square().mean((0, 1)).sqrt().mean(),
+        "std": centered_BTD.square().mean((0, 1)).sqrt().mean(),
         "mean_share": mean_D.square().sum() / energy.clamp_min(_TINY),
-        "clock_share": _clock_share(centred_BTD),
+        "clock_share": _clock_share(centered_BTD),
         "straightness": _straightness(h_BTD),
     }
 
@@ -78,13 +78,13 @@ def mean_pairwise_cosine(h_BTD: Tensor) -> Tensor:
     return (unit_ND.sum(0).square().sum() - count) / max(1, count * (count - 1))
 
 
-def _ranks(centred_BTD: Tensor, energy: Tensor) -> dict[str, Tensor]:
+def _ranks(centered_BTD: Tensor, energy: Tensor) -> dict[str, Tensor]:
     """How many directions the states use, by the eigenvalues' shares p of the variance.
 
     Effective rank: exp of the entropy of p (Roy and Vetterli 2007). Participation ratio:
     1 / sum p^2. Both are D for a round cloud and 1 for a line or a point.
     """
-    states_ND = centred_BTD.flatten(0, 1)
+    states_ND = centered_BTD.flatten(0, 1)
     covariance_DD = states_ND.T @ states_ND / len(states_ND)
     eigenvalues_D = _eigenvalues(covariance_DD, _ROUNDING**2 * energy) + 0 * energy
     is_real_D = eigenvalues_D > _ROUNDING**2 * energy
@@ -110,15 +110,15 @@ def _eigenvalues(covariance_DD: Tensor, rounding: Tensor) -> Tensor:
         return torch.full_like(matrix_DD[0], torch.nan)
 
 
-def _clock_share(centred_BTD: Tensor) -> Tensor:
+def _clock_share(centered_BTD: Tensor) -> Tensor:
     """Share of the variance along the one direction that best fits the position, for all rows."""
-    num_rows, length, _ = centred_BTD.shape
-    time_T = torch.arange(length, device=centred_BTD.device, dtype=torch.float32)
+    num_rows, length, _ = centered_BTD.shape
+    time_T = torch.arange(length, device=centered_BTD.device, dtype=torch.float32)
     time_T = time_T - time_T.mean()
     time_energy = num_rows * time_T.square().sum()
-    slope_D = torch.einsum("btd,t->d", centred_BTD, time_T) / time_energy.clamp_min(_TINY)
+    slope_D = torch.einsum("btd,t->d", centered_BTD, time_T) / time_energy.clamp_min(_TINY)
     explained = slope_D.square().sum() * time_energy
-    return explained / centred_BTD.square().sum().clamp_min(_TINY)
+    return explained / centered_BTD.square().sum().clamp_min(_TINY)
 
 
 def _straightness(h_BTD: Tensor) -> Tensor:
@@ -155,15 +155,15 @@ def document_share(h_BTD: Tensor, documents_BT: Tensor) -> Tensor:
         documents_BT: int64 number of the document of each position, from 0 up to T.
     """
     h_BTD, documents_BT = h_BTD[:, 1:].float(), documents_BT[:, 1:]
-    centred_BTD = h_BTD - h_BTD.mean(1, keepdim=True)
-    rows, length, width = centred_BTD.shape
+    centered_BTD = h_BTD - h_BTD.mean(1, keepdim=True)
+    rows, length, width = centered_BTD.shape
     # Documents are as many as there are positions at most; most of these sums stay empty.
-    sums = centred_BTD.new_zeros(rows, length + 2, width)
-    sums.scatter_add_(1, documents_BT[..., None].expand_as(centred_BTD), centred_BTD)
-    counts = centred_BTD.new_zeros(rows, length + 2)
+    sums = centered_BTD.new_zeros(rows, length + 2, width)
+    sums.scatter_add_(1, documents_BT[..., None].expand_as(centered_BTD), centered_BTD)
+    counts = centered_BTD.new_zeros(rows, length + 2)
     counts.scatter_add_(1, documents_BT, torch.ones_like(documents_BT, dtype=torch.float32))
     between = (sums.square().sum(-1) / counts.clamp_min(1)).sum()
-    return between / centred_BTD.square().sum().clamp_min(_TINY)
+    return between / centered_BTD.square().sum().clamp_min(_TINY)
 
 
 def cosine_table(h_BTD: Tensor, grid_LP2: Tensor) -> Tensor:

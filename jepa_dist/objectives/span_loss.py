@@ -47,7 +47,7 @@ def span_cosines(h_BTD: Tensor, spans_BS2: Tensor, norm_floor: float) -> tuple[T
 
     Each norm is floored on its own at ``norm_floor`` times the RMS norm of the sequence's states
     (detached; taken per sequence, so that the loss of a sequence does not depend on its
-    neighbours), or at an absolute 1e-8 if ``norm_floor`` is 0. Without the relative floor, a span
+    neighbors), or at an absolute 1e-8 if ``norm_floor`` is 0. Without the relative floor, a span
     between two equal states has an exactly zero patch and a gradient of order 1e6.
 
     Returns:

@@ -31,7 +31,7 @@ def sample_spans(
 
     Args:
         seed: The run's seed.
-        step: Optimiser step; (seed, step) keys a counter-based generator of its own.
+        step: Optimizer step; (seed, step) keys a counter-based generator of its own.
         shape: (sequences of the global batch, spans per sequence).
         seq_len: T, at least 3.
         max_span_frac: A span is at most ``max(1, floor(max_span_frac * T))`` long.
@@ -67,7 +67,7 @@ def sample_spans_within(
 
     Args:
         seed: The run's seed.
-        step: Optimiser step; (seed, step) keys the generator, as in ``sample_spans``.
+        step: Optimizer step; (seed, step) keys the generator, as in ``sample_spans``.
         starts_BT: True where a position is the first of its document (its token is a BOS).
         num_spans: Spans per sequence, S.
         max_span_frac: As in ``sample_spans``.

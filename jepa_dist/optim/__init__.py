@@ -1,1 +1,1 @@
-"""The optimiser room: parameter groups, schedules, AdamW and Muon on parameter shards, EMA."""
+"""The optimizer room: parameter groups, schedules, AdamW and Muon on parameter shards, EMA."""

@@ -40,7 +40,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the current parameters into the average; once per optimiser step."""
+        """Take the current parameters into the average; once per optimizer step."""
         averages, parameters = self._shards()
         torch._foreach_lerp_(averages, parameters, 1 - self._decay)
 

@@ -1,8 +1,8 @@
-"""Which parameter is optimised how (golden README section 4).
+"""Which parameter is optimized how (golden README section 4).
 
 Four groups, in step order: ``tok`` (the token embedding), ``head`` (an untied output head),
 ``matrix`` (every 2-D matrix inside the blocks and the objective, and the embedding projections)
-and ``scalar`` (scales, gains, mixes, skips). A parameter is recognised by its name and its number
+and ``scalar`` (scales, gains, mixes, skips). A parameter is recognized by its name and its number
 of dimensions alone, so nothing here depends on the model's classes.
 """
 
@@ -56,7 +56,7 @@ def group_parameters(
     Args:
         named_parameters: Names as in the golden files and the parameters (plain or DTensor);
             untied loop MLPs may live under ``override_mlps`` or inside their blocks.
-        config: Rates, decays and the choice of optimiser for the matrices.
+        config: Rates, decays and the choice of optimizer for the matrices.
         tied: Whether the token embedding is the output head, too.
 
     Returns:
@@ -97,7 +97,7 @@ def _group_of(name: str, ndim: int, tied: bool) -> GroupName | None:
         return "tok"
     if name == "lm_head.weight" and not tied:
         return "head"
-    # The reference leaves the projections out of every optimiser by mistake (golden section 4).
+    # The reference leaves the projections out of every optimizer by mistake (golden section 4).
     if name in ("embed_proj.weight", "head_proj.weight"):
         return "matrix"
     if name in ("skip_weights", "skip_gates"):

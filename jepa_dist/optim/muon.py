@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from jepa_dist.errors import UserError
 from jepa_dist.optim.exchange import Matrix, Wave, plan_waves
-from jepa_dist.optim.newton_schulz import FIXED, POLAR_EXPRESS, orthogonalise
+from jepa_dist.optim.newton_schulz import FIXED, POLAR_EXPRESS, orthogonalize
 from jepa_dist.optim.shards import Grid, grid_of, local, local_gradient, shard_dim
 
 _EPS = 1e-7
@@ -131,9 +131,9 @@ class Muon(torch.optim.Optimizer):
         self._decay()
         directions = self._directions(plan.by_width)
         in_flight = [wave.gather(directions) for wave in plan.waves]
-        whole = self._orthogonalise({k: directions[k] for k in plan.whole}, torch.float32)
+        whole = self._orthogonalize({k: directions[k] for k in plan.whole}, torch.float32)
         returning = [
-            wave.scatter(self._orthogonalise(wave.matrices(transfer), self._dtype))
+            wave.scatter(self._orthogonalize(wave.matrices(transfer), self._dtype))
             for wave, transfer in zip(plan.waves, in_flight, strict=True)
         ]
         self._apply(whole)
@@ -232,12 +232,12 @@ class Muon(torch.optim.Optimizer):
         if self._settings.nesterov:
             torch._foreach_add_(fresh, buffers, alpha=momentum)
 
-    def _orthogonalise(
+    def _orthogonalize(
         self, matrices: Mapping[int, Tensor], result_dtype: torch.dtype
     ) -> dict[int, Tensor]:
         table = POLAR_EXPRESS if self._settings.polar_express else FIXED
         settings = (table, self._settings.steps, self._dtype, result_dtype)
-        results = orthogonalise(list(matrices.values()), *settings)
+        results = orthogonalize(list(matrices.values()), *settings)
         return dict(zip(matrices, results, strict=True))
 
     def _apply(self, results: Mapping[int, Tensor]) -> None:

@@ -32,14 +32,14 @@ def cost(rows: int, cols: int) -> int:
     return short * short * (2 * long + short)
 
 
-def orthogonalise(
+def orthogonalize(
     matrices: Sequence[Tensor],
     table: Coefficients,
     steps: int,
     dtype: torch.dtype,
     result_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """The orthogonalised matrices, in order; one batched iteration per shape.
+    """The orthogonalized matrices, in order; one batched iteration per shape.
 
     A tall matrix is iterated as its transpose and shares a batch with wide ones of that shape.
 

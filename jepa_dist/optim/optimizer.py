@@ -1,4 +1,4 @@
-"""The optimiser as the trainer sees it: one step over all groups, one flat dictionary of state."""
+"""The optimizer as the trainer sees it: one step over all groups, one flat dictionary of state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Optimizer:
 
     Args:
         groups: From ``group_parameters``.
-        muon: How matrices are orthogonalised, if a group is of kind ``muon``.
+        muon: How matrices are orthogonalized, if a group is of kind ``muon``.
     """
 
     def __init__(self, groups: Iterable[ParamGroup], muon: MuonSettings) -> None:
@@ -38,7 +38,7 @@ class Optimizer:
                     settings["momentum"] = momentum
 
     def step(self, skip: Tensor | None = None) -> None:
-        """Update all parameters in place. Collective where a group is optimised by Muon.
+        """Update all parameters in place. Collective where a group is optimized by Muon.
 
         Args:
             skip: 0-dim float32 on the parameters' device, the same on every rank: 1 leaves
@@ -54,7 +54,7 @@ class Optimizer:
             member.zero_grad(set_to_none=True)
 
     def parameters(self) -> dict[str, list[Tensor]]:
-        """Everything that is optimised, by group name."""
+        """Everything that is optimized, by group name."""
         return {group.name: list(group.parameters.values()) for group in self._groups}
 
     def learning_rates(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the optimisers need to know of a DTensor: its shard here, and who holds the others.
+"""What the optimizers need to know of a DTensor: its shard here, and who holds the others.
 
 FSDP2 shards every parameter by rows (dimension 0) over one mesh dimension and replicates it over
 the others. Row r of R rows on W shards lies on shard r // ceil(R / W), as ``torch.chunk`` cuts:
@@ -45,7 +45,7 @@ def shard_dim(tensor: DTensor) -> int | None:
         return None
     if len(dims) > 1 or tensor.placements[dims[0]] != Shard(0):
         raise ValueError(
-            f"placements {tensor.placements}: the optimisers need rows sharded over one mesh "
+            f"placements {tensor.placements}: the optimizers need rows sharded over one mesh "
             "dimension and replicas over the others, as fully_shard makes them"
         )
     return dims[0]

@@ -1,7 +1,7 @@
 """How far a step moves the weights, relative to their size: |update| / |weight| per group.
 
 Measured on a sample: up to ``_SAMPLED`` elements of every shard, evenly spaced and from all columns
-alike, are kept while the optimiser steps. That costs no copy of the weights, and sums over ranks
+alike, are kept while the optimizer steps. That costs no copy of the weights, and sums over ranks
 give the same ratio as all elements would, up to sampling error.
 """
 

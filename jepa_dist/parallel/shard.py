@@ -47,7 +47,7 @@ def compile_region(region: nn.Module) -> None:
     region.compile(fullgraph=True, dynamic=False)
 
 
-def parallelise(
+def parallelize(
     model: nn.Module,
     *,
     regions: Iterable[tuple[str, nn.Module]],
@@ -72,7 +72,7 @@ def parallelise(
         config: Parallel settings.
         world: Ranks and mesh.
         initial_value: Full initial tensor by name and shape, on any rank the same.
-        micro_batches: Forward and backward passes per optimiser step.
+        micro_batches: Forward and backward passes per optimizer step.
 
     Returns:
         The control over when parameters are gathered and gradients reduced.
@@ -89,7 +89,7 @@ def parallelise(
     # The last block's backward follows its forward at once.
     kept = blocks if accumulates else [*looped, *blocks[-1:]]
     shard(model, units, kept, config, world)
-    materialise(model, world.device, initial_value)
+    materialize(model, world.device, initial_value)
     return Gathering(model, looped, config, reduced_in_parts)
 
 
@@ -144,7 +144,7 @@ def shard(
 
 
 class Gathering:
-    """When parameters are gathered and gradients reduced, within one optimiser step.
+    """When parameters are gathered and gradients reduced, within one optimizer step.
 
     Between micro-batches parameters stay gathered and gradients whole, so that a step gathers and
     reduces once (``parallel.accumulate: sharded`` frees and reduces after each). Looped blocks stay
@@ -273,7 +273,7 @@ def _policy(
 # ------------------------------------------------------------------ real weights
 
 
-def materialise(model: nn.Module, device: torch.device, initial_value: InitialValue) -> None:
+def materialize(model: nn.Module, device: torch.device, initial_value: InitialValue) -> None:
     """Give every parameter shard storage and its slice of the initial value; keep the buffers.
 
     One full parameter exists at a time, and only on ranks that hold a part of it.
