@@ -11,10 +11,12 @@ from typing import Any
 
 from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
-from jepa_dist.consistency import Statement, statement
 from jepa_dist.data.check import check_data
 from jepa_dist.data.shards import find_shards, fingerprint
-from jepa_dist.dist_env import (
+from jepa_dist.errors import TrainingError
+from jepa_dist.monitor.run_dir import check_run_dir, record_failure
+from jepa_dist.monitor.startup import Startup
+from jepa_dist.process.dist_env import (
     adopt_launcher,
     die_with_launcher,
     launched_rank,
@@ -22,14 +24,12 @@ from jepa_dist.dist_env import (
     print_local_ranks,
     ranks_on_this_host,
 )
-from jepa_dist.errors import TrainingError
-from jepa_dist.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
-from jepa_dist.host import check_compiler_space, check_host
-from jepa_dist.monitor.run_dir import check_run_dir, record_failure
-from jepa_dist.monitor.startup import Startup
-from jepa_dist.output import keep_output_alive
-from jepa_dist.process_env import set_defaults
-from jepa_dist.run_lock import RunLock
+from jepa_dist.process.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
+from jepa_dist.process.output import keep_output_alive
+from jepa_dist.process.variables import set_defaults
+from jepa_dist.run.consistency import Statement, statement
+from jepa_dist.run.lock import RunLock
+from jepa_dist.start.host import check_compiler_space, check_host
 
 
 def main() -> None:
@@ -97,19 +97,19 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     startup.done("check")
     # Imported here, so that configuration errors are printed before the slow import of torch.
     from jepa_dist.build import chosen_attention
-    from jepa_dist.capacity import check_memory
     from jepa_dist.checkpoint import Checkpointer, RetentionPolicy
     from jepa_dist.checkpoint.agreement import on_every_rank
     from jepa_dist.evaluate.weights import find_initial
     from jepa_dist.model.summary import model_summary
-    from jepa_dist.monitor.memory import explain_out_of_memory
+    from jepa_dist.monitor.device_memory import explain_out_of_memory
     from jepa_dist.monitor.peers import Peers
     from jepa_dist.monitor.profiler import StepProfiler
     from jepa_dist.monitor.reporter import Reporter
     from jepa_dist.monitor.run_dir import log_to_run_dir
     from jepa_dist.monitor.watchdog import Watchdog
     from jepa_dist.parallel.world import record_collectives, start_world, stop_world
-    from jepa_dist.resume import find_start, open_run_dir
+    from jepa_dist.start.capacity import check_memory
+    from jepa_dist.start.resume import find_start, open_run_dir
     from jepa_dist.training.assemble import build_trainer
     from jepa_dist.training.baselines import Introduction
     from jepa_dist.training.listeners import SILENT

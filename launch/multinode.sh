@@ -156,7 +156,7 @@ agent=(
     # torchrun kills ranks this long after a stop signal (torch 2.11: always after 30 s). Ranks exit
     # earlier, within checkpoint.grace_seconds.
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-330}"
-    "$venv/bin/python" -m jepa_dist.agent
+    "$venv/bin/python" -m jepa_dist.process.agent
     --nnodes="$min_nodes:$nodes"
     --nproc-per-node="$ranks"
     --rdzv-backend=c10d

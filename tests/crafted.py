@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from jepa_dist.checkpoint.manifest import MANIFEST, STATE, digest_of, fingerprint
-from jepa_dist.checkpoint.shards import Part, write_shard
+from jepa_dist.checkpoint.shard_file import Part, write_shard
 from jepa_dist.config import Config, to_dict
 
 STEP = 8

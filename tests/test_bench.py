@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from jepa_dist.bench.muon import Measurement, Setup, measure
+from jepa_dist.bench.muon_routes import Measurement, Setup, measure
 from tests.commands import run_command
 from tests.ranks import run_ranks
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_dist.bench import head as head_bench
+from jepa_dist.bench import head_loss as head_bench
 from jepa_dist.bench import jepa as jepa_bench
-from jepa_dist.bench.memory import peak_bytes
-from jepa_dist.bench.step import Floor
+from jepa_dist.bench.peak_memory import peak_bytes
+from jepa_dist.bench.step_floor import Floor
 from jepa_dist.bench.training import steady
 from jepa_dist.config import Config
 from jepa_dist.parallel.world import start_world

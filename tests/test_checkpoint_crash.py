@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from jepa_dist.checkpoint import Checkpointer, RetentionPolicy, published, shards, storage, verify
+from jepa_dist.checkpoint import Checkpointer, RetentionPolicy, published, storage, verify
 from jepa_dist.checkpoint import folder as folders
+from jepa_dist.checkpoint import shard_file as shards
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import World
 from tests.contention import slowdown

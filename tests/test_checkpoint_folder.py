@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jepa_dist.checkpoint import folder as folders
-from jepa_dist.run_lock import RunLock
+from jepa_dist.run.lock import RunLock
 
 
 def test_whatever_has_the_name_of_a_staging_folder_goes(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_lock_that_leads_nowhere_is_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run.lock").symlink_to("nowhere")
-    monkeypatch.setattr("jepa_dist.run_lock.STALE_SECONDS", 0.1)
+    monkeypatch.setattr("jepa_dist.run.lock.STALE_SECONDS", 0.1)
     lock = RunLock(tmp_path)
     (message,) = lock.acquire()
     assert "taken over" in message

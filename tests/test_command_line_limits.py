@@ -13,8 +13,8 @@ import pytest
 from jepa_dist.checkpoint.__main__ import main as checkpoint
 from jepa_dist.command_line import errors_in_one_line
 from jepa_dist.errors import UserError
-from jepa_dist.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
 from jepa_dist.interop.parameter_golf import main as parameter_golf
+from jepa_dist.process.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
 from jepa_dist.report.__main__ import main as report
 
 
@@ -103,7 +103,7 @@ def test_a_library_that_was_cut_short_is_named(
     def leave(code: int) -> None:
         raise _LeftError(code)
 
-    monkeypatch.setattr("jepa_dist.failure._exit_now", leave)
+    monkeypatch.setattr("jepa_dist.process.failure._exit_now", leave)
     with pytest.raises(_LeftError) as left, exit_on_rank_error(0):
         raise RuntimeError("backend='inductor' raised") from OSError(f"{file}: {reason}")
     assert left.value.args == (2,)
@@ -113,7 +113,7 @@ def test_a_library_that_was_cut_short_is_named(
 
 
 def test_a_note_that_hangs_does_not_keep_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jepa_dist.failure._NOTE_SECONDS", 0.05)
+    monkeypatch.setattr("jepa_dist.process.failure._NOTE_SECONDS", 0.05)
     released = threading.Event()
 
     def hang(reason: str) -> None:
@@ -122,7 +122,7 @@ def test_a_note_that_hangs_does_not_keep_the_rank(monkeypatch: pytest.MonkeyPatc
     def leave(code: int) -> None:
         raise _LeftError(code)
 
-    monkeypatch.setattr("jepa_dist.failure._exit_now", leave)
+    monkeypatch.setattr("jepa_dist.process.failure._exit_now", leave)
     with pytest.raises(_LeftError), exit_on_rank_error(0, on_failure=hang):
         raise UserError("x")
     released.set()

@@ -18,7 +18,7 @@ from jepa_dist.data.compressed import read_lines
 from jepa_dist.data.corpus import InputFile, Skipped, user_files
 from jepa_dist.data.documents import read_texts, tasks
 from jepa_dist.data.prepare import main
-from jepa_dist.data.records import TextOf, json_records
+from jepa_dist.data.record_files import TextOf, json_records
 from jepa_dist.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")

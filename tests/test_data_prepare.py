@@ -22,7 +22,7 @@ from jepa_dist.data.corpus import InputFile
 from jepa_dist.data.documents import Encoder, tasks
 from jepa_dist.data.meta import read_meta
 from jepa_dist.data.prepare import main
-from jepa_dist.data.records import TextOf
+from jepa_dist.data.record_files import TextOf
 from jepa_dist.data.shards import find_shards, read_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from tests.golden_cases import GOLDEN_DIR, Case, cases

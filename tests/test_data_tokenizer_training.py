@@ -9,7 +9,7 @@ import pytest
 from jepa_dist.data import tokenizer_training
 from jepa_dist.data.meta import read_meta
 from jepa_dist.data.prepare import main
-from jepa_dist.data.records import TextOf
+from jepa_dist.data.record_files import TextOf
 from jepa_dist.data.shards import read_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 

@@ -24,11 +24,11 @@ from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
 from jepa_dist.generate import generate
 from jepa_dist.model.gpt import GPT
-from jepa_dist.monitor.memory import explain_out_of_memory
+from jepa_dist.monitor.device_memory import explain_out_of_memory
 from jepa_dist.optim.histograms import Distribution
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.plan import StepPlan
-from jepa_dist.signals import STOP_SIGNALS
+from jepa_dist.process.signals import STOP_SIGNALS
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.loop import Trainer
 from tests.test_world_sizes import Recorder

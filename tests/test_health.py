@@ -14,7 +14,7 @@ from jepa_dist.checkpoint.manifest import read_manifest, read_state
 from jepa_dist.config import Config, to_dict
 from jepa_dist.errors import TrainingError
 from jepa_dist.parallel.world import start_world
-from jepa_dist.progress import progress_of
+from jepa_dist.run.progress import progress_of
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.listeners import SILENT
 from jepa_dist.training.loop import Trainer

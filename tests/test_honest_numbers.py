@@ -28,10 +28,10 @@ from jepa_dist.objectives.span import SpanObjective
 from jepa_dist.objectives.spans import max_length
 from jepa_dist.optim.update_ratio import UpdateRatio
 from jepa_dist.plan import StepPlan
-from jepa_dist.progress import Progress, RunState
 from jepa_dist.report.compare import difference, pairing
 from jepa_dist.report.runs import read_runs
-from jepa_dist.resume import differences
+from jepa_dist.run.progress import Progress, RunState
+from jepa_dist.start.resume import differences
 from jepa_dist.training.records import KindOfStep, losses, mean_flops
 from tests.tiny import tiny_config
 

@@ -18,10 +18,10 @@ from jepa_dist.monitor.run_dir import check_run_files, read_status, record_failu
 from jepa_dist.monitor.watchdog import read_heartbeats
 from jepa_dist.monitor.writer import MetricsWriter
 from jepa_dist.parallel.world import start_world
-from jepa_dist.progress import run_state
 from jepa_dist.report.compare import pairing, summary
 from jepa_dist.report.runs import read_runs
-from jepa_dist.resume import find_start
+from jepa_dist.run.progress import run_state
+from jepa_dist.start.resume import find_start
 from jepa_dist.sweep.members import Member
 from jepa_dist.sweep.results import describe, read_results
 from tests.crafted import (

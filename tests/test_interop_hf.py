@@ -29,7 +29,7 @@ from jepa_dist.evaluate.weights import find_weights
 from jepa_dist.inference.decoding import Sampling, continue_ids
 from jepa_dist.inference.export import main as export_main
 from jepa_dist.interop import parameter_golf
-from jepa_dist.interop.hf.folder import Options, write_folder
+from jepa_dist.interop.hf.export_folder import Options, write_folder
 from jepa_dist.interop.hf.modeling_jepa_gpt import JepaGPTConfig, JepaGPTForCausalLM
 from jepa_dist.interop.hf.tokenizer_files import tokenizer_files
 from jepa_dist.interop.safetensors_io import Description

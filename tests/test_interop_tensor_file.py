@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from jepa_dist.checkpoint.manifest import read_manifest, verify
-from jepa_dist.checkpoint.shards import ShardFiles, assemble
+from jepa_dist.checkpoint.shard_file import ShardFiles, assemble
 from jepa_dist.errors import UserError
 from jepa_dist.interop.tensor_file import DTYPES, TensorFile
 from tests.crafted import SHARDS, body_of, make_checkpoint, seal

@@ -18,10 +18,10 @@ from tensorboard.util import tensor_util
 
 from jepa_dist.config import ModelConfig
 from jepa_dist.model.summary import model_summary
+from jepa_dist.monitor.charts import LAYOUT
 from jepa_dist.monitor.console import log_line
 from jepa_dist.monitor.environment import environment, git_state
 from jepa_dist.monitor.events import EventFile
-from jepa_dist.monitor.layout import LAYOUT
 from jepa_dist.monitor.writer import MetricsWriter
 from jepa_dist.optim.update_ratio import UpdateRatio
 from tests.commands import run_command

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_dist.checkpoint import loader
+from jepa_dist.checkpoint import loading as loader
 from jepa_dist.checkpoint.manifest import TensorEntry
 from jepa_dist.config import Config, load
 from jepa_dist.errors import UserError

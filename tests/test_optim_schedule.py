@@ -89,8 +89,8 @@ class TestBranch:
         return load(None, [*wsd, *overrides]).config
 
     def branch(self, config: Config, step: int, before: Config) -> Config:
-        from jepa_dist.progress import Progress, RunState
-        from jepa_dist.resume import Start, _decay_from
+        from jepa_dist.run.progress import Progress, RunState
+        from jepa_dist.start.resume import Start, _decay_from
 
         state = RunState(Progress(step=step, seconds=step / 2), to_dict(before), "data", None)
         start = _decay_from(config, state)
@@ -131,7 +131,7 @@ class TestBranch:
         assert branch == expected
 
     def test_needs_a_checkpoint(self) -> None:
-        from jepa_dist.resume import _refuse_now
+        from jepa_dist.start.resume import _refuse_now
 
         with pytest.raises(UserError, match="no checkpoint that the decay could begin at"):
             _refuse_now(self.config("schedule.decay_from=now"))

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from jepa_dist.monitor.peers import Peers
-from jepa_dist.signals import StopRequest
+from jepa_dist.process.signals import StopRequest
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from jepa_dist.checkpoint import Checkpointer, RetentionPolicy
 from jepa_dist.config import Config, to_dict
 from jepa_dist.parallel.world import start_world
-from jepa_dist.resume import find_start
+from jepa_dist.start.resume import find_start
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.listeners import SILENT
 from tests.ranks import run_ranks

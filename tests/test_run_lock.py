@@ -12,13 +12,13 @@ import pytest
 
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.run_dir import current_status
-from jepa_dist.run_lock import LOCK_NAME, RunLock, is_in_use
+from jepa_dist.run.lock import LOCK_NAME, RunLock, is_in_use
 from tests.commands import Command
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from jepa_dist import run_lock
+from jepa_dist.run import lock as run_lock
 run_lock.RENEW_SECONDS = 0.2
 lock = run_lock.RunLock(Path(sys.argv[1]))
 lock.acquire()
@@ -118,7 +118,7 @@ def test_an_owner_elsewhere_that_is_alive(run_dir: Path) -> None:
 
 
 def test_an_owner_elsewhere_that_died_just_now(dead: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jepa_dist.run_lock.STALE_SECONDS", 1.0)
+    monkeypatch.setattr("jepa_dist.run.lock.STALE_SECONDS", 1.0)
     edit(dead, machine="another")
     assert RunLock(dead).acquire()
 
@@ -127,7 +127,7 @@ def test_an_owner_elsewhere_that_died_just_now(dead: Path, monkeypatch: pytest.M
 def test_a_damaged_lock_without_life_is_taken_over(
     run_dir: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jepa_dist.run_lock.STALE_SECONDS", 0.6)
+    monkeypatch.setattr("jepa_dist.run.lock.STALE_SECONDS", 0.6)
     run_dir.mkdir(parents=True)
     (run_dir / LOCK_NAME).write_text(text)
     (message,) = RunLock(run_dir).acquire()

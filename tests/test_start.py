@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_dist.capacity import num_parameters
-from jepa_dist.consistency import differences, statement
 from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
-from jepa_dist.host import check_host
 from jepa_dist.model.gpt import GPT
-from jepa_dist.output import LossyStream
-from jepa_dist.run_lock import RunLock
+from jepa_dist.process.output import LossyStream
+from jepa_dist.run.consistency import differences, statement
+from jepa_dist.run.lock import RunLock
+from jepa_dist.start.capacity import num_parameters
+from jepa_dist.start.host import check_host
 from tests.commands import TRAIN, Command, run_command
 from tests.forked import run_module
 from tests.tiny import tiny_config, tiny_overrides, write_corpus
@@ -165,7 +165,7 @@ def test_control_codes_of_names_and_texts_do_not_reach_the_terminal(tmp_path: Pa
 
 PRINTS = """
 import os, sys
-from jepa_dist.output import keep_output_alive
+from jepa_dist.process.output import keep_output_alive
 keep_output_alive()
 for line in range(1000):
     print("\\u00fc", line)

@@ -405,7 +405,7 @@ def test_damaged_data_met_by_one_rank(tmp_path: Path, workers: int) -> None:
 
 
 RAISES_ON_RANK_1 = """
-from jepa_dist.dist_env import launched_rank
+from jepa_dist.process.dist_env import launched_rank
 from jepa_dist.train import main
 from jepa_dist.training.loop import Trainer
 
@@ -483,7 +483,7 @@ def test_asked_to_stop_while_it_waits_for_data(corpus: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("command", "number"),
     [
-        pytest.param(TRAIN, signal.SIGINT, id="alone"),  # the other signals: test_signals.py
+        pytest.param(TRAIN, signal.SIGINT, id="alone"),  # others: test_process_signals.py
         pytest.param(UNDER_TORCHRUN, signal.SIGTERM, id="torchrun"),
     ],
 )

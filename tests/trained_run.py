@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jepa_dist.checkpoint.shards import DTYPES, Part, write_shard
+from jepa_dist.checkpoint.shard_file import DTYPES, Part, write_shard
 from jepa_dist.config import Config, to_dict
 from jepa_dist.interop.safetensors_io import Description, Weights, write_export
 from jepa_dist.model.gpt import GPT

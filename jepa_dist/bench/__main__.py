@@ -12,25 +12,25 @@ from pathlib import Path
 
 from jepa_dist.bench.common import machine, versions
 from jepa_dist.command_line import program
-from jepa_dist.dist_env import adopt_launcher, launched_rank, ranks_on_this_host
-from jepa_dist.failure import EXIT_FAILURE, exit_on_host_error, exit_on_user_error
-from jepa_dist.process_env import set_defaults
+from jepa_dist.process.dist_env import adopt_launcher, launched_rank, ranks_on_this_host
+from jepa_dist.process.failure import EXIT_FAILURE, exit_on_host_error, exit_on_user_error
+from jepa_dist.process.variables import set_defaults
 
 # A benchmark is a module of this package with ``add_arguments(parser)``, ``run(arguments)``, which
 # returns the contents of the JSON file, and ``table(result)``, which returns them as Markdown.
 # Lines under ``off`` in the result are problems with the machine.
-_BENCHES = (
-    "comm",
-    "data",
-    "gpu",
-    "head",
-    "host",
-    "jepa",
-    "monitor",
-    "muon",
-    "scale",
-    "step",
-)
+_BENCHES = {
+    "comm": "comm",
+    "data": "data",
+    "gpu": "gpu",
+    "head": "head_loss",
+    "host": "host_time",
+    "jepa": "jepa",
+    "monitor": "monitor",
+    "muon": "muon_routes",
+    "scale": "scale",
+    "step": "step_floor",
+}
 
 
 def main() -> None:
@@ -40,7 +40,10 @@ def main() -> None:
         set_defaults(ranks_on_this_host())
     parser = argparse.ArgumentParser(prog=program("jepa_dist.bench"), description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
-    benches = {name: importlib.import_module(f"jepa_dist.bench.{name}") for name in _BENCHES}
+    benches = {
+        name: importlib.import_module(f"jepa_dist.bench.{module}")
+        for name, module in _BENCHES.items()
+    }
     for name, bench in benches.items():
         command = commands.add_parser(
             name, description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -23,8 +23,8 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from jepa_dist.bench.parts import run_part
 from jepa_dist.bench.session import Session, Settings, Skipped, Task
 from jepa_dist.config import ParallelConfig
-from jepa_dist.dist_env import die_with_parent, is_launched, launched_world_size
 from jepa_dist.parallel.world import start_world, stop_world
+from jepa_dist.process.dist_env import die_with_parent, is_launched, launched_world_size
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from torch.multiprocessing.spawn import spawn
 
 from jepa_dist.config import Config, load
 from jepa_dist.data.shards import write_shard
-from jepa_dist.dist_env import is_launched
 from jepa_dist.errors import UserError
+from jepa_dist.process.dist_env import is_launched
 
 # ---------------------------------------------------------------------------- output
 

@@ -33,8 +33,8 @@ from jepa_dist.bench.parts import PARTS, plan
 from jepa_dist.bench.session import Settings, Task
 from jepa_dist.bench.supervisor import Outcome, Supervisor, meet
 from jepa_dist.config import check_world
-from jepa_dist.dist_env import launched_rank, launched_world_size
 from jepa_dist.errors import UserError
+from jepa_dist.process.dist_env import launched_rank, launched_world_size
 
 _CONFIGS = ("configs/gpt_36m.yaml", "configs/gpt_1b.yaml")
 _MINUTES, _MINUTES_SMALL = 5.5, 60.0

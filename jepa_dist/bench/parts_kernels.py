@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jepa_dist.bench.common import milliseconds
-from jepa_dist.bench.muon import matrix_shapes
+from jepa_dist.bench.muon_routes import matrix_shapes
 from jepa_dist.bench.session import Measured, Session, Skipped
 from jepa_dist.config import Config
 from jepa_dist.model.head import num_chunks

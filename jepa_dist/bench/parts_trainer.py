@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import jepa_dist
 from jepa_dist.bench import jepa as jepa_bench
-from jepa_dist.bench import step as step_bench
+from jepa_dist.bench import step_floor as step_bench
 from jepa_dist.bench.common import synchronize
 from jepa_dist.bench.session import Measured, Session, Skipped, WarmTrainer
 from jepa_dist.bench.training import steady

@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from jepa_dist.bench.child import Request, read_events
 from jepa_dist.bench.parts import PARTS
 from jepa_dist.bench.session import Measured, Settings, Task
-from jepa_dist.dist_env import is_launched, launched_rank, launched_world_size
+from jepa_dist.process.dist_env import is_launched, launched_rank, launched_world_size
 
 _START_SECONDS = 90.0  # to import torch and to join the process group
 _FEWEST_SECONDS = 15.0  # a child that has less left is not started

@@ -4,7 +4,7 @@
 """
 
 from jepa_dist.checkpoint.folder import published, set_aside_after
-from jepa_dist.checkpoint.loader import Found, find_resumable, load
+from jepa_dist.checkpoint.loading import Found, find_resumable, load
 from jepa_dist.checkpoint.manifest import verify
 from jepa_dist.checkpoint.retention import RetentionPolicy
 from jepa_dist.checkpoint.saver import Checkpointer, SaveReport

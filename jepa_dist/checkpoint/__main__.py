@@ -30,12 +30,12 @@ from jepa_dist.checkpoint.manifest import (
     verify,
 )
 from jepa_dist.checkpoint.retention import RetentionPolicy, superseded_steps
-from jepa_dist.checkpoint.shards import ShardFiles, assemble
+from jepa_dist.checkpoint.shard_file import ShardFiles, assemble
 from jepa_dist.command_line import program
 from jepa_dist.config import flatten
 from jepa_dist.errors import UserError, one_line
-from jepa_dist.failure import exit_on_user_error
 from jepa_dist.interop.safetensors_io import Weights, write_export
+from jepa_dist.process.failure import exit_on_user_error
 
 CHECKPOINTS = "checkpoints"
 

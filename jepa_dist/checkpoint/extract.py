@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
-from jepa_dist.checkpoint.shards import ShardFiles, assemble
+from jepa_dist.checkpoint.shard_file import ShardFiles, assemble
 from jepa_dist.config import Config
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.interop.safetensors_io import Description, Weights

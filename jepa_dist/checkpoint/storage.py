@@ -48,7 +48,7 @@ from jepa_dist.checkpoint.manifest import (
     digest_of,
     fingerprint,
 )
-from jepa_dist.checkpoint.shards import Part, ShardFiles, box_of, torch_dtype, write_shard
+from jepa_dist.checkpoint.shard_file import Part, ShardFiles, box_of, torch_dtype, write_shard
 from jepa_dist.errors import UserError
 from jepa_dist.interop.tensor_file import DTYPES
 

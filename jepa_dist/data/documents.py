@@ -20,7 +20,7 @@ import numpy as np
 
 from jepa_dist.data import compressed
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
-from jepa_dist.data.records import TextOf, json_records, parquet_records
+from jepa_dist.data.record_files import TextOf, json_records, parquet_records
 from jepa_dist.data.shard_format import token_dtype
 from jepa_dist.data.shards import Tokens
 from jepa_dist.data.tokenizer import Tokenizer

@@ -29,7 +29,7 @@ from jepa_dist.data.corpus import SPLITS, InputFile, Split
 from jepa_dist.data.documents import Encoded, Encoder, split_of, tasks
 from jepa_dist.data.meta import META_NAME, Meta, read_meta
 from jepa_dist.data.prepared_report import report, table
-from jepa_dist.data.records import TextOf
+from jepa_dist.data.record_files import TextOf
 from jepa_dist.data.shard_format import MOST_TOKENS
 from jepa_dist.data.shards import ShardWriter, Tokens, read_count
 from jepa_dist.data.staging import resolve_target, staged

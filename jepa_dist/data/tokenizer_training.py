@@ -8,7 +8,7 @@ from typing import Any
 
 from jepa_dist.data.corpus import InputFile
 from jepa_dist.data.documents import read_texts, tasks
-from jepa_dist.data.records import TextOf
+from jepa_dist.data.record_files import TextOf
 from jepa_dist.errors import UserError
 
 BOS = "<|endoftext|>"

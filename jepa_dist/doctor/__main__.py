@@ -21,9 +21,9 @@ from pathlib import Path
 
 from jepa_dist.command_line import program
 from jepa_dist.config import ParallelConfig
-from jepa_dist.dist_env import adopt_launcher
 from jepa_dist.doctor.topology import node_name, obstacles
 from jepa_dist.errors import UserError
+from jepa_dist.process.dist_env import adopt_launcher
 
 _RENDEZVOUS_SECONDS = 120.0
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from jepa_dist.consistency import code_digest
 from jepa_dist.doctor.findings import Report, findings, table
 from jepa_dist.doctor.probes import (
     allreduce_gbps,
@@ -21,6 +20,7 @@ from jepa_dist.doctor.probes import (
 )
 from jepa_dist.doctor.topology import interface_to, node_name, num_nodes
 from jepa_dist.parallel.world import World
+from jepa_dist.run.consistency import code_digest
 
 
 def run_checks(world: World, folder: Path, need_gib: float) -> list[str]:

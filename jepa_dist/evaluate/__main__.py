@@ -15,13 +15,6 @@ from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.shards import find_shards
-from jepa_dist.dist_env import (
-    adopt_launcher,
-    check_rendezvous,
-    die_with_launcher,
-    launched_rank,
-    ranks_on_this_host,
-)
 from jepa_dist.evaluate.score import Score, score
 from jepa_dist.evaluate.settings import EVALUATION
 from jepa_dist.evaluate.stream import TokenStream
@@ -33,10 +26,17 @@ from jepa_dist.evaluate.weights import (
     load_weights,
 )
 from jepa_dist.evaluate.windows import Windows
-from jepa_dist.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
 from jepa_dist.interop.safetensors_io import Weights
 from jepa_dist.parallel.world import start_world, stop_world
-from jepa_dist.process_env import set_defaults
+from jepa_dist.process.dist_env import (
+    adopt_launcher,
+    check_rendezvous,
+    die_with_launcher,
+    launched_rank,
+    ranks_on_this_host,
+)
+from jepa_dist.process.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
+from jepa_dist.process.variables import set_defaults
 
 _DEFAULT_STRIDE = 64
 

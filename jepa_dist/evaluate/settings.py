@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jepa_dist.config import Config, as_override, check_world, flatten, load, to_dict
-from jepa_dist.dist_env import launched_world_size
 from jepa_dist.errors import UserError
+from jepa_dist.process.dist_env import launched_world_size
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from jepa_dist.build import build_gpt
 from jepa_dist.config import Config, ModelConfig, ParallelConfig
 from jepa_dist.errors import UserError
-from jepa_dist.interop.hf.folder import is_hf_folder, read_folder
+from jepa_dist.interop.hf.export_folder import is_hf_folder, read_folder
 from jepa_dist.interop.parameter_golf import read_final_model, translate
 from jepa_dist.interop.safetensors_io import (
     Description,

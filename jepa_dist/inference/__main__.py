@@ -14,11 +14,11 @@ from pathlib import Path
 
 from jepa_dist.command_line import Parser, program
 from jepa_dist.errors import UserError
-from jepa_dist.failure import exit_on_user_error
 from jepa_dist.files import MIB, read_bytes
 from jepa_dist.inference.decoding import Sampling
 from jepa_dist.inference.trained import TrainedModel, load
-from jepa_dist.output import escape_controls
+from jepa_dist.process.failure import exit_on_user_error
+from jepa_dist.process.output import escape_controls
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141

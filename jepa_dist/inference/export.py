@@ -24,7 +24,16 @@ from pathlib import Path
 import torch
 
 from jepa_dist.command_line import Parser, program
-from jepa_dist.dist_env import (
+from jepa_dist.errors import UserError
+from jepa_dist.files import write_atomically
+from jepa_dist.inference.artifact_export import export_artifact, plan_artifact
+from jepa_dist.inference.hf_export import export_hf
+from jepa_dist.inference.stored import Stored, find_stored, read_stored
+from jepa_dist.interop.hf.export_folder import Options
+from jepa_dist.interop.parameter_golf import write_final_model
+from jepa_dist.interop.safetensors_io import Weights, publish, refuse_not_finite, write_export
+from jepa_dist.parallel.world import start_world, stop_world
+from jepa_dist.process.dist_env import (
     adopt_launcher,
     check_rendezvous,
     die_with_launcher,
@@ -32,17 +41,8 @@ from jepa_dist.dist_env import (
     launched_rank,
     ranks_on_this_host,
 )
-from jepa_dist.errors import UserError
-from jepa_dist.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
-from jepa_dist.files import write_atomically
-from jepa_dist.inference.artifact_export import export_artifact, plan_artifact
-from jepa_dist.inference.hf_export import export_hf
-from jepa_dist.inference.stored import Stored, find_stored, read_stored
-from jepa_dist.interop.hf.folder import Options
-from jepa_dist.interop.parameter_golf import write_final_model
-from jepa_dist.interop.safetensors_io import Weights, publish, refuse_not_finite, write_export
-from jepa_dist.parallel.world import start_world, stop_world
-from jepa_dist.process_env import set_defaults
+from jepa_dist.process.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
+from jepa_dist.process.variables import set_defaults
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.files import MIB, read_json
 from jepa_dist.inference.stored import Stored
-from jepa_dist.interop.hf.folder import Options, write_folder
+from jepa_dist.interop.hf.export_folder import Options, write_folder
 from jepa_dist.interop.hf.tokenizer_files import tokenizer_files
 from jepa_dist.monitor.metrics_file import number, read_records
 

@@ -13,7 +13,7 @@ from jepa_dist.checkpoint.extract import read_model
 from jepa_dist.checkpoint.manifest import verify
 from jepa_dist.config import check
 from jepa_dist.errors import UserError
-from jepa_dist.interop.hf.folder import is_hf_folder, read_folder
+from jepa_dist.interop.hf.export_folder import is_hf_folder, read_folder
 from jepa_dist.interop.safetensors_io import (
     Description,
     Weights,

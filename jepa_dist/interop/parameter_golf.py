@@ -24,7 +24,6 @@ from torch import Tensor
 
 from jepa_dist.config import Config, ModelConfig, check
 from jepa_dist.errors import UserError
-from jepa_dist.failure import exit_on_user_error
 from jepa_dist.files import MIB, read_json, write_atomically
 from jepa_dist.interop.safetensors_io import (
     Description,
@@ -39,6 +38,7 @@ from jepa_dist.interop.safetensors_io import (
 from jepa_dist.interop.verify import Signature, mismatches
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.model.gpt import GPT
+from jepa_dist.process.failure import exit_on_user_error
 
 _RENAMED = {"seq_len": "train_seq_len", "skip_gates": "skip_gates_enabled"}
 # What the script always does; here it can be left out.

@@ -15,8 +15,8 @@ from typing import Any
 
 from jepa_dist.errors import UserError
 from jepa_dist.files import MIB, check_regular, open_to_append, read_json, write_atomically
-from jepa_dist.output import report_lost_output
-from jepa_dist.run_lock import is_in_use
+from jepa_dist.process.output import report_lost_output
+from jepa_dist.run.lock import is_in_use
 
 # Much more than a run writes.
 _SMALL_FILE_BYTES = 64 * MIB

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jepa_dist.files import make_new, partial_name
+from jepa_dist.monitor.charts import LAYOUT
 from jepa_dist.monitor.events import Appendable, EventFile
 from jepa_dist.monitor.images import cos_image
-from jepa_dist.monitor.layout import LAYOUT
 from jepa_dist.monitor.metrics_file import METRICS, Record, encode, read_records
 from jepa_dist.optim.histograms import Distribution
 

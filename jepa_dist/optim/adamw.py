@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from jepa_dist.optim.shards import local, local_gradient
+from jepa_dist.optim.local_shards import local, local_gradient
 
 
 class AdamW(torch.optim.Optimizer):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jepa_dist.optim.shards import local_gradients, shard_dim
+from jepa_dist.optim.local_shards import local_gradients, shard_dim
 
 _EPS = 1e-6  # the reference's (golden README section 4), and torch's
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from jepa_dist.optim.shards import local
+from jepa_dist.optim.local_shards import local
 
 
 class EMA:

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
+from jepa_dist.optim.local_shards import Grid, rows_of_shard
 from jepa_dist.optim.newton_schulz import cost
-from jepa_dist.optim.shards import Grid, rows_of_shard
 
 # One wave is computed while the next is in flight; more waves hide more time and add latency.
 MAX_WAVES = 4

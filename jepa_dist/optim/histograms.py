@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jepa_dist.optim.shards import grid_of, local, shard_dim
+from jepa_dist.optim.local_shards import grid_of, local, shard_dim
 
 # Upper ends of the buckets: zero, and powers of 1.1 on both sides, as TensorBoard's own.
 _POSITIVE = [1.1**power for power in range(-290, 146)]  # 1e-12 to 1e6

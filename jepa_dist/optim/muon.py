@@ -37,8 +37,8 @@ from torch.distributed.tensor import DTensor
 
 from jepa_dist.errors import UserError
 from jepa_dist.optim.exchange import Matrix, Wave, plan_waves
+from jepa_dist.optim.local_shards import Grid, grid_of, local, local_gradient, shard_dim
 from jepa_dist.optim.newton_schulz import FIXED, POLAR_EXPRESS, orthogonalize
-from jepa_dist.optim.shards import Grid, grid_of, local, local_gradient, shard_dim
 
 _EPS = 1e-7
 

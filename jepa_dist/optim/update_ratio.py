@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from jepa_dist.optim.shards import local
+from jepa_dist.optim.local_shards import local
 
 _SAMPLED = 4096
 _PREFIX = "update_ratio"

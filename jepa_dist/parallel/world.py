@@ -17,11 +17,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from jepa_dist.config import ParallelConfig
-from jepa_dist.consistency import Statement, check_alike
-from jepa_dist.dist_env import is_launched, launched_local_rank, launched_rank, launched_world_size
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.determinism import use_deterministic_algorithms
 from jepa_dist.parallel.meeting import store_of_this_start
+from jepa_dist.process.dist_env import (
+    is_launched,
+    launched_local_rank,
+    launched_rank,
+    launched_world_size,
+)
+from jepa_dist.run.consistency import Statement, check_alike
 
 T = TypeVar("T")
 

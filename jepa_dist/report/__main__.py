@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jepa_dist.command_line import program
 from jepa_dist.errors import UserError
-from jepa_dist.failure import exit_on_user_error
+from jepa_dist.process.failure import exit_on_user_error
 from jepa_dist.report.runs import Run, read_runs
 
 _NAME = "report.html"

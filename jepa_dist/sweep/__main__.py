@@ -129,7 +129,13 @@ def _command(member: Member, ranks: int) -> list[str]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
     return [
         *("env", f"OMP_NUM_THREADS={threads}"),
-        *(sys.executable, "-m", "jepa_dist.agent", "--standalone", "--local-addr=127.0.0.1"),
+        *(
+            sys.executable,
+            "-m",
+            "jepa_dist.process.agent",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+        ),
         *(f"--nproc-per-node={ranks}", "-m", "jepa_dist.train", *member.arguments),
     ]
 

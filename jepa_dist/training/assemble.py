@@ -30,8 +30,8 @@ from jepa_dist.parallel.reduce import MetricsReduction
 from jepa_dist.parallel.replicas import check_replicas
 from jepa_dist.parallel.world import World
 from jepa_dist.plan import PlanChannel, TrainingClock
-from jepa_dist.progress import Progress
-from jepa_dist.signals import StopRequest
+from jepa_dist.process.signals import StopRequest
+from jepa_dist.run.progress import Progress
 from jepa_dist.training.evaluation import Evaluation
 from jepa_dist.training.global_loss import GlobalLoss
 from jepa_dist.training.instruments import (

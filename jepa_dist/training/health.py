@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from jepa_dist.parallel.reduce import StepReport
-from jepa_dist.progress import Progress
+from jepa_dist.run.progress import Progress
 
 
 class BadSteps:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jepa_dist.config import Config
-from jepa_dist.garbage import ScheduledCollection
 from jepa_dist.plan import StepPlan
+from jepa_dist.process.garbage import ScheduledCollection
 from jepa_dist.training.evaluation import Evaluation
 from jepa_dist.training.instruments import Instruments
 from jepa_dist.training.listeners import NO_PROFILER, SILENT, Profiler, Publisher

@@ -9,7 +9,7 @@ from typing import Any
 
 from jepa_dist.errors import TrainingError
 from jepa_dist.plan import StepPlan
-from jepa_dist.progress import Progress
+from jepa_dist.run.progress import Progress
 from jepa_dist.training.listeners import Publisher
 from jepa_dist.training.saving import Saving
 from jepa_dist.training.segment import Segment

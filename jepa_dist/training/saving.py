@@ -9,7 +9,7 @@ from typing import Any
 
 from jepa_dist.checkpoint import Checkpointer, find_resumable, set_aside_after
 from jepa_dist.plan import StepPlan
-from jepa_dist.progress import Progress
+from jepa_dist.run.progress import Progress
 from jepa_dist.training.segment import Segment
 from jepa_dist.training.state import TrainState
 from jepa_dist.training.times import Times

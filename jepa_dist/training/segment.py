@@ -18,7 +18,7 @@ from jepa_dist.data.loader import Batch
 from jepa_dist.monitor.step_timer import RollingDigest
 from jepa_dist.parallel.reduce import MetricsReduction, StepReport
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
-from jepa_dist.progress import Progress
+from jepa_dist.run.progress import Progress
 from jepa_dist.training.health import BadSteps
 from jepa_dist.training.stopping import stop_reason
 

@@ -19,7 +19,7 @@ from jepa_dist.optim.ema import EMA
 from jepa_dist.optim.optimizer import Optimizer
 from jepa_dist.parallel.shard import Gathering
 from jepa_dist.parallel.world import World
-from jepa_dist.progress import Progress, progress_of
+from jepa_dist.run.progress import Progress, progress_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from jepa_dist.monitor.step_timer import StepTimer
 from jepa_dist.parallel.world import World
-from jepa_dist.signals import STOP_SIGNALS
+from jepa_dist.process.signals import STOP_SIGNALS
 
 _PREFIX = "stop/"
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jepa_dist.checkpoint.manifest import MANIFEST, STATE, read_manifest, read_state
-from jepa_dist.checkpoint.shards import ShardFiles, assemble
+from jepa_dist.checkpoint.shard_file import ShardFiles, assemble
 from jepa_dist.config import ENVIRONMENT, Config, flatten, load, to_dict, to_yaml
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.alarms import JepaAlarms
@@ -21,7 +21,7 @@ from jepa_dist.monitor.history import lasting, read_starts
 from jepa_dist.monitor.metrics_file import METRICS, encode, read_records
 from jepa_dist.monitor.run_dir import read_status
 from jepa_dist.monitor.watchdog import read_heartbeats
-from jepa_dist.progress import run_state
+from jepa_dist.run.progress import run_state
 from tests.crafted import (
     GOOD_STATE,
     SHARDS,

@@ -1,8 +1,8 @@
 """torchrun that reports failed ranks without printing its own traceback.
 
 Called by launch/multinode.sh on every host, and for each run of a sweep; takes torchrun's
-arguments: ``python -m jepa_dist.agent --nproc-per-node=2 -m jepa_dist.train ...``. Exit code
-128 + n after signal n (once the ranks have had time to save), 1 if ranks failed.
+arguments: ``python -m jepa_dist.process.agent --nproc-per-node=2 -m jepa_dist.train ...``. Exit
+code 128 + n after signal n (once the ranks have had time to save), 1 if ranks failed.
 """
 
 from __future__ import annotations

@@ -15,15 +15,15 @@ from typing import Any
 
 from jepa_dist.checkpoint import find_resumable
 from jepa_dist.checkpoint.folder import LATEST, published
-from jepa_dist.checkpoint.loader import verify_together
+from jepa_dist.checkpoint.loading import verify_together
 from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
 from jepa_dist.config import Config, flatten, read_mapping, to_dict, to_yaml
 from jepa_dist.config.kinds import MEASURING, WATCHING
 from jepa_dist.errors import UserError, one_line
 from jepa_dist.monitor.run_dir import check_run_files, read_status, write_run_dir
 from jepa_dist.parallel.world import World
-from jepa_dist.progress import Progress, RunState, run_state
-from jepa_dist.run_lock import LOCK_NAME
+from jepa_dist.run.lock import LOCK_NAME
+from jepa_dist.run.progress import Progress, RunState, run_state
 
 # Keys that must not change when a run resumes: exact names, or prefixes that end with a dot.
 _ESSENTIAL = ("seed", "model.", "optim.matrix", "data.tokenizer")

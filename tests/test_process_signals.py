@@ -16,7 +16,7 @@ from tests.commands import Command, Finished
 
 PROGRAM = """
 import time
-from jepa_dist.signals import StopRequest
+from jepa_dist.process.signals import StopRequest
 
 request = StopRequest(grace_seconds=60)
 print("ready", flush=True)
@@ -28,7 +28,7 @@ time.sleep(50)
 
 SLOW_TO_STOP = """
 import time
-from jepa_dist.signals import StopRequest
+from jepa_dist.process.signals import StopRequest
 
 StopRequest(0.1, on_give_up=lambda reason: print(f"noted: {reason}", flush=True))
 print("ready", flush=True)
@@ -43,8 +43,8 @@ import time
 
 RANK = '''
 import time
-from jepa_dist.dist_env import die_with_parent
-from jepa_dist.signals import StopRequest
+from jepa_dist.process.dist_env import die_with_parent
+from jepa_dist.process.signals import StopRequest
 
 die_with_parent()
 request = StopRequest(grace_seconds=60)

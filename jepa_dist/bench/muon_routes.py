@@ -36,8 +36,8 @@ from jepa_dist.config import Config
 from jepa_dist.errors import UserError
 from jepa_dist.model.gpt import GPT
 from jepa_dist.optim.groups import group_parameters
+from jepa_dist.optim.local_shards import local, rows_of_shard
 from jepa_dist.optim.muon import Muon, MuonSettings
-from jepa_dist.optim.shards import local, rows_of_shard
 
 _SETTINGS = MuonSettings(row_normalize=False, dtype=torch.bfloat16)
 _BYTES = torch.bfloat16.itemsize

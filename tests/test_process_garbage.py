@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jepa_dist.garbage import ScheduledCollection
+from jepa_dist.process.garbage import ScheduledCollection
 
 
 @pytest.fixture

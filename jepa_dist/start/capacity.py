@@ -8,9 +8,9 @@ import psutil
 import torch
 
 from jepa_dist.config import Config
-from jepa_dist.dist_env import ranks_on_this_host
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import World
+from jepa_dist.process.dist_env import ranks_on_this_host
 
 _FLOAT = 4
 _GIB = 2**30

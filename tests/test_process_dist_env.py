@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from jepa_dist.dist_env import adopt_launcher, check_rendezvous, is_orphan, ranks_on_this_host
 from jepa_dist.errors import UserError
+from jepa_dist.process.dist_env import (
+    adopt_launcher,
+    check_rendezvous,
+    is_orphan,
+    ranks_on_this_host,
+)
 
 TORCHRUN = {
     "RANK": "1",

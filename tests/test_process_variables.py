@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from jepa_dist.process_env import set_defaults
+from jepa_dist.process.variables import set_defaults
 
 ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 THREADS = "TORCHINDUCTOR_COMPILE_THREADS"

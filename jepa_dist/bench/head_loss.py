@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jepa_dist.bench.common import markdown_table, time_interleaved
-from jepa_dist.bench.memory import peak_bytes
+from jepa_dist.bench.peak_memory import peak_bytes
 from jepa_dist.errors import UserError
 from jepa_dist.model.head import Rows, chunked_loss_sum, loss_sum, num_chunks
 

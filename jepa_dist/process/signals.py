@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from jepa_dist.dist_env import parent_death_signal, set_parent_death_signal
-from jepa_dist.failure import call_with_limit
+from jepa_dist.process.dist_env import parent_death_signal, set_parent_death_signal
+from jepa_dist.process.failure import call_with_limit
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 EXIT_GRACE_OVER = 4

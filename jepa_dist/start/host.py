@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from jepa_dist.config import Config
-from jepa_dist.dist_env import check_rendezvous, ranks_on_this_host
 from jepa_dist.errors import UserError
+from jepa_dist.process.dist_env import check_rendezvous, ranks_on_this_host
 
 # A socket's path has at most 107 characters, and multiprocessing appends
 # "/pymp-xxxxxxxx/listener-xxxxxxxx" to TMPDIR.

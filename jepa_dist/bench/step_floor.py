@@ -27,7 +27,7 @@ from jepa_dist.bench.common import (
     markdown_table,
     with_random_data,
 )
-from jepa_dist.bench.memory import peak_bytes
+from jepa_dist.bench.peak_memory import peak_bytes
 from jepa_dist.bench.training import Rounds, steady, train_in_rounds
 from jepa_dist.build import build_ema, build_optimizer
 from jepa_dist.config import Config

@@ -1,0 +1,1 @@
+"""One process of a run: launcher, signals, output, and how it ends."""

@@ -1,0 +1,1 @@
+"""How a run starts: where it begins, and whether this host can train it."""
