@@ -23,7 +23,8 @@ from jepa_dist.report.runs import read_runs
 from jepa_dist.run.progress import run_state
 from jepa_dist.start.resume import find_start
 from jepa_dist.sweep.members import Member
-from jepa_dist.sweep.results import describe, read_results
+from jepa_dist.sweep.results import read_results
+from jepa_dist.sweep.verdicts import describe
 from tests.crafted import (
     CONTENTS,
     MANIFESTS,

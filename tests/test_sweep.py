@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from jepa_dist.errors import UserError
 from jepa_dist.monitor.history import StartRecord
 from jepa_dist.monitor.metrics_file import encode
 from jepa_dist.plan import Planner, TrainingClock
-from jepa_dist.sweep.members import Member, read_sweep
-from jepa_dist.sweep.results import Difference, describe, paired_difference, read_results
+from jepa_dist.sweep import __main__ as sweep_main
+from jepa_dist.sweep.members import Member, add_seed, read_margins, read_sweep
+from jepa_dist.sweep.results import read_results
+from jepa_dist.sweep.verdicts import describe
 from tests.commands import Command, Finished, run_command
 from tests.tiny import REPOSITORY, tiny_overrides, write_corpus
 
@@ -137,7 +139,10 @@ def arms(**changes: Any) -> dict[str, Any]:
         ({"seeds": [1, 2, 1]}, "seeds: [1, 2, 1]: each may be given once"),
         ({"seeds": []}, "seeds: List should have at least 1 item"),
         ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
-        ({"seeds": None}, "seeds: Field required (a sweep has config, seeds, common, arms)"),
+        (
+            {"seeds": None},
+            "seeds: Field required (a sweep has config, seeds, common, arms, equivalence_margin)",
+        ),
         ({"seed": 3}, "seed: Extra inputs are not permitted"),
         ({"common": {"seed": 1}}, "common: seed: is set for each member; list it under seeds"),
         ({"arms": arms(x={"seed": 3})}, "arm x: seed: is set for each member"),
@@ -286,20 +291,17 @@ def test_differences_are_paired(tmp_path: Path) -> None:
         write_run(member, {"val/bpb": value, "val/ema_bpb": value - 0.5})
     results = read_results(members)
     assert not results.left_out
-    full, delayed = results.difference("full", "val/bpb"), results.difference("delayed", "val/bpb")
-    assert full is not None
-    assert delayed is not None
-    assert full.mean == pytest.approx(0.01)
-    assert full.error == pytest.approx(np.std(gain["full"], ddof=1) / 2)
-    assert (full.is_beyond_noise, delayed.is_beyond_noise) == (True, False)
-    assert results.difference("full", "val/ema_bpb") == pytest.approx(full, abs=1e-9)
+    full = results.differences("full", "val/bpb")
+    assert full == pytest.approx(gain["full"])
+    assert results.differences("full", "val/ema_bpb") == pytest.approx(full)
 
     table = describe(results)
     assert table[1].split() == ["control", "4", "5.5000", "100"]
     assert table[2].split()[:6] == ["full", "4", "5.5100", "+0.0100", "+-", "0.0008"]
     assert table[2].split()[6:9] == ["+0.0000", "+-", "0.0000"], "the best came before the end"
     assert "full: +0.0100 +- 0.0008 over 4 pairs: worse than the control" in table
-    assert "delayed: +0.2500 +- 0.7500 over 4 pairs: within noise" in table
+    decided = "delayed: +0.2500 +- 0.7500 over 4 pairs: undecided: 280 more pairs would decide"
+    assert decided in table
 
 
 def test_what_is_left_out(tmp_path: Path) -> None:
@@ -331,7 +333,7 @@ def test_what_is_left_out(tmp_path: Path) -> None:
         "full, seed 2: not the tokens of its control",
     ]
     table = describe(results)
-    alone = "-0.1000 in one pair, without an estimate of the noise"
+    alone = "-0.1000 over 1 pair: undecided: one pair has no estimate of the noise"
     assert f"full: {alone}" in table
     assert f"delayed: {alone}" in table
     assert table[-4:] == [f"  {line}" for line in results.left_out]
@@ -428,7 +430,7 @@ def test_without_bits_per_byte(tmp_path: Path) -> None:
         write_run(member, {"val/bpb": None, "val/loss": 3.0 if member.arm == "full" else 4.0})
     results = read_results(members)
     assert results.metric == "val/loss"
-    assert results.difference("full", results.metric) == Difference(-1.0, 0.0, 2)
+    assert results.differences("full", results.metric) == (-1.0, -1.0)
 
 
 def test_nothing_yet(tmp_path: Path) -> None:
@@ -437,29 +439,57 @@ def test_nothing_yet(tmp_path: Path) -> None:
     assert told[-1] == f"  {tmp_path}/runs/delayed-seed1: not started yet"
 
 
-def test_no_pairs() -> None:
-    assert paired_difference([]) is None
+def test_added_seeds_are_members(tmp_path: Path) -> None:
+    """They come last, so that indices of a job array stay."""
+    file, overrides = write_sweep(tmp_path), [f"run.dir={tmp_path / 'runs'}"]
+    before = read_sweep(file, overrides)
+    for _ in range(2):
+        add_seed(read_sweep(file, overrides))
+    members = read_sweep(file, overrides)
+    assert members[: len(before)] == before
+    assert [member.seed for member in members[len(before) :: len(ARMS)]] == [3, 4]
+    (tmp_path / "runs/added_seeds.json").write_text('["x"]')
+    with pytest.raises(UserError, match="expected a list of seeds"):
+        read_sweep(file, overrides)
 
 
-@pytest.mark.parametrize("pairs", range(2, 11))
-def test_noise_is_wrong_once_in_twenty(pairs: int) -> None:
-    """The limit is the 95 % interval of Student's t distribution, integrated here."""
-    freedom = pairs - 1
+@pytest.mark.parametrize("margin", [0, -1, ".inf", "x"])
+def test_margins(tmp_path: Path, margin: object) -> None:
+    assert read_margins(write_sweep(tmp_path)) == {}
+    file = write_sweep(tmp_path, equivalence_margin={"val/bpb": 0.005})
+    assert read_margins(file) == {"val/bpb": 0.005}
+    file.write_text(file.read_text().replace("0.005", str(margin)))
+    with pytest.raises(UserError, match=r"equivalence_margin\.val/bpb"):
+        read_margins(file)
 
-    def chance_within(limit: float) -> float:
-        t = np.linspace(-limit, limit, 200_001)
-        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
-        density = (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
-        return float(np.trapezoid(density, t)) * scale / math.sqrt(freedom * math.pi)
 
-    def is_beyond(limit: float) -> bool:
-        return Difference(limit, 1.0, pairs).is_beyond_noise
+def test_seeds_are_added_until_every_arm_is_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What training would leave is written here: a clear arm, and one that is none."""
 
-    low, high = 1.0, 20.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if is_beyond(middle) else (middle, high)
-    assert chance_within(low) == pytest.approx(0.95, abs=1e-4)
+    def train(members: Sequence[Member], dry_run: bool) -> int:
+        for member in (m for m in members if not m.run_dir.exists()):
+            noise = 0.001 * np.random.default_rng([member.seed, len(member.arm)]).normal()
+            write_run(member, {"val/bpb": 2.0 + noise + (member.arm == "full")})
+        return 0
+
+    some = {name: ARMS[name] for name in ("control", "full", "delayed")}
+    file = write_sweep(tmp_path, arms=some, equivalence_margin={"val/bpb": 0.01})
+    monkeypatch.setattr(sweep_main, "_run_all", train)
+    run_dir = f"run.dir={tmp_path / 'runs'}"
+    command = ["sweep", "run", str(file), run_dir, "--until-decided"]
+    monkeypatch.setattr(sys, "argv", [*command, "--max-pairs", "3"])
+    assert sweep_main.main() == 0
+    assert "not decided after 3 seeds: full, delayed" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", command)
+    assert sweep_main.main() == 0
+    told = capsys.readouterr().out
+    assert "delayed: " in told
+    assert "equivalent to the control within 0.01" in told
+    assert "worse than the control" in told
+    seeds = {member.seed for member in read_sweep(file, [run_dir])}
+    assert 4 < len(seeds) < 20
 
 
 # ---------------------------------------------------------------------------- the command

@@ -2,6 +2,8 @@
 
     jepa_dist sweep list FILE              check the file and print one line per member
     jepa_dist sweep run FILE [--dry-run]   train every member here, or resume the sweep
+    jepa_dist sweep run FILE --until-decided [--max-pairs N]
+                                           then add seeds until every arm has a verdict
     jepa_dist sweep results FILE           print the differences to the control
     jepa_dist sweep member FILE INDEX      print one member's arguments for jepa_dist train
 
@@ -30,8 +32,9 @@ from types import FrameType
 
 from jepa_dist.command_line import program
 from jepa_dist.errors import UserError
-from jepa_dist.sweep.members import Member, read_sweep
-from jepa_dist.sweep.results import describe, read_results
+from jepa_dist.sweep.members import Member, add_seed, read_margins, read_sweep
+from jepa_dist.sweep.results import read_results
+from jepa_dist.sweep.verdicts import describe, undecided_arms
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -46,7 +49,10 @@ def main() -> int:
         elif arguments.command == "member":
             print(*_pick(members, arguments.index).arguments, sep="\n")
         elif arguments.command == "results":
-            print(*describe(read_results(members)), sep="\n")
+            results = read_results(members, read_margins(arguments.file))
+            print(*describe(results), sep="\n")
+        elif arguments.until_decided and not arguments.dry_run:
+            return _run_until_decided(members, arguments)
         else:
             return _run_all(members, arguments.dry_run)
     except UserError as error:
@@ -67,6 +73,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("file", type=Path, metavar="FILE", help="e.g. jepa_debug")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all members")
     parser.add_argument("--dry-run", action="store_true", help="run: print the commands only")
+    parser.add_argument(
+        "--until-decided", action="store_true", help="run: add seeds until every arm is decided"
+    )
+    parser.add_argument(
+        "--max-pairs", type=int, default=40, metavar="N", help="but not beyond N seeds (default 40)"
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.command == "member":
         index, *arguments.overrides = arguments.overrides or [""]
@@ -112,6 +124,24 @@ def _run_all(members: Sequence[Member], dry_run: bool) -> int:
     for name in failed:
         print(f"error: {name}: not finished; see its messages above", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _run_until_decided(members: Sequence[Member], arguments: argparse.Namespace) -> int:
+    """Train the members, then one more seed at a time; return an exit code as ``_run_all``."""
+    code, margins = _run_all(members, dry_run=False), read_margins(arguments.file)
+    while code == 0:
+        results = read_results(members, margins)
+        seeds = len({member.seed for member in members})
+        undecided = undecided_arms(results)
+        if not undecided or seeds >= arguments.max_pairs:
+            print(*describe(results), sep="\n")
+            print(f"not decided after {seeds} seeds: {', '.join(undecided)}" if undecided else "")
+            break
+        print(f"{seeds} seeds, not decided: {', '.join(undecided)}; one more seed", flush=True)
+        add_seed(members)
+        trained, members = members, read_sweep(arguments.file, arguments.overrides)
+        code = _run_all(members[len(trained) :], dry_run=False)
+    return code
 
 
 def _num_ranks() -> int:

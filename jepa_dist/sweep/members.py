@@ -9,14 +9,15 @@ alone, so they start from the same weights and see the same tokens in the same o
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from jepa_dist.config import (
     ENVIRONMENT,
@@ -30,9 +31,12 @@ from jepa_dist.config import (
 )
 from jepa_dist.config.kinds import LAYOUT, MEASURING, WATCHING
 from jepa_dist.errors import UserError, invalid_fields
+from jepa_dist.files import MIB, read_json, write_atomically
 from jepa_dist.shipped import find_sweep
 
 CONTROL = "control"
+ADDED_SEEDS = "added_seeds.json"
+"""In the folder of the run directories: seeds that ``sweep run --until-decided`` has added."""
 # Set for each member; an arm must not set them.
 _OF_THE_MEMBER = ("seed", "run.dir")
 
@@ -101,6 +105,10 @@ class _SweepFile(BaseModel):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     common: Settings | None = None
     arms: dict[Any, Settings | None]
+    equivalence_margin: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+
+
+_SEEDS = TypeAdapter(list[Annotated[int, Field(ge=0, strict=True)]])
 
 
 def read_sweep(path: Path, overrides: Iterable[str] = ()) -> list[Member]:
@@ -110,7 +118,8 @@ def read_sweep(path: Path, overrides: Iterable[str] = ()) -> list[Member]:
         path: The YAML file, or the name of a shipped one. Relative paths in it are relative to the
             working directory.
         overrides: ``KEY=VALUE``, added to ``common``; ``run.dir`` is the folder of the members' run
-            directories (default: ``runs/`` and the file's name).
+            directories (default: ``runs/`` and the file's name). Seeds that ``add_seed`` noted
+            there come after those of the file.
 
     Raises:
         UserError: one line for each problem.
@@ -124,6 +133,7 @@ def read_sweep(path: Path, overrides: Iterable[str] = ()) -> list[Member]:
     if problems:
         raise UserError(*(f"{path}: {problem}" for problem in problems))
     folder = Path(common.pop("run.dir", Path("runs") / path.stem))
+    seeds = dict.fromkeys([*sweep.seeds, *_added_seeds(folder.expanduser())])
     members = [
         Member(
             index,
@@ -133,12 +143,41 @@ def read_sweep(path: Path, overrides: Iterable[str] = ()) -> list[Member]:
             {"run.dir": str(folder / f"{arm}-seed{seed}"), "seed": seed, **common, **arms[arm]},
             frozenset(arms[arm]),
         )
-        for index, (seed, arm) in enumerate(itertools.product(sweep.seeds, arms))
+        for index, (seed, arm) in enumerate(itertools.product(seeds, arms))
     ]
     problems = [*_unlike(members[: len(arms)], arms)]
     if problems:
         raise UserError(*(f"{path}: {problem}" for problem in problems))
     return members
+
+
+def read_margins(path: Path) -> dict[str, float]:
+    """Return a sweep's ``equivalence_margin``, by metric.
+
+    Raises:
+        UserError: as ``read_sweep``.
+    """
+    return _parse(find_sweep(path)).equivalence_margin or {}
+
+
+def add_seed(members: Sequence[Member]) -> None:
+    """Note one more seed, in the folder of the members' run directories: the highest, plus 1."""
+    folder = members[0].run_dir.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = [*_added_seeds(folder), max(member.seed for member in members) + 1]
+    write_atomically(folder / ADDED_SEEDS, json.dumps(seeds) + "\n")
+
+
+def _added_seeds(folder: Path) -> list[int]:
+    file = folder / ADDED_SEEDS
+    try:
+        return _SEEDS.validate_python(read_json(file, MIB))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{file}: expected a list of seeds; correct it or remove it") from None
 
 
 # ---------------------------------------------------------------------------- reading

@@ -1,17 +1,14 @@
-"""Results of a sweep: differences to the control, paired by seed, with their standard errors.
+"""Results of a sweep: differences to the control, paired by seed.
 
 A pair counts only if both runs are finished, used this list's settings in every start, computed in
 the same way (precision, device, versions) and consumed the same tokens in the same order
-(``tokens_digest``). Every difference has its standard error over the pairs, and counts as
-significant only outside the two-sided 95 % interval of Student's t distribution around zero: with
-three pairs, from 4.3 standard errors. A member that diverged has no value; it counts against its
-arm.
+(``tokens_digest``). A member that diverged has no value; it counts against its arm. What the
+differences show: ``verdicts.py``.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,45 +22,10 @@ from jepa_dist.monitor.history import StartRecord, lasting, read_starts
 from jepa_dist.monitor.metrics_file import HELD_BYTES, METRICS, number, read_records
 from jepa_dist.sweep.members import CONTROL, Member, Settings, settings_of
 
-# 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom; beyond the end of
-# the list, the last one is conservative.
-_STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
 _DATA_BYTES = 64 * MIB
 _METRICS = ("val/bpb", "val/loss")
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences (arm - control)."""
-
-    mean: float
-    error: float
-    """Standard error of the mean; nan with a single pair."""
-    pairs: int
-
-    @property
-    def is_beyond_noise(self) -> bool:
-        """Whether the difference is significant: zero is outside the 95 % interval."""
-        if self.pairs < 2:
-            return False
-        quantile = _STUDENT_T[min(self.pairs - 1, len(_STUDENT_T)) - 1]
-        return abs(self.mean) > quantile * self.error
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f} +- {self.error:.4f}"
-
-
-def paired_difference(pairs: Iterable[tuple[float, float]]) -> Difference | None:
-    """Return the mean difference of (arm, control) values; None without a pair."""
-    differences = [arm - control for arm, control in pairs]
-    if not differences:
-        return None
-    count = len(differences)
-    error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan
-    return Difference(statistics.fmean(differences), error, count)
 
 
 @dataclass
@@ -79,6 +41,8 @@ class Results:
     """One line for each member that does not count, with the reason."""
     notes: list[str] = field(default_factory=list)
     """Messages about members that count, but whose settings are not fully known."""
+    margins: Mapping[str, float] = field(default_factory=dict)
+    """By metric: differences within +- this are declared to be of no importance."""
 
     @property
     def metric(self) -> str:
@@ -91,10 +55,10 @@ class Results:
         found = {seed: number(r, key) for (name, seed), r in self.records.items() if name == arm}
         return {seed: v for seed, v in found.items() if v is not None and math.isfinite(v)}
 
-    def difference(self, arm: str, key: str) -> Difference | None:
-        """Return an arm's paired difference to the control."""
+    def differences(self, arm: str, key: str) -> tuple[float, ...]:
+        """Return an arm's differences to the control (arm - control), one per pair, by seed."""
         ours, control = self.values(arm, key), self.values(CONTROL, key)
-        return paired_difference((ours[seed], control[seed]) for seed in ours if seed in control)
+        return tuple(ours[seed] - control[seed] for seed in sorted(ours) if seed in control)
 
     def diverged_seeds(self, arm: str) -> list[int]:
         """Return the seeds at which an arm diverged."""
@@ -105,10 +69,16 @@ class _DivergedError(Exception):
     """A member has no result because its loss did not stay finite."""
 
 
-def read_results(members: Iterable[Member]) -> Results:
-    """Read the results from the members' run directories."""
+def read_results(members: Iterable[Member], margins: Mapping[str, float] | None = None) -> Results:
+    """Read the results from the members' run directories.
+
+    Args:
+        members: All members of the sweep.
+        margins: The sweep's ``equivalence_margin``.
+    """
     members = list(members)
-    results = Results(list(dict.fromkeys(member.arm for member in members)))
+    arms = list(dict.fromkeys(member.arm for member in members))
+    results = Results(arms, margins=margins or {})
     for member in members:
         try:
             results.records[member.arm, member.seed] = _read(member)
@@ -242,106 +212,3 @@ def _computed_otherwise(
 
 def _either(values: set[str | None]) -> str:
     return " or ".join(sorted(str(value) for value in values)) or "not known"
-
-
-# ---------------------------------------------------------------------------- table
-
-
-def describe(results: Results) -> list[str]:
-    """Return one table, and one sentence per arm."""
-    if not results.records:
-        diverged = [arm for arm in results.arms if results.diverged_seeds(arm)]
-        verdicts = [_verdict(results, arm, "") for arm in diverged]
-        return ["no member is finished", *verdicts, *_left_out(results)]
-    metric = results.metric
-    header = ["arm", "seeds", metric, "to control", f"best {metric}", "EMA", "tokens/s"]
-    rows = [header, *(_row(results, arm, metric) for arm in results.arms)]
-    return [
-        *_align(rows),
-        "",
-        "seeds: finished; to control, best, EMA: mean difference to the control over paired seeds",
-        "+- its standard error (best: the lowest validation along the run); tokens/s: mean.",
-        "",
-        *(
-            _verdict(results, arm, metric)
-            for arm in results.arms
-            if arm != CONTROL or results.diverged_seeds(arm)
-        ),
-        *_left_out(results),
-    ]
-
-
-def _row(results: Results, arm: str, metric: str) -> list[str]:
-    values, diverged = results.values(arm, metric), len(results.diverged_seeds(arm))
-    ema = metric.replace("val/", "val/ema_")
-    differences = (results.difference(arm, key) for key in (metric, f"best/{metric}", ema))
-    return [
-        arm,
-        f"{len(values)}" + f" + {diverged} diverged" * bool(diverged),
-        _mean(values, ".4f"),
-        *("" if d is None or arm == CONTROL else _shown(d) for d in differences),
-        _mean(results.values(arm, "tokens_per_second"), ",.0f"),
-    ]
-
-
-def _mean(values: Mapping[int, float], form: str) -> str:
-    return format(statistics.fmean(values.values()), form) if values else "-"
-
-
-def _shown(difference: Difference) -> str:
-    """Format a difference, with its standard error unless there is only one pair."""
-    return str(difference) if difference.pairs > 1 else f"{difference.mean:+.4f}"
-
-
-def _verdict(results: Results, arm: str, metric: str) -> str:
-    """Return the verdict on an arm. An arm that diverged at a seed where the control did not is
-    worse than the control, whatever the mean over the other seeds."""
-    diverged = results.diverged_seeds(arm)
-    if arm == CONTROL:
-        return f"{CONTROL}: diverged at seed {_listed(diverged)}: no pairs there"
-    others = _difference(results.difference(arm, metric), says_better=not diverged)
-    if not diverged:
-        return f"{arm}: {others}"
-    alone = [seed for seed in diverged if seed not in results.diverged_seeds(CONTROL)]
-    worse = ", where the control did not: worse than the control" if alone else ", as the control"
-    return f"{arm}: diverged at seed {_listed(diverged)}{worse}; the other seeds: {others}"
-
-
-def _difference(difference: Difference | None, *, says_better: bool) -> str:
-    if difference is None:
-        return "no pair yet"
-    if difference.pairs == 1:
-        return f"{difference.mean:+.4f} in one pair, without an estimate of the noise"
-    if not difference.is_beyond_noise:
-        return f"{difference} over {difference.pairs} pairs: within noise"
-    text = f"{difference} over {difference.pairs} pairs"
-    if difference.mean < 0:
-        return f"{text}: better than the control" if says_better else text
-    return f"{text}: worse than the control"
-
-
-def _listed(seeds: Iterable[int]) -> str:
-    return ", ".join(map(str, seeds))
-
-
-def _left_out(results: Results) -> list[str]:
-    """Return the notes, and the members without a value, with reasons."""
-    lines = []
-    for title, found in (
-        ("not known:", results.notes),
-        ("diverged:", list(results.diverged.values())),
-        ("left out:", results.left_out),
-    ):
-        lines += ["", title, *(f"  {line}" for line in found)] * bool(found)
-    return lines
-
-
-def _align(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -97,7 +97,7 @@ def test_all_members_complete_though_some_are_killed(checkout: Checkout, sweep: 
 
     results = read_results(members)
     assert results.left_out == [], "all are finished, and pairs saw the same tokens"
-    assert results.difference("delayed", "val/bpb") is not None
+    assert len(results.differences("delayed", "val/bpb")) == 1
 
 
 def single(checkout: Checkout, *arguments: object, **environ: object) -> Job:
