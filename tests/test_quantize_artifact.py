@@ -31,7 +31,12 @@ from jepa_dist.interop.safetensors_io import Description
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.layers import MLP, Attention
 from jepa_dist.parallel.world import start_world
-from jepa_dist.quantize.artifact import read_artifact, to_float16, write_artifact
+from jepa_dist.quantize.artifact import (
+    find_artifact,
+    read_artifact,
+    to_float16,
+    write_artifact,
+)
 from jepa_dist.quantize.calibration import collect_hessians
 from jepa_dist.quantize.gptq import QuantizedMatrix, quantize_matrix
 from tests.ranks import run_ranks
@@ -301,6 +306,17 @@ def test_an_artifact_can_be_loaded(run: Config, tmp_path: Path) -> None:
     loaded = jepa_dist.load(path)
     assert (loaded.step, loaded.phase) == (20, PHASE)
     assert torch.equal(loaded.model.tok_emb.weight, read_artifact(path).tensor("tok_emb.weight"))
+
+
+def test_a_folder_stands_for_an_artifact_that_is_alone_in_it(tmp_path: Path) -> None:
+    path, _, _ = small_artifact(tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    inside = path.rename(folder / "model.jepaq")
+    assert find_artifact(inside, "live") == find_artifact(folder, "live") == inside
+    assert find_artifact(folder, "ema") is None
+    (folder / "checkpoints").mkdir()
+    assert find_artifact(folder, "live") is None
 
 
 @pytest.mark.parametrize(

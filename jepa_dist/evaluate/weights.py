@@ -27,7 +27,7 @@ from jepa_dist.interop.tensor_file import LazyTensors, lazy_tensors
 from jepa_dist.model.gpt import GPT
 from jepa_dist.parallel.shard import fsdp_modules, local_slices
 from jepa_dist.parallel.world import World
-from jepa_dist.quantize.artifact import SUFFIX, read_artifact
+from jepa_dist.quantize.artifact import find_artifact, read_artifact
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,11 @@ def find_weights(path: Path, weights: Weights | None) -> Source:
 
 
 def _find(path: Path, weights: Weights) -> Source:
-    if path.suffix == SUFFIX:
-        artifact = read_artifact(path)
+    quantized = find_artifact(path, weights)
+    if quantized is not None:
+        artifact = read_artifact(quantized)
         tensors = LazyTensors(artifact.parameters, artifact.tensor)
-        return Source(path, artifact.description, tensors)
+        return Source(quantized, artifact.description, tensors)
     if is_hf_folder(path):
         return Source(path, *read_folder(path))
     file = find_export(path, weights)

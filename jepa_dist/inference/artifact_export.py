@@ -20,7 +20,7 @@ from jepa_dist.evaluate.windows import Windows
 from jepa_dist.inference.stored import Stored
 from jepa_dist.parallel.shard import InitialValue
 from jepa_dist.parallel.world import World
-from jepa_dist.quantize.artifact import SUFFIX, brotli, write_artifact
+from jepa_dist.quantize.artifact import artifact_name, brotli, write_artifact
 from jepa_dist.quantize.gptq import QuantizedMatrix
 from jepa_dist.quantize.quantized_model import quantize_model
 
@@ -77,7 +77,7 @@ def export_artifact(plan: Plan, out: Path, world: World) -> str:
         world=world,
     )
     used = description.config.model_copy(update={"quantization": config.quantization})
-    path = out / f"{'ema' if description.weights == 'ema' else 'model'}{SUFFIX}"
+    path = out / artifact_name(description.weights)
     described = description.model_copy(update={"config": used})
     size = world.run_on_main(lambda: write_artifact(path, parameters, described))
     matrices = sum(isinstance(stored, QuantizedMatrix) for stored in parameters.values())

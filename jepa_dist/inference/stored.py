@@ -21,7 +21,7 @@ from jepa_dist.interop.safetensors_io import (
     read_description,
 )
 from jepa_dist.interop.tensor_file import lazy_tensors
-from jepa_dist.quantize.artifact import SUFFIX, read_artifact
+from jepa_dist.quantize.artifact import find_artifact, read_artifact
 
 _CHECKPOINTS = "checkpoints"
 _MOST_STEPS_LISTED = 10
@@ -62,8 +62,9 @@ def find_stored(run: Path, step: int | None, weights: Weights) -> Stored:
     """
     if not run.exists():
         raise UserError(f"{run}: no such file or folder; expected a run directory")
-    if run.suffix == SUFFIX:
-        return _read_quantized(run, step)
+    artifact = find_artifact(run, weights)
+    if artifact is not None:
+        return _read_quantized(artifact, step)
     if is_hf_folder(run):
         return _read_hf(run, step, weights)
     if run.is_file():

@@ -28,7 +28,7 @@ from torch import Tensor
 from jepa_dist.config import check
 from jepa_dist.errors import UserError
 from jepa_dist.files import read_bytes
-from jepa_dist.interop.safetensors_io import Description, publish
+from jepa_dist.interop.safetensors_io import Description, Weights, publish
 from jepa_dist.interop.verify import Signature, mismatches
 from jepa_dist.model.gpt import GPT
 from jepa_dist.quantize.gptq import QuantizedMatrix
@@ -47,6 +47,24 @@ _DESCRIPTION = "description"
 
 Stored = QuantizedMatrix | Tensor
 """A parameter as it is in the file: quantized, or float16."""
+
+
+def find_artifact(path: Path, weights: Weights) -> Path | None:
+    """Return the artifact that ``path`` names, or that a folder holds and no other weights.
+
+    None: there is none, or it lies beside weights that are not quantized.
+    """
+    if path.suffix == SUFFIX:
+        return path
+    inside = path / artifact_name(weights)
+    others = ("checkpoints", "model.safetensors", "ema.safetensors")
+    alone = not any((path / name).exists() for name in others)
+    return inside if alone and inside.is_file() else None
+
+
+def artifact_name(weights: Weights) -> str:
+    """Return the name of an artifact with these weights in its folder."""
+    return f"{'ema' if weights == 'ema' else 'model'}{SUFFIX}"
 
 
 @dataclass(frozen=True)
