@@ -1,9 +1,9 @@
 """What the JEPA objective costs: the same training step with it on, off, and without its code.
 
-All variants train one model in turn. ``absent`` trains on a loss that knows nothing of the
-objective; ``off`` is the trainer before the objective starts; ``on`` samples, taps states and adds
-the loss, as ``jepa.objective`` and its settings say. "New graphs" is how many a variant compiled
-beyond those before it, in this order: 0 means that its graphs are the same.
+Rounds of all variants alternate on one model. ``absent`` trains on cross-entropy alone, without the
+code of objectives; ``off`` is the trainer before the objective starts; ``on`` samples, taps states
+and adds the loss, as ``jepa.objective`` and its settings say. "New graphs" is how many a variant
+compiled beyond those before it, in this order: 0 means that its graphs are the same.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def table(result: Mapping[str, Any]) -> str:
 def measure(
     step_of: Mapping[str, Callable[[], None]], rounds: int, steps: int, device: torch.device
 ) -> dict[str, Any]:
-    """Time rounds of steps of each variant in turn; count the graphs that each compiles."""
+    """Time alternating rounds of steps of each variant; count the graphs that each compiles."""
     new_graphs = {name: _graphs_of(step) for name, step in step_of.items()}
     seconds = time_interleaved(
         {name: functools.partial(_repeat, step, steps) for name, step in step_of.items()},

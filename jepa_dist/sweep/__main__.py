@@ -135,7 +135,8 @@ def _run_until_decided(members: Sequence[Member], arguments: argparse.Namespace)
         undecided = undecided_arms(results)
         if not undecided or seeds >= arguments.max_pairs:
             print(*describe(results), sep="\n")
-            print(f"not decided after {seeds} seeds: {', '.join(undecided)}" if undecided else "")
+            if undecided:
+                print(f"not decided after {seeds} seeds: {', '.join(undecided)}")
             break
         print(f"{seeds} seeds, not decided: {', '.join(undecided)}; one more seed", flush=True)
         add_seed(members)

@@ -41,7 +41,8 @@ def model_card(description: Description, facts_of_run: Mapping[str, str]) -> str
     table = "\n".join(["| | |", "|---|---|", *rows])
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     note = (
-        f"Rows have at most {model.seq_len} positions, as in training; `generate` goes on with a "
-        "window of the last ones. Text is encoded with the token that begins a document first."
+        f"Rows have at most {model.seq_len} positions, as in training; beyond that the context of "
+        "`generate` is a window of the last ones. The first token of a text is the one that begins "
+        "documents."
     )
     return f"{head}\n# A GPT trained with jepa_dist\n\n{_USE}\n\n{note}\n\n{table}\n"
