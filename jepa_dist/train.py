@@ -111,7 +111,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     from jepa_dist.start.capacity import check_memory
     from jepa_dist.start.resume import find_start, open_run_dir
     from jepa_dist.training.assemble import build_trainer
-    from jepa_dist.training.baselines import Introduction
+    from jepa_dist.training.baselines import Baselines
     from jepa_dist.training.listeners import SILENT
     from jepa_dist.training.records import facts
 
@@ -204,7 +204,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
             ):
                 if reporter is not None:
                     evaluation = trainer.evaluation
-                    introduction = Introduction(
+                    baselines = Baselines(
                         config, evaluation.validation, evaluation.tokenizer, reporter.say
                     )
                 try:
@@ -217,7 +217,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                 if outcome.finished:
                     trainer.export(run_dir, outcome)
             if reporter is not None:
-                compared = introduction.values() if outcome.finished else {}
+                compared = baselines.values() if outcome.finished else {}
                 reporter.finish(outcome.summary() | compared)
     lock.release()
     stop_world()

@@ -16,7 +16,7 @@ from jepa_dist.data.tokenizer import BYTES, ByteCounter, load_tokenizer
 from jepa_dist.errors import UserError
 from jepa_dist.evaluate.validation import Validation
 from jepa_dist.training import baselines
-from jepa_dist.training.baselines import Introduction
+from jepa_dist.training.baselines import Baselines
 from tests.tiny import tiny_config
 
 
@@ -98,17 +98,17 @@ def test_training_does_not_wait_for_the_baselines(
 
     monkeypatch.setattr(baselines, "compute_baselines", count)
     config, tokenizer = tiny_config(tmp_path), load_tokenizer(BYTES)
-    introduction = Introduction(config, cast(Validation, None), tokenizer, print)
+    of_run = Baselines(config, cast(Validation, None), tokenizer, print)
     may_count.set()
-    assert introduction.values() == {"baseline/bigram_bpb": 2.0}
+    assert of_run.values() == {"baseline/bigram_bpb": 2.0}
 
 
 def test_baselines_that_cannot_be_counted_do_not_end_the_run(tmp_path: Path) -> None:
     said: list[str] = []
     config = tiny_config(tmp_path, data__train="/nowhere/*.bin", model__vocab_size=257)
     tokenizer = load_tokenizer(BYTES)
-    introduction = Introduction(config, cast(Validation, None), tokenizer, said.append)
-    assert introduction.values() == {}
+    of_run = Baselines(config, cast(Validation, None), tokenizer, said.append)
+    assert of_run.values() == {}
     (line,) = said
     assert line.startswith("warning: no n-gram baselines: UserError: data.train='/nowhere/*.bin'")
 

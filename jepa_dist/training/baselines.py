@@ -1,4 +1,4 @@
-"""What a run is compared with: the n-gram baselines, and what its tokenizer loses."""
+"""The n-gram baselines of a run, and the text that its tokenizer loses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from jepa_dist.data.shards import find_shards
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.evaluate.validation import Validation
 
-# Longest wait at the end of a run that is shorter than the count, or whose file system hangs.
+# Longest wait at the end: the run may be shorter than the count, or its file system hang.
 _MOST_SECONDS = 60.0
 
 
-class Introduction:
-    """Both, said and kept for the closing record. On rank 0 only.
+class Baselines:
+    """Prints the baselines and the tokenizer's loss, and keeps them for the closing record.
 
-    The baselines are computed by a thread while training begins: the other ranks would wait.
+    On rank 0 only. A thread computes the baselines while training begins: in the main thread, the
+    other ranks would wait for rank 0 in a collective.
+
+    Args:
+        config: The run.
+        validation: The windows that the baselines are scored on.
+        tokenizer: Counts bytes; None: nothing is computed, since bits per byte are unknown.
+        say: Prints a line; called from the thread, too.
     """
 
     def __init__(
@@ -41,7 +48,10 @@ class Introduction:
             self._thread.start()
 
     def values(self) -> dict[str, Any]:
-        """Return what is known, after some seconds at most if the baselines are not complete."""
+        """Return the fields of the closing record; waits up to 60 s for the thread.
+
+        Baselines that are not complete by then are missing.
+        """
         if self._thread.is_alive():
             self._thread.join(_MOST_SECONDS)
         return dict(self._values)
