@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import psutil
 
-from tests.contention import slowdown
+from tests.patience import patience, wait_until
 from tests.tiny import REPOSITORY
 
 TRAIN = (sys.executable, "-m", "jepa_dist.train")
@@ -61,15 +61,19 @@ class Command:
         """Wait for the end, and see that nothing is left running.
 
         Raises:
-            AssertionError: it takes longer (times ``slowdown()``), or leaves a process behind.
+            AssertionError: it takes longer than ``patience(timeout)``, or leaves a process behind.
         """
-        timeout *= slowdown()
+        timeout = patience(timeout)
         try:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s:\n{self.output()}") from None
         seconds = time.monotonic() - self._started
-        self._wait_until(lambda: not self.processes(), _GRACE_SECONDS, "leaves processes behind")
+        wait_until(
+            lambda: not self.processes(),
+            _GRACE_SECONDS,
+            lambda: f"{self.processes()} left\n{self.output()}",
+        )
         return Finished(code, self.output(), seconds)
 
     def wait_for(self, condition: Callable[[], bool], timeout: float) -> None:
@@ -79,7 +83,7 @@ class Command:
             assert self._process.poll() is None, f"ended too early:\n{self.output()}"
             return condition()
 
-        self._wait_until(holds, timeout, "what was waited for did not happen")
+        wait_until(holds, timeout, self.output)
 
     def processes(self) -> list[psutil.Process]:
         """Everything that runs for this command, orphans included."""
@@ -106,12 +110,6 @@ class Command:
         """What it has printed up to now."""
         self._output.seek(0)
         return self._output.read()
-
-    def _wait_until(self, condition: Callable[[], bool], timeout: float, problem: str) -> None:
-        deadline = time.monotonic() + timeout * slowdown()
-        while not condition():
-            assert time.monotonic() < deadline, f"{problem}:\n{self.output()}"
-            time.sleep(0.05)
 
     def _is_ours(self, process: psutil.Process) -> bool:
         return environment_of(process).get(_TAG) == self._tag

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.contention import slowdown
+from tests.patience import patience
 from tests.ranks import choose_imports_of_server
 
 torch.set_num_threads(1)
@@ -28,8 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not hasattr(config, "workerinput"):
         return
     _start_long_files_first(items)
-    if slowdown() > 1:
-        _extend_time_limits(config, items)
+    _extend_time_limits(config, items)
 
 
 def pytest_collection_finish() -> None:
@@ -50,7 +49,7 @@ def _extend_time_limits(config: pytest.Config, items: list[pytest.Item]) -> None
     for item in items:
         mark = item.get_closest_marker("timeout")
         seconds = float(mark.args[0] if mark else config.getini("timeout"))
-        item.add_marker(pytest.mark.timeout(seconds * slowdown()), append=False)
+        item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
 
 
 def _file(item: pytest.Item) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.commands import Finished, environment
-from tests.contention import slowdown
+from tests.patience import patience
 from tests.ranks import fork_context
 from tests.tiny import REPOSITORY
 
@@ -31,7 +31,7 @@ def run_module(
     """Run ``python -m MODULE ARGUMENTS`` to its end, on one rank, as ``run_command`` would.
 
     Raises:
-        AssertionError: it takes longer than ``timeout`` seconds (times ``slowdown()``).
+        AssertionError: it takes longer than ``patience(timeout)`` seconds.
     """
     words = [str(argument) for argument in arguments]
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
@@ -41,7 +41,7 @@ def run_module(
         )
         started = time.monotonic()
         process.start()
-        process.join(timeout * slowdown())
+        process.join(patience(timeout))
         seconds = time.monotonic() - started
         is_late = process.exitcode is None
         if is_late:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from jepa_dist.errors import UserError
+from tests.patience import patience
 
 _context = mp.get_context("forkserver")
 _MIB = 2**20
@@ -34,14 +35,14 @@ def run_limited(
     """Call ``fn(*args)``, which may return an exit code.
 
     Raises:
-        AssertionError: it takes longer, or the process dies (of a signal, say).
+        AssertionError: it takes longer than ``patience(seconds)``, or the process dies.
     """
     ours, theirs = _context.Pipe(duplex=False)
     process = _context.Process(target=_run, args=(theirs, memory_mib, fn, args))
     process.start()
     theirs.close()
     try:
-        assert ours.poll(seconds), f"still running after {seconds} s"
+        assert ours.poll(patience(seconds)), f"still running after {patience(seconds)} s"
         return ours.recv()
     except EOFError:
         process.join()

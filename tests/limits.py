@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import psutil
 
 from jepa_dist.errors import UserError
+from tests.patience import patience
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,12 @@ class Outcome:
 def run_limited(call: Callable[[], object], seconds: float, megabytes: int) -> Outcome:
     """Fork, run ``call`` with its memory limited to ``megabytes`` beyond what is in use, and wait.
 
+    It is ended after ``patience(seconds)``.
+
     Memory is address space: an allocation beyond the limit is a MemoryError, whether or not it
     would be touched.
     """
+    seconds = patience(seconds)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

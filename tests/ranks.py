@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.contention import slowdown
+from tests.patience import patience
 
 fork_context = mp.get_context("forkserver")
 
@@ -51,7 +51,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         for process in processes:
             process.start()
         try:
-            _wait(processes, folder, time.monotonic() + timeout * slowdown())
+            _wait(processes, folder, time.monotonic() + patience(timeout))
         finally:
             for process in processes:
                 if process.is_alive():
@@ -95,7 +95,7 @@ def _worker(fn: Callable[..., Any], rank: int, world_size: int, folder: str, arg
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=60 * slowdown()),
+            timeout=timedelta(seconds=patience(60)),
         )
         result = fn(rank, world_size, *args)
         (Path(folder) / f"{rank}.ok").write_bytes(pickle.dumps(result))

@@ -22,7 +22,7 @@ from jepa_dist.checkpoint import folder as folders
 from jepa_dist.checkpoint import shard_file as shards
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import World
-from tests.contention import slowdown
+from tests.patience import patience
 from tests.ranks import run_ranks
 from tests.test_checkpoint_roundtrip import load_newest, make_state, save_steps, start
 
@@ -155,7 +155,7 @@ def check_refused(results: list[Any], folder: Path, reason: str) -> None:
     """Every rank raises the same error in seconds; only the old checkpoint is left, intact."""
     problems = results[0][0]
     assert all(reason in problem and str(folder) in problem for problem in problems)
-    assert all(of_rank == problems and seconds < 20 * slowdown() for of_rank, seconds in results)
+    assert all(of_rank == problems and seconds < patience(20) for of_rank, seconds in results)
     assert list(published(folder)) == [3]
     assert verify(folder / "step_00000003") == []
     assert list(folder.glob(".*")) == []

@@ -19,7 +19,7 @@ from jepa_dist.checkpoint import find_resumable, load, verify
 from jepa_dist.checkpoint.folder import published
 from jepa_dist.checkpoint.manifest import FileEntry, Manifest, digest_of, fingerprint, read_manifest
 from jepa_dist.errors import UserError
-from tests.contention import slowdown
+from tests.patience import patience
 from tests.ranks import run_ranks
 from tests.test_checkpoint_roundtrip import local, make_state, save_steps, start
 
@@ -99,7 +99,7 @@ def test_damage_is_named_on_every_rank_and_the_one_before_is_taken(saved, tmp_pa
         found, problems, seconds = one
         damaged = tmp_path / name / "step_00000008"
         assert one[:2] == other[:2]
-        assert seconds < 10 * slowdown()
+        assert seconds < patience(10)
         assert found.path == tmp_path / name / "step_00000003", name
         (message,) = found.messages
         assert message.startswith(f"{damaged}: skipped, damaged or incomplete: ")

@@ -15,6 +15,7 @@ from jepa_dist.config import load
 from jepa_dist.errors import UserError
 from jepa_dist.shipped import find_config, find_sweep
 from jepa_dist.sweep.members import read_sweep
+from tests.patience import patience
 from tests.tiny import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -22,7 +23,12 @@ DOCS = REPOSITORY / "docs"
 
 def call(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=200, check=False
+        list(map(str, command)),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=patience(200),
+        check=False,
     )
 
 

@@ -14,6 +14,7 @@ from jepa_dist.data.check import check_data
 from jepa_dist.data.meta import read_meta
 from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
+from tests.patience import patience
 
 
 def config(folder: Path, seq_len: int = 16, vocab_size: int = 257, **data: Any) -> Config:
@@ -94,4 +95,4 @@ def test_checking_and_preparing_do_without_torch() -> None:
         "import sys, jepa_dist.data.check, jepa_dist.data.prepare, jepa_dist.data.baseline;"
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=patience(60)).returncode == 0

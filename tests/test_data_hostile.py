@@ -26,6 +26,7 @@ from jepa_dist.data.prepare import main
 from jepa_dist.data.shards import Shard, find_shards, read_count, write_shard
 from jepa_dist.errors import UserError
 from tests.limited_process import run_limited
+from tests.patience import patience
 
 HEADER = 1024
 
@@ -438,7 +439,7 @@ def run_on_full(place: Path, *command: Any) -> Any:
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("needs user namespaces")
     return subprocess.run(
-        [*script, *map(str, command)], capture_output=True, text=True, timeout=100
+        [*script, *map(str, command)], capture_output=True, text=True, timeout=patience(100)
     )
 
 
@@ -515,7 +516,10 @@ def test_any_bytes_of_text_or_json_are_prepared_or_one_line(
 def test_a_module_without_command_says_so() -> None:
     for name in ("jepa_dist.generate", "jepa_dist.data.shards"):
         done = subprocess.run(
-            [sys.executable, "-m", name, "RUN"], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", name, "RUN"],
+            capture_output=True,
+            text=True,
+            timeout=patience(60),
         )
         assert done.returncode == 2
         assert_one_line(done.stderr, f"python -m {name}: this module is not a command")
@@ -524,6 +528,8 @@ def test_a_module_without_command_says_so() -> None:
         commands
     )
     done = subprocess.run(
-        [sys.executable, "-m", "jepa_dist.data.prepare", "--help"], capture_output=True, timeout=60
+        [sys.executable, "-m", "jepa_dist.data.prepare", "--help"],
+        capture_output=True,
+        timeout=patience(60),
     )
     assert done.returncode == 0

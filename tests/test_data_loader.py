@@ -25,6 +25,7 @@ from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader, make_batch
 from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
+from tests.patience import wait_until
 
 SEQ_LEN = 8
 VOCAB = 1000
@@ -260,10 +261,7 @@ def test_pinned_batches(dataset: TokenDataset) -> None:
 @pytest.fixture
 def no_process_left() -> Iterator[None]:
     yield
-    deadline = time.monotonic() + 10
-    while multiprocessing.active_children() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert multiprocessing.active_children() == []
+    wait_until(lambda: not multiprocessing.active_children(), 10, multiprocessing.active_children)
 
 
 @pytest.mark.timeout(60)
@@ -385,10 +383,9 @@ def marked_processes(marker: str) -> list[int]:
 
 
 def wait_until_gone(marker: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while left := marked_processes(marker):
-        assert time.monotonic() < deadline, f"still running: {left}"
-        time.sleep(0.05)
+    wait_until(
+        lambda: not marked_processes(marker), seconds, lambda: f"left: {marked_processes(marker)}"
+    )
 
 
 @pytest.mark.slow

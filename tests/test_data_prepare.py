@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from jepa_dist.data.record_files import TextOf
 from jepa_dist.data.shards import find_shards, read_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from tests.golden_cases import GOLDEN_DIR, Case, cases
+from tests.patience import patience, wait_until
 from tests.test_data_loader import marked_processes
 
 BOS = 256
@@ -404,13 +404,6 @@ def interrupt(process: subprocess.Popen[str], how: signal.Signals) -> None:
         process.send_signal(how)
 
 
-def wait_for(condition: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -422,10 +415,10 @@ def test_an_interrupted_run_leaves_nothing_half_done(tmp_path: Path, how: signal
     process = start(arguments, marker)
     try:
         shard = staging / ".train_000000.bin.partial"
-        wait_for(lambda: shard.exists() and shard.stat().st_size > 1024, 20)
+        wait_until(lambda: shard.exists() and shard.stat().st_size > 1024, 20)
         interrupt(process, how)
-        _, errors = process.communicate(timeout=20)
-        wait_for(lambda: not marked_processes(marker), 10)
+        _, errors = process.communicate(timeout=patience(20))
+        wait_until(lambda: not marked_processes(marker), 10)
     finally:
         for pid in marked_processes(marker):
             os.kill(pid, signal.SIGKILL)
@@ -449,12 +442,12 @@ def test_a_killed_helper_is_one_error(tmp_path: Path) -> None:
     process = start([str(tmp_path / "a.jsonl"), "--out", str(out), "--workers", "2"], marker)
     try:
         shard = tmp_path / ".out.partial" / ".train_000000.bin.partial"
-        wait_for(lambda: shard.exists() and shard.stat().st_size > 1024, 20)
+        wait_until(lambda: shard.exists() and shard.stat().st_size > 1024, 20)
         helper = max(marked_processes(marker))
         assert helper != process.pid
         os.kill(helper, signal.SIGKILL)
-        _, errors = process.communicate(timeout=20)
-        wait_for(lambda: not marked_processes(marker), 10)
+        _, errors = process.communicate(timeout=patience(20))
+        wait_until(lambda: not marked_processes(marker), 10)
     finally:
         for pid in marked_processes(marker):
             os.kill(pid, signal.SIGKILL)
@@ -471,10 +464,10 @@ def test_two_at_once_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[st
     marker = f"{os.getpid()}-{time.monotonic_ns()}"
     process = start(arguments, marker)
     try:
-        wait_for((tmp_path / ".out.partial" / ".train_000000.bin.partial").exists, 20)
+        wait_until((tmp_path / ".out.partial" / ".train_000000.bin.partial").exists, 20)
         assert main(arguments) == 2
         assert "another process is preparing this folder" in capsys.readouterr().err
-        assert process.wait(30) == 0
+        assert process.wait(patience(30)) == 0
     finally:
         if process.poll() is None:
             process.kill()
@@ -499,7 +492,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         [sys.executable, "-c", code, *arguments, "--workers", "1"],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=patience(50),
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 100_000  # KiB

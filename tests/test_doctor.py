@@ -23,6 +23,7 @@ from jepa_dist.doctor.topology import interface_to, obstacles
 from jepa_dist.parallel.world import World, start_world
 from tests.commands import TORCHRUN, Finished, run_command
 from tests.forked import run_module
+from tests.patience import patience
 from tests.ranks import run_ranks
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.tiny import REPOSITORY
@@ -327,7 +328,7 @@ def test_nodes_with_different_folders(tmp_path: Path) -> None:
 
     processes = [start(rank, "own" if rank == 2 else "shared") for rank in range(3)]
     try:
-        outputs = [process.communicate(timeout=250)[0] for process in processes]
+        outputs = [process.communicate(timeout=patience(250))[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -32,6 +32,7 @@ from jepa_dist.model.gpt import Output
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
 from tests.golden_cases import GOLDEN_DIR, Case, cases
+from tests.patience import patience
 from tests.ranks import run_ranks
 from tests.tiny import REPOSITORY, tiny_config, write_corpus
 
@@ -196,7 +197,7 @@ def evaluate(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(120),
         check=False,
     )
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from jepa_dist.monitor.peers import Peers
 from tests.commands import TORCHRUN, Command
+from tests.patience import patience
 
 # torchrun kills after 30 s.
-SOON = 25.0
+SOON = patience(25.0)
 
 HANGING = """
 import sys

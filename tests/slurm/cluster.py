@@ -18,7 +18,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any, Self
 import psutil
 
 from tests.commands import environment_of
-from tests.contention import slowdown
+from tests.patience import patience, wait_until
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 _SYSTEM_FOLDERS = ("/usr/sbin", "/sbin")
@@ -238,7 +237,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=patience(timeout),
         )
         assert finished.returncode == 0, f"{command}: {finished.stdout}{finished.stderr}"
         return finished.stdout
@@ -252,7 +251,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=patience(60),
         )
         assert finished.returncode == 0, finished.stderr
         return Job(self, finished.stdout.strip().partition(";")[0])
@@ -392,7 +391,4 @@ def _kill(process: psutil.Process) -> None:
 def _wait_until(
     condition: Callable[[], bool], timeout: float, what: str, tell: Callable[[], str]
 ) -> None:
-    deadline = time.monotonic() + timeout * slowdown()
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not after {timeout:g} s\n{tell()}"
-        time.sleep(0.25)
+    wait_until(condition, timeout, lambda: f"{what}\n{tell()}", every=0.25)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 from tests.commands import TRAIN, run_command
+from tests.patience import patience, wait_until
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.conftest import PATIENCE, Checkout, json_lines, last_step, world_sizes
 
@@ -100,7 +100,7 @@ def test_the_site_file_counts_before_submission(checkout: Checkout) -> None:
         text=True,
         env=environ,
         cwd=checkout.folder,
-        timeout=60,
+        timeout=patience(60),
     )
     assert submitted.returncode == 0, submitted.stderr
     job = Job(checkout.cluster, submitted.stdout.split()[-1])
@@ -336,7 +336,4 @@ def test_ranks_are_as_many_as_slurm_gives_gpus(
 
 def test_nothing_is_left_running(cluster: Cluster) -> None:
     """After all tests above: no process of any job."""
-    deadline = time.monotonic() + 30
-    while cluster.processes():
-        assert time.monotonic() < deadline, cluster.processes()
-        time.sleep(0.5)
+    wait_until(lambda: not cluster.processes(), 30, cluster.processes, every=0.5)
