@@ -264,8 +264,8 @@ def test_two_debug_runs(trainable: Path) -> None:
     kept = ("run.dir=", "data.train=", "data.val=")
     changes = {"train__steps": 30, "train__log_every": 10}
     settings = [s for s in tiny_overrides(trainable, **changes) if not s.startswith(kept)]
-    for name in ("debug", "debug-2"):
-        finished = debug(trainable, *settings, VENV=sys.prefix)
+    for name, ranks in (("debug", 2), ("debug-2", 1)):
+        finished = debug(trainable, *settings, VENV=sys.prefix, NPROC_PER_NODE=ranks)
         assert finished.code == 0, finished.output
         assert finished.output.startswith("set-up\n")
         assert "preparing" not in finished.output

@@ -554,7 +554,7 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     slow = runs / "delayed-seed1"
     arguments = ["run", file, f"run.dir={runs}", "checkpoint.every=4"]
-    environ = {"NPROC_PER_NODE": 2}
+    environ = {"NPROC_PER_NODE": 1}
 
     with Command([*SWEEP, *arguments], environ=environ) as command:
         command.wait_for(lambda: (slow / "metrics.jsonl").exists(), 300)

@@ -11,8 +11,9 @@ from tests.chaos.harness import Session, play
 PATIENCE = 3.0
 # A moment of milliseconds may pass unnoticed, above all on a busy machine.
 ATTEMPTS = 4
-# Requests to stop and other numbers of ranks have tests of their own.
-CHOSEN = ("kill a rank between rename and latest", "kill the agent", "flipped bit")
+# Requests to stop, kills of a rank (tests/test_elastic.py) and of one that saves
+# (tests/test_checkpoint_crash.py), and other numbers of ranks have tests of their own.
+CHOSEN = ("kill the agent", "flipped bit")
 
 
 @pytest.fixture(scope="module")
