@@ -51,7 +51,7 @@ def build_joint_model(
         values: Weights of the model to start from; None: random ones.
     """
     with torch.device("meta"):
-        model = JointModel(GPT(config.model), objective_class(config)(config, bos_id))
+        model = JointModel(GPT(config.model, bos_id), objective_class(config)(config, bos_id))
 
     def value(name: str, shape: torch.Size, *, device: torch.device) -> Tensor:
         part, _, own_name = name.partition(".")
@@ -141,6 +141,7 @@ def build_gpt(
     world: World,
     initial_value: InitialValue,
     micro_batches: int = 1,
+    bos_id: int | None = None,
 ) -> tuple[GPT, Gathering]:
     """The sharded, compiled model, without an objective, with its first values.
 
@@ -150,9 +151,10 @@ def build_gpt(
         world: Ranks and mesh.
         initial_value: Full initial tensor by name and shape, the same on every rank.
         micro_batches: Forward and backward passes per optimizer step.
+        bos_id: Id that begins every document; read only with ``model.document_mask``.
     """
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(config, bos_id)
     return model, _parallelize(model, parallel, world, initial_value, micro_batches)
 
 
@@ -191,7 +193,15 @@ def chosen_attention(config: ModelConfig, parallel: ParallelConfig, device: torc
     query = torch.Size([1, config.num_heads, length, width])
     key = torch.Size([1, config.num_kv_heads, length, width])
     dtype = compute_dtype(parallel, device)
-    return choose_attention(parallel.attention, query, key, dtype, device)
+    return choose_attention(
+        parallel.attention,
+        query,
+        key,
+        dtype,
+        device,
+        masks_documents=config.document_mask,
+        is_compiled=parallel.compile,
+    )
 
 
 def _bind_attention(

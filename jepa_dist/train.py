@@ -11,7 +11,7 @@ from typing import Any
 
 from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
-from jepa_dist.data.check import check_data
+from jepa_dist.data.check import check_data, with_bos
 from jepa_dist.data.shards import find_shards, fingerprint
 from jepa_dist.errors import TrainingError
 from jepa_dist.monitor.run_dir import check_run_dir, record_failure
@@ -48,6 +48,7 @@ def main() -> None:
         config = resolved.config
         check_world(config, launched_world_size())
         check_data(config)
+        config = with_bos(config)
         if config.parallel.compile:
             check_compiler_space()
         if arguments.check:

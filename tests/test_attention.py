@@ -56,7 +56,7 @@ def test_same_result(name: str) -> None:
     hidden = torch.ones(32, 32).triu(1).bool()
     expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ groups[1]
     bound = bind_attention(causal_attention, name, others=name == "efficient")
-    torch.testing.assert_close(bound(q, k, v), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bound(q, k, v, None), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["flash", "math"])
@@ -72,7 +72,7 @@ def test_compiled_graph_holds_the_chosen_kernel(name: str) -> None:
         fullgraph=True,
         backend=aot_autograd(fw_compiler=record),
     )
-    compiled(*inputs()).sum().backward()
+    compiled(*inputs(), None).sum().backward()
     forward = [str(node.target) for node in graphs[0].graph.nodes]
     assert any(FLASH in target for target in forward) == (name == "flash")
     assert any("softmax" in target for target in forward) == (name == "math")
@@ -97,9 +97,9 @@ def _report(name: str) -> None:
     torch.compiler.reset()
     counters.clear()
     compiled = torch.compile(bind_attention(causal_attention, name), fullgraph=True)
-    compiled(*inputs()).sum().backward()
+    compiled(*inputs(), None).sum().backward()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        compiled(*inputs()).sum().backward()
+        compiled(*inputs(), None).sum().backward()
     ran = {event.key for event in profiled.key_averages()}
     kernel = "flash" if f"aten::{FLASH}" in ran else "math" if "aten::bmm" in ran else "neither"
     print(f"kernel {kernel}, cache hits {counters['aot_autograd']['autograd_cache_hit']}")

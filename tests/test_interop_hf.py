@@ -52,6 +52,27 @@ def export(model: GPT, folder: Path, phase: int = PHASE, **options: Any) -> None
     write_folder(folder, tensors, description, {}, None, {}, Options(**options))
 
 
+@torch.no_grad()
+def test_documents_that_do_not_see_each_other_are_rows_of_their_own(tmp_path: Path) -> None:
+    """Padding has the id that begins documents; it is none."""
+    mask = {"model__document_mask": True, "model__reset_positions": True}
+    config = tiny_config(tmp_path, jepa__within_documents=True, **mask)
+    model = noisy_model(config)
+    model.bos_id = 7
+    description = Description(step=1, phase=PHASE, weights="live", config=config)
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    write_folder(tmp_path, tensors, description, {}, 7, {}, Options())
+    theirs = load_in_phase(tmp_path, PHASE)
+    row = torch.tensor([[7, 9, 10, 11, 12]])
+    error = theirs(row).logits - model(row, phase=PHASE).logits_BTV
+    assert error.abs().max() <= 1e-5
+    padded, seen = torch.tensor([[7, 7, 9, 10, 11]]), torch.tensor([[0, 1, 1, 1, 1]])
+    error = theirs(padded, attention_mask=seen).logits[:, 1:] - theirs(row[:, :4]).logits
+    assert error.abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="pass each document as a row of its own"):
+        theirs(torch.tensor([[7, 9, 7, 11]]))
+
+
 def load_in_phase(folder: Path, phase: int) -> JepaGPTForCausalLM:
     described = json.loads((folder / "config.json").read_text()) | {"phase": phase}
     config = JepaGPTConfig(**described)

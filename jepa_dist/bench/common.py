@@ -99,11 +99,13 @@ def with_random_data(config: Config, folder: Path, sequences: int | None = None)
     for split, rows in (("train", count), ("val", config.batch.sequences)):
         ids = generator.integers(0, config.model.vocab_size, rows * config.model.seq_len + 1)
         write_shard(folder / f"{split}_0.bin", ids, config.model.vocab_size)
-    data = {
+    data: dict[str, Any] = {
         "train": str(folder / "train_*.bin"),
         "val": str(folder / "val_*.bin"),
         "tokenizer": None,
     }
+    if config.model.document_mask:
+        data["bos_id"] = 0  # random ids begin documents of random lengths
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(folder / "run")}),

@@ -161,7 +161,9 @@ def _simulate_step(
     meta, timeout = torch.device("meta"), timedelta(seconds=60)
     mesh = build_mesh(config.parallel, ranks, torch.device("cpu"))
     world = World(0, 0, ranks, meta, mesh, dist.new_group(), timeout)
-    model, gathering = build_gpt(config.model, config.parallel, world, _nothing, micro_batches)
+    model, gathering = build_gpt(
+        config.model, config.parallel, world, _nothing, micro_batches, bos_id=0
+    )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model.to_empty(device="cpu")
@@ -225,7 +227,7 @@ def _activations(config: Config, rows: int) -> int:
     executions = len(order.encoder) + len(order.decoder)
     mode = config.parallel.activation_checkpointing
     with FakeTensorMode():
-        model = GPT(config.model).to(torch.bfloat16)
+        model = GPT(config.model, bos_id=0).to(torch.bfloat16)
         shape = (rows, config.model.seq_len)
         x_BTD = torch.zeros(*shape, config.model.model_dim, dtype=torch.bfloat16).requires_grad_()
         tokens_BT = torch.zeros(shape, dtype=torch.int64)
@@ -258,8 +260,10 @@ class _OutputBytes(TorchDispatchMode):
 def _run_one_block(model: GPT, x_BTD: Tensor) -> None:
     block = model.blocks[0]
     assert isinstance(block, Block)
-    tables = model._rope_tables(x_BTD.size(1), x_BTD.device)
-    block(x_BTD, x_BTD.clone() if model.config.x0_mix else None, *tables, block.mlp_of_repeat(0))
+    places = model.places(torch.zeros(x_BTD.shape[:2], dtype=torch.int64))
+    x0_BTD = x_BTD.clone() if model.config.x0_mix else None
+    mlp = block.mlp_of_repeat(0)
+    block(x_BTD, x0_BTD, places.cos, places.sin, mlp, places.documents_BT)
 
 
 def _saved_bytes(forward: Callable[[], object]) -> int:

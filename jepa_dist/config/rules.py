@@ -50,6 +50,12 @@ def _between_sections(config: Config) -> Iterator[str]:
         yield (
             f"data.bos_id={config.data.bos_id}: must be below model.vocab_size={model.vocab_size}"
         )
+    if model.document_mask and jepa.lambda_ and jepa.documents_key is None:
+        section = "jepa" if jepa.section is None else f"jepa.{jepa.objective}"
+        yield (
+            f"model.document_mask=true: {section}.within_documents=false would compare states of "
+            f"documents that do not see each other; set {section}.within_documents=true"
+        )
     if model.num_loops and 0 < train.loop_phase2_at < train.enable_looping_at:
         yield (
             f"train.loop_phase2_at={train.loop_phase2_at}: must not come before "

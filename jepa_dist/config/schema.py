@@ -155,6 +155,10 @@ class ModelConfig(Section):
     """Last block of the looped segment (inclusive)."""
     untie_loop_mlps: bool = False
     """Use separate MLP weights in every extra pass (needs num_loops > 0)."""
+    document_mask: bool = False
+    """Attend only within the own document of a packed row (needs BOS ids in the shards)."""
+    reset_positions: bool = False
+    """Count positions from the start of each document of a row (needs document_mask)."""
 
     @property
     def head_dim(self) -> int:
@@ -210,6 +214,8 @@ class ModelConfig(Section):
             )
         if self.untie_loop_mlps and not self.num_loops:
             yield "model.untie_loop_mlps=true: needs model.num_loops > 0"
+        if self.reset_positions and not self.document_mask:
+            yield "model.reset_positions=true: needs model.document_mask=true"
         if self.skip_gates and not self.unet_skips:
             yield "model.skip_gates=true: needs model.unet_skips=true"
         if self.parallel_residual_start >= self.num_layers:
@@ -646,3 +652,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     quantization: QuantizationConfig = QuantizationConfig()
+
+    @property
+    def documents_key(self) -> str | None:
+        """Key of an option that needs to know where documents begin; None if none does."""
+        return "model.document_mask" if self.model.document_mask else self.jepa.documents_key

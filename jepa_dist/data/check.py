@@ -37,10 +37,22 @@ def check_data(config: Config) -> None:
         problems += _tokenizer_problems(config)
     if not problems:
         problems += _byte_problems(config)
-    if not problems and config.jepa.documents_key is not None:
+    if not problems and config.documents_key is not None:
         problems += _boundary_problems(config, tokenizer)
     if problems:
         raise UserError(*problems)
+
+
+def with_bos(config: Config) -> Config:
+    """Return a configuration that names the id which begins documents, if the model needs it.
+
+    What is stored of a run is then enough to run its model, without the data.
+    """
+    if not config.model.document_mask:
+        return config
+    bos_id = known_bos(config, load_checked_tokenizer(config, ("train",)))
+    data = config.data.model_copy(update={"bos_id": bos_id})
+    return config.model_copy(update={"data": data})
 
 
 def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
@@ -49,7 +61,7 @@ def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
     What ``data.bos_id`` says counts most, then the note beside prepared shards, then the tokenizer.
 
     Raises:
-        UserError: nothing says, but spans are to keep within documents.
+        UserError: nothing says, but an option needs to know.
     """
     if config.data.bos_id is not None:
         return config.data.bos_id
@@ -65,9 +77,9 @@ def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
         return next(iter(said))
     if tokenizer is not None:
         return tokenizer.bos_id
-    if config.jepa.documents_key is not None:
+    if config.documents_key is not None:
         raise UserError(
-            f"{config.jepa.documents_key}=true: nothing says which id begins a document in "
+            f"{config.documents_key}=true: nothing says which id begins a document in "
             f"data.train={config.data.train!r}; set data.bos_id (50256 in GPT-2 shards), or name "
             "the tokenizer of the data (data.tokenizer)"
         )
@@ -198,7 +210,7 @@ def _byte_problems(config: Config) -> Iterator[str]:
 
 
 def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Whether the boundaries can be seen that spans are to keep within."""
+    """Whether the boundaries can be seen that an option keeps within."""
     try:
         bos_id = known_bos(config, tokenizer)
     except UserError as error:
@@ -210,7 +222,7 @@ def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[
     if not any((shard.read(n, min(n + _SEARCH_STEP, searched)) == bos_id).any() for n in starts):
         place = "" if searched == shard.count else f"the first {searched} tokens of "
         yield (
-            f"{config.jepa.documents_key}=true: no document begins in {place}{shard.path}: id "
+            f"{config.documents_key}=true: no document begins in {place}{shard.path}: id "
             f"{bos_id} does not occur; set data.bos_id to the one that begins documents, or leave "
             "the option off"
         )

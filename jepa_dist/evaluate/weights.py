@@ -99,7 +99,11 @@ def find_initial(path: Path, config: Config) -> Source:
         tensors = translate(read_final_model(path), model, str(path))
         return Source(path, Description(step=None, phase=0, weights="live", config=config), tensors)
     source = find_weights(path, None)
-    differences = _differences(source.description.config.model, config.model)
+    # What attention sees is no part of the weights.
+    seen = config.model.model_dump(include={"document_mask", "reset_positions"})
+    differences = _differences(
+        source.description.config.model.model_copy(update=seen), config.model
+    )
     if differences:
         raise UserError(f"train.init_from={path}: another architecture: {differences}")
     return source
@@ -136,7 +140,8 @@ def _differences(theirs: ModelConfig, ours: ModelConfig) -> str:
 
 def load_model(source: Source, parallel: ParallelConfig, world: World) -> GPT:
     """The model with its weights, sharded and compiled as in training. On every rank alike."""
-    model, _ = build_gpt(source.description.config.model, parallel, world, _nothing)
+    config = source.description.config
+    model, _ = build_gpt(config.model, parallel, world, _nothing, bos_id=config.data.bos_id)
     load_weights(source, model)
     return model
 

@@ -67,7 +67,9 @@ def export_artifact(plan: Plan, out: Path, world: World) -> str:
     eager = config.parallel.model_copy(
         update={"compile": False, "activation_checkpointing": "none"}
     )
-    model, _ = build_gpt(config.model, eager, world, values_of(plan.stored))
+    model, _ = build_gpt(
+        config.model, eager, world, values_of(plan.stored), bos_id=config.data.bos_id
+    )
     parameters = quantize_model(
         model,
         plan.tokens,

@@ -186,7 +186,8 @@ def load(
 def _build(stored: Stored) -> GPT:
     """The model with the stored tensors as its parameters."""
     with torch.device("meta"):
-        model = GPT(stored.description.config.model)
+        config = stored.description.config
+        model = GPT(config.model, config.data.bos_id)
     expected = {name: _signature(tensor) for name, tensor in model.named_parameters()}
     found = {name: _signature(tensor) for name, tensor in stored.tensors.items()}
     problems = mismatches(str(stored.path), expected, found)

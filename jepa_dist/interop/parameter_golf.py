@@ -43,6 +43,8 @@ from jepa_dist.process.failure import exit_on_user_error
 _RENAMED = {"seq_len": "train_seq_len", "skip_gates": "skip_gates_enabled"}
 # What the script always does; here it can be left out.
 _ALWAYS_ON = {"x0_mix": True, "branch_scales": True, "unet_skips": True}
+# What the script never does.
+_WITHOUT = ("document_mask", "reset_positions")
 # Of ours, beside the script's: the recurrence phase of the weights, without which a model that
 # was trained less than to its last phase would come back as another one.
 _PHASE = "recurrence_phase"
@@ -104,6 +106,12 @@ def settings_of(model: ModelConfig) -> dict[str, Any]:
                 f"model.{name}={off}: the challenge's script cannot switch it off; only models "
                 "with it can be exported to final_model.pt"
             )
+    problems += [
+        f"model.{name}=true: the challenge's script attends across documents; such a model cannot "
+        "be exported to final_model.pt"
+        for name in _WITHOUT
+        if getattr(model, name)
+    ]
     if problems:
         raise UserError(*problems)
     values = {_RENAMED.get(name, name): getattr(model, name) for name in _their_fields()}
@@ -111,7 +119,7 @@ def settings_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def _their_fields() -> list[str]:
-    return [name for name in ModelConfig.model_fields if name not in _ALWAYS_ON]
+    return [n for n in ModelConfig.model_fields if n not in _ALWAYS_ON and n not in _WITHOUT]
 
 
 def _explain(item: Any) -> str:

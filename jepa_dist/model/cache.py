@@ -13,14 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_dist.config import ModelConfig
 from jepa_dist.model.execution import execution_order
-from jepa_dist.model.layers import Attention, rope_tables
+from jepa_dist.model.layers import Attend, Attention, causal_attention, same_document
+from jepa_dist.model.places import Places
+
+
+class HasPlaces(Protocol):
+    """A model whose attention can use the cache."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return all modules."""
+
+    def places(self, tokens_BT: Tensor, length: int | None = None) -> Places:
+        """Return where the positions of rows are (``GPT.places``)."""
 
 
 class KVCache:
@@ -45,26 +56,27 @@ class KVCache:
         order = execution_order(config, phase)
         self.length = length
         self.used = 0
-        self._config = config
         self._phase = phase
         self._batch = batch
         # Allocated in the first pass, when dtype and device are known.
         self._buffers: list[Tensor] = []
         self._executions = len(order.encoder) + len(order.decoder)
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._tokens: Tensor | None = None
+        self._documents: Tensor | None = None  # of all positions, those of this pass included
         self._attentions: list[Attention] = []  # of the model that uses the cache
         self._next = 0  # index of the execution that attends next
 
     @contextmanager
-    def extended(self, model: nn.Module, count: int, phase: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Make the model's attention use the cache within this context, for ``count`` positions.
+    def extended(self, model: HasPlaces, tokens_BT: Tensor, phase: int) -> Iterator[Places]:
+        """Make the model's attention use the cache within this context, for these positions.
 
         Yields:
-            Rotary cosines and sines of the new positions, float32 [T, R/2] each.
+            The places of the new positions.
 
         Raises:
             ValueError: wrong phase, too many positions, or several at once after the first pass.
         """
+        count = tokens_BT.size(1)
         if phase != self._phase:
             raise ValueError(f"phase {phase}: the cache is of phase {self._phase}")
         if self.used + count > self.length:
@@ -76,25 +88,29 @@ class KVCache:
         if not self._attentions:
             self._attentions = [m for m in model.modules() if isinstance(m, Attention)]
         attentions = self._attentions
-        before = [attention.attend for attention in attentions]
+        before: list[Attend] = [attention.attend for attention in attentions]
         self._next = 0
         try:
             for attention in attentions:
                 attention.attend = self._attend
-            yield self._new_tables(count, attentions[0].proj.weight.device)
+            yield self._new_places(model, tokens_BT)
         finally:
             for attention, attend in zip(attentions, before, strict=True):
                 attention.attend = attend
         self.used += count
 
-    def _new_tables(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._tables is None:
-            self._tables = rope_tables(self._config, self.length, device)
-        cos_TR, sin_TR = self._tables
-        new = slice(self.used, self.used + count)
-        return cos_TR[new], sin_TR[new]
+    def _new_places(self, model: HasPlaces, tokens_BT: Tensor) -> Places:
+        end = self.used + tokens_BT.size(1)
+        if self._tokens is None:
+            self._tokens = tokens_BT.new_empty(self._batch, self.length)
+        self._tokens[:, self.used : end] = tokens_BT
+        places = model.places(self._tokens[:, :end], self.length)
+        self._documents = places.documents_BT
+        return places.since(self.used)
 
-    def _attend(self, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+    def _attend(
+        self, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, documents_BT: Tensor | None
+    ) -> Tensor:
         """Append this execution's keys and values, and attend to all cached; [B, H, T, C]."""
         if not self._buffers:
             shape = (self._executions, 2, self._batch, k_BKTC.size(1), self.length, k_BKTC.size(3))
@@ -104,8 +120,15 @@ class KVCache:
         self._next += 1
         k_BKSC[:, :, self.used :] = k_BKTC
         v_BKSC[:, :, self.used :] = v_BKTC
+        # Several new positions are always the start of the row; a single one attends to all,
+        # of its document.
+        if count > 1:
+            return causal_attention(q_BHTC, k_BKSC, v_BKSC, documents_BT)
+        visible_B11S = None
+        if documents_BT is not None:
+            assert self._documents is not None
+            visible_B11S = same_document(documents_BT, self._documents)
         grouped = q_BHTC.size(1) != k_BKTC.size(1)
-        # A single new position attends to all; several are always the start of the row.
         return F.scaled_dot_product_attention(
-            q_BHTC, k_BKSC, v_BKSC, is_causal=count > 1, enable_gqa=grouped
+            q_BHTC, k_BKSC, v_BKSC, attn_mask=visible_B11S, enable_gqa=grouped
         )

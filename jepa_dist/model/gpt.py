@@ -18,6 +18,7 @@ from jepa_dist.model.cache import KVCache
 from jepa_dist.model.execution import LAST_PHASE, Execution, execution_order
 from jepa_dist.model.head import HeadRegion
 from jepa_dist.model.layers import Block, rms_norm, rope_tables
+from jepa_dist.model.places import Places, places_in_documents
 
 
 class Output(NamedTuple):
@@ -54,12 +55,18 @@ class SkipRegion(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT with U-Net skips, depth recurrence and taps for the hidden states."""
+    """A GPT with U-Net skips, depth recurrence and taps for the hidden states.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: The model.
+        bos_id: Id that begins every document; read only with ``document_mask``.
+    """
+
+    def __init__(self, config: ModelConfig, bos_id: int | None = None) -> None:
         super().__init__()
         width, embed_width = config.model_dim, config.embed_width
         self.config = config
+        self.bos_id = bos_id
         self.tok_emb = nn.Embedding(config.vocab_size, embed_width)
         projected = embed_width != width
         self.embed_proj = nn.Linear(embed_width, width, bias=False) if projected else None
@@ -112,19 +119,40 @@ class GPT(nn.Module):
         """
         x_BTD = self.embed(tokens_BT, self.tok_emb.weight, _weight(self.embed_proj))
         if cache is None:
-            tables = self._rope_tables(x_BTD.size(1), x_BTD.device)
-            x_BTD, states = self._run_blocks(x_BTD, tables, phase, taps)
+            x_BTD, states = self._run_blocks(x_BTD, self.places(tokens_BT), phase, taps)
         else:
-            with cache.extended(self, x_BTD.size(1), phase) as tables:
-                x_BTD, states = self._run_blocks(x_BTD, tables, phase, taps)
+            with cache.extended(self, tokens_BT, phase) as places:
+                x_BTD, states = self._run_blocks(x_BTD, places, phase, taps)
         head_VE = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         result = self.head(x_BTD, head_VE, _weight(self.head_proj), targets_BT, weight)
         if targets_BT is None:
             return Output(logits_BTV=result, taps=states)
         return Output(loss_sum=result, taps=states)
 
+    def places(self, tokens_BT: Tensor, length: int | None = None) -> Places:
+        """Return where the positions of rows are.
+
+        Args:
+            tokens_BT: The rows from their beginning on.
+            length: Of the whole rows, if more tokens follow.
+
+        Raises:
+            ValueError: the model masks documents and was not told how they begin.
+        """
+        count = tokens_BT.size(1)
+        cos_TR, sin_TR = self._rope_tables(length or count, tokens_BT.device)
+        if length is not None:
+            cos_TR, sin_TR = cos_TR[:count], sin_TR[:count]
+        if not self.config.document_mask:
+            return Places(cos_TR, sin_TR, None)
+        if self.bos_id is None:
+            raise ValueError("model.document_mask=true: needs the id that begins a document")
+        return places_in_documents(
+            tokens_BT == self.bos_id, cos_TR, sin_TR, reset=self.config.reset_positions
+        )
+
     def _run_blocks(
-        self, x_BTD: Tensor, tables: tuple[Tensor, Tensor], phase: int, taps: Sequence[int]
+        self, x_BTD: Tensor, places: Places, phase: int, taps: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Encoder, decoder with skips; returns the final state and the tapped ones."""
         order = execution_order(self.config, phase)
@@ -134,7 +162,8 @@ class GPT(nn.Module):
         def run(x_BTD: Tensor, execution: Execution) -> Tensor:
             block = self.blocks[execution.block]
             assert isinstance(block, Block)
-            x_BTD = block(x_BTD, x0_BTD, *tables, block.mlp_of_repeat(execution.repeat))
+            mlp = block.mlp_of_repeat(execution.repeat)
+            x_BTD = block(x_BTD, x0_BTD, places.cos, places.sin, mlp, places.documents_BT)
             if execution.block in taps and execution.is_last:
                 states[execution.block] = x_BTD
             return x_BTD

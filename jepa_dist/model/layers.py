@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_dist.config import ModelConfig
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Causal attention, with the arguments of ``causal_attention``."""
 
 # The reference gives no epsilon, which means that of float32, whatever the activations' dtype.
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -55,9 +59,9 @@ def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple
 
 def rotate(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate the first R dimensions of every head, pairing j with j + R/2, by minus the angle; in
-    the tables' dtype."""
+    the tables' dtype. The tables may differ by row: [B, T, R/2]."""
     half = cos_TR.size(-1)
-    cos, sin = cos_TR[:, None, :], sin_TR[:, None, :]
+    cos, sin = cos_TR.unsqueeze(-2), sin_TR.unsqueeze(-2)
     u, w, rest = x_BTHC.split([half, half, x_BTHC.size(-1) - 2 * half], dim=-1)
     return torch.cat([u * cos + w * sin, w * cos - u * sin, rest], dim=-1)
 
@@ -77,12 +81,35 @@ def project(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     return F.linear(x, weight if scale is None else weight * scale[:, None])
 
 
-def causal_attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
-    """Attend causally with grouped key/value heads; returns [B, H, T, C]."""
+def causal_attention(
+    q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, documents_BT: Tensor | None
+) -> Tensor:
+    """Attend causally, and only within the own document, with grouped key/value heads.
+
+    Args:
+        q_BHTC: Queries.
+        k_BKTC: Keys.
+        v_BKTC: Values.
+        documents_BT: Numbers of the positions' documents; None: all attend to all before them.
+
+    Returns:
+        [B, H, T, C].
+    """
     grouped = q_BHTC.size(1) != k_BKTC.size(1)
+    if documents_BT is None:
+        return F.scaled_dot_product_attention(
+            q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=grouped
+        )
+    index_T = torch.arange(q_BHTC.size(2), device=q_BHTC.device)
+    visible_B1TT = same_document(documents_BT, documents_BT) & (index_T[:, None] >= index_T)
     return F.scaled_dot_product_attention(
-        q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=grouped
+        q_BHTC, k_BKTC, v_BKTC, attn_mask=visible_B1TT, enable_gqa=grouped
     )
+
+
+def same_document(query_BT: Tensor, key_BS: Tensor) -> Tensor:
+    """Return where a query's and a key's document are the same, bool [B, 1, T, S]."""
+    return query_BT[:, None, :, None] == key_BS[:, None, None, :]
 
 
 class Attention(nn.Module):
@@ -96,7 +123,7 @@ class Attention(nn.Module):
         width, kv_width = config.model_dim, config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
         self.xsa = xsa
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
+        self.attend: Attend = causal_attention
         self.c_q = nn.Linear(width, width, bias=False)
         self.c_k = nn.Linear(width, kv_width, bias=False)
         self.c_v = nn.Linear(width, kv_width, bias=False)
@@ -106,7 +133,12 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, scale_D: Tensor | None
+        self,
+        x_BTD: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        scale_D: Tensor | None,
+        documents_BT: Tensor | None,
     ) -> Tensor:
         """Attend over the normed ``x_BTD``, scale the output's channels; returns [B, T, D]."""
         weights = [self.c_q.weight, self.c_k.weight, self.c_v.weight]
@@ -117,7 +149,8 @@ class Attention(nn.Module):
             q_norm_BTH1 = q_norm_BTH1 * self.q_gain[:, None]
         q_BTHC = rotate(q_BTHC * q_norm_BTH1, cos_TR, sin_TR).type_as(x_BTD)
         k_BTKC = rotate(k_BTKC * k_norm_BTK1, cos_TR, sin_TR).type_as(x_BTD)
-        y_BHTC = self.attend(q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2))
+        q_BHTC, k_BKTC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2)
+        y_BHTC = self.attend(q_BHTC, k_BKTC, v_BTKC.transpose(1, 2), documents_BT)
         y_BTHC = y_BHTC.transpose(1, 2)
         if self.xsa:
             y_BTHC = remove_own_value(y_BTHC, v_BTKC)
@@ -174,7 +207,13 @@ class Block(nn.Module):
         return self.loop_mlps[repeat - 1]
 
     def forward(
-        self, x_BTD: Tensor, x0_BTD: Tensor | None, cos_TR: Tensor, sin_TR: Tensor, mlp: nn.Module
+        self,
+        x_BTD: Tensor,
+        x0_BTD: Tensor | None,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        mlp: nn.Module,
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         """Run the block on the stream ``x_BTD``.
 
@@ -182,17 +221,18 @@ class Block(nn.Module):
             x_BTD: Residual stream.
             x0_BTD: Embedding at the start of the pass; must not be the same tensor as ``x_BTD``
                 (aliasing costs a compiled graph). None without ``x0_mix``.
-            cos_TR: Rotary cosines, float32.
-            sin_TR: Rotary sines, float32.
+            cos_TR: Rotary cosines, float32; [B, T, R/2] where they differ by row.
+            sin_TR: Rotary sines, likewise.
             mlp: One of this block's MLPs, from ``mlp_of_repeat``. An argument, so that every
                 repeat runs the same compiled graph.
+            documents_BT: Numbers of the positions' documents; None: attention crosses them.
         """
         if self.resid_mix is not None:
             assert x0_BTD is not None
             x_BTD = self.resid_mix[0] * x_BTD + self.resid_mix[1] * x0_BTD
         norm_BT1 = self._norm(x_BTD)
         normed_BTD = (x_BTD * norm_BT1).type_as(x_BTD)
-        attended_BTD = self.attn(normed_BTD, cos_TR, sin_TR, self.attn_scale)
+        attended_BTD = self.attn(normed_BTD, cos_TR, sin_TR, self.attn_scale, documents_BT)
         if self.parallel:
             return x_BTD + attended_BTD + mlp(x_BTD, norm_BT1, self.mlp_scale)
         x_BTD = x_BTD + attended_BTD

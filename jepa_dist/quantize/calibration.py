@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.model.gpt import GPT
-from jepa_dist.model.layers import MLP, Attention, remove_own_value, rms_norm
+from jepa_dist.model.layers import MLP, Attend, Attention, remove_own_value, rms_norm
 from jepa_dist.parallel.world import World
 
 _Record = Callable[[str, Tensor], None]
@@ -185,14 +185,14 @@ def _attention_hook(name: str, record: _Record) -> Callable[[nn.Module, Any], No
     return hook
 
 
-def _attend(
-    name: str, attention: Attention, record: _Record
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _attend(name: str, attention: Attention, record: _Record) -> Attend:
     """The module's own function, whose result is recorded as its output matrix sees it."""
     attend = attention.attend
 
-    def attend_and_record(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
-        y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC)
+    def attend_and_record(
+        q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, documents_BT: Tensor | None
+    ) -> Tensor:
+        y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, documents_BT)
         y_BTHC = y_BHTC.transpose(1, 2)
         if attention.xsa:
             y_BTHC = remove_own_value(y_BTHC, v_BKTC.transpose(1, 2))

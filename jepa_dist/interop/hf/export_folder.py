@@ -226,6 +226,7 @@ def _config(description: Description, dtype: torch.dtype, bos_id: int | None) ->
         *("mlp_hidden", "tie_embeddings", "rope_base", "rotary_dims", "ln_scale", "xsa_last_n"),
         *("x0_mix", "branch_scales", "unet_skips", "skip_gates", "parallel_residual_start"),
         *("num_loops", "loop_start", "loop_end", "untie_loop_mlps", "logit_softcap"),
+        "document_mask",
     )
     name = "modeling_jepa_gpt"
     return {

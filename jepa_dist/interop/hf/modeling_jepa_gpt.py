@@ -48,6 +48,7 @@ _DEFAULTS: dict[str, Any] = {
     "loop_end": 0,
     "untie_loop_mlps": False,
     "logit_softcap": 0.0,
+    "document_mask": False,
     "phase": 0,
 }
 
@@ -302,6 +303,8 @@ class JepaGPTForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{total} positions: a cache holds at most {self.config.seq_len}, because longer "
                 "rows have another rotary base; pass the whole row without a cache"
             )
+        if self.config.document_mask:
+            _refuse_packed(input_ids, attention_mask, self.config.bos_token_id)
         tables = rope_tables(self.config, total, input_ids.device)
         new = (tables[0][past:], tables[1][past:])
         x_BTD = rms_norm(self.tok_emb(input_ids))
@@ -369,6 +372,19 @@ class JepaGPTForCausalLM(PreTrainedModel, GenerationMixin):
             return prepared
         mask = None if attention_mask is None else attention_mask[:, -length:]
         return {"input_ids": input_ids[:, -length:], "attention_mask": mask, "use_cache": False}
+
+
+def _refuse_packed(input_ids: Tensor, attention_mask: Tensor | None, bos_id: int) -> None:
+    """Raise if a document begins after a row's first token: attention would cross documents."""
+    is_start = input_ids[:, 1:] == bos_id
+    if attention_mask is not None:  # padding is no document
+        own = attention_mask[:, -input_ids.size(1) :].bool()
+        is_start = is_start & own[:, :-1] & own[:, 1:]
+    if bool(is_start.any()):
+        raise ValueError(
+            f"input_ids: a document begins (id {bos_id}) after the first token; this model attends "
+            "within documents only: pass each document as a row of its own"
+        )
 
 
 def _mask(attention_mask: Tensor | None, count: int, total: int) -> Tensor | None:
