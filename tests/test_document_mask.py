@@ -214,7 +214,7 @@ def test_what_cannot_be(tmp_path: Path, corpus: Path) -> None:
                 corpus, data__tokenizer="null", **{"model__document_mask": True, "jepa__lambda": 0}
             )
         )
-    with pytest.raises(UserError, match=r"model\.document_mask=true: the challenge's script"):
+    with pytest.raises(UserError, match=r"model\.document_mask=True: the challenge's script lacks"):
         settings_of(masked(tmp_path).model)
     with pytest.raises(ValueError, match="needs the id that begins a document"):
         GPT(masked(tmp_path).model).places(torch.zeros(1, 4, dtype=torch.int64))

@@ -50,6 +50,8 @@ PUBLISHED = {
     "model.loop_start": 4,
     "model.loop_end": 5,
     "model.untie_loop_mlps": False,
+    "model.document_mask": False,
+    "model.reset_positions": False,
     "jepa.lambda": 0.0,
     "optim.matrix": "muon",
     "optim.matrix_lr": 0.02,

@@ -43,8 +43,13 @@ from jepa_dist.process.failure import exit_on_user_error
 _RENAMED = {"seq_len": "train_seq_len", "skip_gates": "skip_gates_enabled"}
 # What the script always does; here it can be left out.
 _ALWAYS_ON = {"x0_mix": True, "branch_scales": True, "unet_skips": True}
-# What the script never does.
-_WITHOUT = ("document_mask", "reset_positions")
+# What it can be told; everything else is ours, and off in models for the script.
+_THEIRS = (
+    *("vocab_size", "seq_len", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"),
+    *("embedding_dim", "tie_embeddings", "tied_embed_init_std", "logit_softcap", "rope_base"),
+    *("rope_dims", "qk_gain_init", "ln_scale", "xsa_last_n", "skip_gates"),
+    *("parallel_residual_start", "num_loops", "loop_start", "loop_end", "untie_loop_mlps"),
+)
 # Of ours, beside the script's: the recurrence phase of the weights, without which a model that
 # was trained less than to its last phase would come back as another one.
 _PHASE = "recurrence_phase"
@@ -63,7 +68,7 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     Raises:
         UserError: settings missing, of the wrong type, or impossible together; all of them.
     """
-    names = {name: _RENAMED.get(name, name) for name in _their_fields()}
+    names = {name: _RENAMED.get(name, name) for name in _THEIRS}
     missing = [t for n, t in names.items() if t not in settings and n not in _OPTIONAL]
     if missing:
         raise UserError(f"parameter-golf settings: missing {', '.join(missing)}")
@@ -107,19 +112,15 @@ def settings_of(model: ModelConfig) -> dict[str, Any]:
                 "with it can be exported to final_model.pt"
             )
     problems += [
-        f"model.{name}=true: the challenge's script attends across documents; such a model cannot "
-        "be exported to final_model.pt"
-        for name in _WITHOUT
-        if getattr(model, name)
+        f"model.{name}={getattr(model, name)}: the challenge's script lacks it; only models "
+        f"with {field.default} can be exported to final_model.pt"
+        for name, field in ModelConfig.model_fields.items()
+        if name not in (*_THEIRS, *_ALWAYS_ON) and getattr(model, name) != field.default
     ]
     if problems:
         raise UserError(*problems)
-    values = {_RENAMED.get(name, name): getattr(model, name) for name in _their_fields()}
+    values = {_RENAMED.get(name, name): getattr(model, name) for name in _THEIRS}
     return values | {"embedding_dim": model.embed_width}
-
-
-def _their_fields() -> list[str]:
-    return [n for n in ModelConfig.model_fields if n not in _ALWAYS_ON and n not in _WITHOUT]
 
 
 def _explain(item: Any) -> str:
