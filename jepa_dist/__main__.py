@@ -30,7 +30,7 @@ _SUBCOMMANDS = {
         "train a model; start it under torchrun or srun for several ranks",
         (
             "jepa_dist train debug jepa.lambda=0.1 run.dir=runs/first",
-            "torchrun --standalone --nproc-per-node=gpu -m jepa_dist train gpt_36m",
+            "torchrun --rdzv-backend=loopback --nproc-per-node=gpu -m jepa_dist train gpt_36m",
         ),
         "configuration.md",
     ),

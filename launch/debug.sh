@@ -65,8 +65,8 @@ fi
 
 train=(
     env OMP_NUM_THREADS="$OMP_NUM_THREADS"
-    # Not the host name, which may not be resolvable.
-    "$venv/bin/torchrun" --standalone --local-addr=127.0.0.1 --nproc-per-node="$ranks"
+    # Nothing listens beyond this machine (SECURITY.md).
+    "$venv/bin/torchrun" --rdzv-backend=loopback --nproc-per-node="$ranks"
     -m jepa_dist.train "$config" "${overrides[@]}"
 )
 

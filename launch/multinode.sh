@@ -107,6 +107,10 @@ except OSError as error:
 PYTHON
 }
 if [[ $dry_run ]]; then address=ADDRESS; else address="$(own_address)" || exit 2; fi
+if [[ $nodes != 1 && ! $same_machine && $address == 127.* ]]; then
+    fail "--head $head: resolves to a loopback address on this host, which other hosts cannot" \
+        "reach; use this host's address in the network"
+fi
 
 # If another process listens on the port, torchrun would wait for it for a minute. (Not checked with
 # --same-machine, where that process may be the agent of the first host.)
@@ -159,7 +163,8 @@ agent=(
     "$venv/bin/python" -m jepa_dist.process.agent
     --nnodes="$min_nodes:$nodes"
     --nproc-per-node="$ranks"
-    --rdzv-backend=c10d
+    # c10d's rendezvous, listening at --local-addr only (SECURITY.md).
+    --rdzv-backend=bound
     --rdzv-endpoint="$head:$port"
     --rdzv-id="$id"
     --rdzv-conf="$(IFS=, && echo "${rendezvous[*]}")"

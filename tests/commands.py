@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,11 @@ from tests.patience import patience, wait_until
 from tests.tiny import REPOSITORY
 
 TRAIN = (sys.executable, "-m", "jepa_dist.train")
-TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2")
+# As documented for one machine.
+TORCHRUN = (
+    str(Path(sys.executable).with_name("torchrun")),
+    *("--rdzv-backend=loopback", "--nproc-per-node=2"),
+)
 
 _TAG = "COMMAND_OF_TEST"
 # Processes that notice only now that their parent is gone.
@@ -134,6 +138,17 @@ def run_command(
     """Run a command to its end."""
     with Command(command, cwd, environ) as running:
         return running.wait(timeout)
+
+
+def listening(processes: Iterable[psutil.Process]) -> set[str]:
+    """Return the addresses at which the processes listen (TCP) or receive (UDP)."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in process.net_connections("inet"):
+                if each.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and each.laddr:
+                    found.add(each.laddr.ip)
+    return found
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:

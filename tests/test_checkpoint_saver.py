@@ -246,10 +246,10 @@ def test_retention_on_the_disk_never_counts_or_deletes_a_damaged_one(tmp_path):
 
 def roll_back(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
-    moved = world.run_on_main(lambda: set_aside_after(Path(folder), 3))
+    moved = world.run_on_main(lambda: [path.name for path in set_aside_after(Path(folder), 3)])
     found = find_resumable(Path(folder), world)
     assert found.path is not None
-    return [path.name for path in moved], found.path.name
+    return moved, found.path.name
 
 
 def test_after_a_roll_back_later_checkpoints_are_not_resumed_from(tmp_path):

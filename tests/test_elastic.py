@@ -22,8 +22,8 @@ ELASTIC = (
     *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "jepa_dist.train"),
 )
 # What somebody types; the environment is the user's.
-STANDALONE = (
-    *(TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=3"),
+LOOPBACK = (
+    *(TORCHRUN, "--rdzv-backend=loopback", "--nproc-per-node=2", "--max-restarts=3"),
     *("-m", "jepa_dist.train"),
 )
 STEPS = 40
@@ -41,7 +41,7 @@ def last_step(run_dir: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "launcher"), [(0, STANDALONE), (1, ELASTIC)])
+@pytest.mark.parametrize(("victim", "launcher"), [(0, LOOPBACK), (1, ELASTIC)])
 def test_a_killed_rank_costs_work_but_not_the_run(
     tmp_path: Path, victim: int, launcher: tuple[str, ...]
 ) -> None:

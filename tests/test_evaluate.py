@@ -190,7 +190,8 @@ def train_and_export(rank: int, world_size: int, config: Config) -> dict[str, fl
 
 
 def evaluate(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    backend = "--rdzv-backend=loopback"
+    launcher = ["-m", "torch.distributed.run", backend, f"--nproc-per-node={ranks}"]
     return subprocess.run(
         [sys.executable, *(launcher if ranks else []), "-m", "jepa_dist.evaluate", *arguments],
         cwd=REPOSITORY,

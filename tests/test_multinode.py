@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import Command, Finished, environment_of, run_command
+from tests.commands import Command, Finished, environment_of, listening, run_command
 from tests.test_elastic import last_step
 from tests.test_train_command import settings
 from tests.tiny import REPOSITORY, write_corpus
@@ -145,11 +145,13 @@ def test_a_stop_on_one_host_saves_and_stops_all(tmp_path: Path) -> None:
     environ = {"VENV": sys.prefix}
     with Command(command, environ=environ) as one, Command(command, environ=environ) as other:
         one.wait_for(lambda: last_step(run_dir) >= 3, 200)
+        addresses = listening([*one.processes(), *other.processes()])
         one.signal(signal.SIGINT)
         stopped = one.wait(200)
         # Its torchrun waits up to five minutes for the other one, deaf to signals: not this test.
         other.wait_for(lambda: not ranks_of(other), 200)
         both = stopped.output + other.output()
+    assert addresses == {"127.0.0.1"}, "the interface that --head selects, alone"
     assert stopped.code == 128 + signal.SIGINT, stopped.output
     assert stopped.output.endswith("the ranks were stopped (SIGINT)\n")
     assert f"stopped after step {last_step(run_dir)} with a checkpoint" in both

@@ -505,7 +505,7 @@ def test_dry_run(tmp_path: Path) -> None:
     finished = sweep_command("run", file, "--dry-run", "train.steps=3", **environ)
     assert finished.code == 0, finished.output
     agent = f"{sys.executable} -m jepa_dist.process.agent"
-    launch = f"{agent} --standalone --local-addr=127.0.0.1 --nproc-per-node=3"
+    launch = f"{agent} --rdzv-backend=loopback --nproc-per-node=3"
     members = read_sweep(file, ["train.steps=3"])
     assert finished.output.splitlines() == [
         f"env OMP_NUM_THREADS=2 {launch} -m jepa_dist.train {' '.join(member.arguments)}"

@@ -18,7 +18,7 @@ from jepa_dist.config import load
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.order import sample_order
 from jepa_dist.data.shards import find_shards, num_windows, read_count
-from tests.commands import TORCHRUN, TRAIN, Command, Finished, run_command
+from tests.commands import TORCHRUN, TRAIN, Command, Finished, listening, run_command
 from tests.forked import run_module
 from tests.patience import patience, wait_until
 from tests.tiny import tiny_overrides, write_corpus
@@ -489,6 +489,7 @@ def test_asked_to_stop(corpus: Path, tmp_path: Path, command: tuple[str, ...], n
     arguments = settings(corpus, run__dir=run_dir, train__steps=10**6, data__workers=1)
     with Command([*command, *arguments]) as job:
         job.wait_for(lambda: has_logged(run_dir), 60)
+        assert listening(job.processes()) == {"127.0.0.1"}, "nothing beyond this machine"
         job.signal(number)
         finished = job.wait(60)
     assert "stopped after step" in finished.output

@@ -3,7 +3,7 @@
 Run it on one GPU, or under torchrun on all GPUs of a node:
 
     python -m jepa_dist.bench gpu --json gpu.json
-    torchrun --standalone --nproc-per-node=gpu -m jepa_dist.bench gpu --json gpu.json
+    torchrun --rdzv-backend=loopback --nproc-per-node=gpu -m jepa_dist.bench gpu --json gpu.json
 
 It needs no data: tokens are random. A configuration's batch is two micro-batches per rank. Each
 part has its own time limit; one that hangs, crashes or exceeds it does not affect the others. The

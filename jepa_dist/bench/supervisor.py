@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import HashStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.constants import default_pg_timeout
 
 from jepa_dist.bench.child import Request, read_events
 from jepa_dist.bench.parts import PARTS
 from jepa_dist.bench.session import Measured, Settings, Task
+from jepa_dist.parallel.meeting import launcher_store
 from jepa_dist.process.dist_env import is_launched, launched_rank, launched_world_size
 
 _START_SECONDS = 90.0  # to import torch and to join the process group
@@ -54,8 +55,7 @@ def meet() -> Store:
     """Return the store that the launcher's ranks share (a private one without a launcher)."""
     if not is_launched():
         return HashStore()
-    store, _, _ = next(iter(rendezvous("env://")))
-    return store
+    return launcher_store(default_pg_timeout)
 
 
 class Supervisor:

@@ -45,7 +45,8 @@ def find_resumable(folder: Path, world: World, *, only_healthy: bool = False) ->
         only_healthy: Skip checkpoints that were saved when the loss was not finite.
     """
     messages = []
-    for path in reversed(world.run_on_main(lambda: list(published(folder).values()))):
+    names = world.run_on_main(lambda: [path.name for path in published(folder).values()])
+    for path in (folder / name for name in reversed(names)):
         try:
             verify_together(path, world)
         except UserError as error:

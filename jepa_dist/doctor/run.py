@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def run_checks(world: World, folder: Path, need_gib: float) -> list[str]:
     """
     report = _report(world, folder)
     bandwidth = allreduce_gbps(world)
-    known = world.gather(report)
+    known = [Report(**each) for each in world.gather(asdict(report))]
     problems = findings(known, str(folder), need_gib)
     if world.is_main:
         print(*table(known), sep="\n")

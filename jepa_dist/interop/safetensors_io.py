@@ -88,7 +88,7 @@ def export_model(
     """
     state = gather(model, keep=world.is_main)
     description = Description(step=step, phase=phase, weights=weights, config=config)
-    return world.run_on_main(lambda: write_export(folder, state, description))
+    return Path(world.run_on_main(lambda: str(write_export(folder, state, description))))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A prefix of the launcher's store that only the ranks of one start use.
+"""The launcher's store, and a prefix of it that only the ranks of one start use.
 
 torchrun passes the same store to every restart, and gloo and NCCL would find the addresses of
 killed ranks in it ("connectFullMesh ... Connection refused"). torchrun's restart counter cannot
@@ -12,15 +12,37 @@ ranks only after all earlier ones have exited.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from datetime import timedelta
 
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from jepa_dist.errors import UserError
+from jepa_dist.process.dist_env import is_on_one_host, launched_rank
+from jepa_dist.process.store import is_loopback, is_own_address, listening_store
 
 _POLL_SECONDS = 0.02
+
+
+def launcher_store(timeout: timedelta) -> Store:
+    """Return the store at MASTER_ADDR and MASTER_PORT: torchrun's, or one that rank 0 serves.
+
+    Rank 0's listens at MASTER_ADDR only. If that is no address of its host (or, with several
+    hosts, a name that resolves to loopback here), it listens on all interfaces, as PyTorch's do.
+
+    Args:
+        timeout: Longest wait for the store, and for a key.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun sets it if its agent serves the store.
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if is_served or launched_rank() != 0:
+        return TCPStore(address, port, is_master=False, timeout=timeout)
+    if is_own_address(address) and (is_on_one_host(os.environ) or not is_loopback(address)):
+        return listening_store(address, port, timeout)
+    return TCPStore(address, port, is_master=True, timeout=timeout, wait_for_workers=False)
 
 
 def store_of_this_start(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:

@@ -27,13 +27,13 @@ def check_replicas(tensors: Mapping[str, Tensor], world: World) -> None:
     """
     if world.world_size == 1:
         return
-    of_ranks = world.gather({name: (_part(t), _checksum(t)) for name, t in tensors.items()})
+    of_ranks = world.gather({name: [_part(t), _checksum(t)] for name, t in tensors.items()})
     differences = []
     for name in tensors:
         by_part: dict[tuple[int, ...], dict[int, list[str]]] = {}
         for rank, sums in enumerate(of_ranks):
             part, checksum = sums[name]
-            by_part.setdefault(part, {}).setdefault(checksum, []).append(str(rank))
+            by_part.setdefault(tuple(part), {}).setdefault(checksum, []).append(str(rank))
         for of_part in by_part.values():
             if len(of_part) > 1:
                 sides = " against ".join(", ".join(ranks) for ranks in of_part.values())

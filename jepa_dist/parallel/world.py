@@ -8,27 +8,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from jepa_dist.config import ParallelConfig
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.determinism import use_deterministic_algorithms
-from jepa_dist.parallel.meeting import store_of_this_start
+from jepa_dist.parallel.meeting import launcher_store, store_of_this_start
+from jepa_dist.parallel.messages import broadcast_json, gather_json
 from jepa_dist.process.dist_env import (
     is_launched,
     launched_local_rank,
     launched_rank,
     launched_world_size,
+    listen_on_loopback,
 )
 from jepa_dist.run.consistency import Statement, check_alike
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,35 +58,32 @@ class World:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
         return bool(flags.item())
 
-    def gather(self, value: T) -> list[T]:
-        """Return every rank's (picklable) ``value``, in rank order. Collective."""
-        values: list[T | None] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
-        return values  # type: ignore[return-value]
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's ``value`` (``messages``: JSON), in rank order. Collective."""
+        return gather_json(value, self.control)
 
     def fills_compile_cache(self) -> bool:
         """Return whether this rank is the first of those that can share compiled graphs: ranks on
         one host with the same device index, which is part of the cache key. Collective."""
-        places = self.gather((socket.gethostname(), self.device.index))
+        places = self.gather([socket.gethostname(), self.device.index])
         return places.index(places[self.rank]) == self.rank
 
-    def run_on_main(self, fn: Callable[[], T]) -> T:
-        """Run ``fn`` on rank 0 and return its (picklable) result on every rank. Collective.
+    def run_on_main(self, fn: Callable[[], Any]) -> Any:
+        """Run ``fn`` on rank 0; return its result (``messages``: JSON) on every rank. Collective.
 
         Raises:
             UserError: on every rank, with the same problems, if ``fn`` raised it.
         """
-        outcome: list[tuple[T | None, tuple[str, ...]]] = [(None, ())]
+        outcome: list[Any] = [None, []]
         if self.is_main:
             try:
-                outcome = [(fn(), ())]
+                outcome = [fn(), []]
             except UserError as error:
-                outcome = [(None, error.problems)]
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
-        result, problems = outcome[0]
+                outcome = [None, error.problems]
+        result, problems = broadcast_json(outcome, self.control)
         if problems:
             raise UserError(*problems)
-        return result  # type: ignore[return-value]
+        return result
 
 
 def start_world(
@@ -114,6 +110,7 @@ def start_world(
     device = _device(local_rank)
     timeout = timedelta(seconds=config.timeout_seconds)
     if not dist.is_initialized():
+        listen_on_loopback(os.environ)
         store = _meet(rank, world_size, timeout) if store is None else store
         if mine is not None:
             check_alike({**mine, **_device_facts(device)}, store, rank, world_size)
@@ -140,9 +137,7 @@ def _meet(rank: int, world_size: int, timeout: timedelta) -> Store:
     """Return the rendezvous store of this start of the ranks."""
     if not is_launched():
         return HashStore()
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    store.set_timeout(timeout)
-    return store_of_this_start(store, rank, world_size, timeout)
+    return store_of_this_start(launcher_store(timeout), rank, world_size, timeout)
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:

@@ -24,12 +24,13 @@ def main() -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     if wanted is None:
         del os.environ[_LOG_LEVEL]
     try:
         run.main()
-    except ChildFailedError as error:
+    except (ChildFailedError, RendezvousError) as error:
         print(error, file=sys.stderr)
         return 1
     except SignalException as error:

@@ -16,6 +16,8 @@ import subprocess
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 
+import psutil
+
 from jepa_dist.errors import UserError
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
@@ -27,6 +29,8 @@ _OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 # The kernel assigns ports from 32768; launch/multinode.sh uses 10000 to 29999.
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
 _SCONTROL_SECONDS = 60
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 
@@ -195,6 +199,27 @@ def ranks_on_this_host() -> int:
     """Return the number of ranks on this host (1 without a launcher)."""
     given = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "1")
     return max(1, int(given)) if re.fullmatch(r"[0-9]{1,9}", given) else 1
+
+
+def is_on_one_host(environ: Mapping[str, str]) -> bool:
+    """Return whether all ranks are on this host, as far as the launcher's variables show it."""
+    if "RANK" not in environ or environ.get("MASTER_ADDR", "") in _LOOPBACK:
+        return True
+    return environ.get("LOCAL_WORLD_SIZE") == environ.get("WORLD_SIZE")
+
+
+def listen_on_loopback(environ: MutableMapping[str, str]) -> None:
+    """Make gloo and NCCL listen on the loopback interface if all ranks are on this host.
+
+    By default they take the interface of the host name. Variables that are set are kept. Call it
+    before they are initialized.
+    """
+    if not is_on_one_host(environ):
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == _LOOPBACK[0] for each in addresses):
+            environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": not a prefix
 
 
 def print_local_ranks() -> None:

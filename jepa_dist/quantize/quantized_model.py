@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from jepa_dist.config import QuantizationConfig
 from jepa_dist.errors import UserError
@@ -15,7 +17,7 @@ from jepa_dist.model.gpt import GPT
 from jepa_dist.parallel.world import World
 from jepa_dist.quantize.artifact import Stored, to_float16
 from jepa_dist.quantize.calibration import collect_hessians
-from jepa_dist.quantize.gptq import quantize_matrix
+from jepa_dist.quantize.gptq import QuantizedMatrix, quantize_matrix
 from jepa_dist.quantize.policy import precisions
 
 
@@ -66,13 +68,39 @@ def quantize_model(
 
     # The costliest first, so that each rank gets about as much.
     order = sorted(state, key=lambda name: (name not in chosen, -sizes[name]))
-    mine = _attempt(store, order[world.rank :: world.world_size])
-    shares = world.gather(mine)
-    problems = [problem for _, found in shares for problem in found]
-    if problems:
-        raise UserError(*problems)
-    everyone = {name: stored for done, _ in shares for name, stored in done.items()}
+    done, problems = _attempt(store, order[world.rank :: world.world_size])
+    found = [problem for each in world.gather(problems) for problem in each]
+    if found:
+        raise UserError(*found)
+    everyone: dict[str, Stored] = {}
+    for place, name in enumerate(order):
+        everyone[name] = _send_stored(
+            done.get(name), state[name].shape, name in chosen, place % world.world_size, world
+        )
     return {name: everyone[name] for name in state}
+
+
+def _send_stored(
+    stored: Stored | None, shape: torch.Size, is_quantized: bool, owner: int, world: World
+) -> Stored:
+    """Return what ``owner`` stores of a parameter (None on the others). Collective."""
+    if not is_quantized:
+        half = torch.empty(shape, dtype=torch.float16) if stored is None else stored
+        assert isinstance(half, Tensor)
+        return _send(half, owner, world)
+    if stored is None:
+        stored = QuantizedMatrix(
+            torch.empty(shape, dtype=torch.int8), torch.empty(shape[0], dtype=torch.float16)
+        )
+    assert isinstance(stored, QuantizedMatrix)
+    return QuantizedMatrix(_send(stored.q_RC, owner, world), _send(stored.scale_R, owner, world))
+
+
+def _send(tensor: Tensor, owner: int, world: World) -> Tensor:
+    """Return ``owner``'s tensor; the others' are overwritten. Collective."""
+    sent = tensor.contiguous()
+    dist.broadcast(sent, owner, group=world.control)
+    return sent
 
 
 def _attempt(

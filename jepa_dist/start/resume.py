@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def find_start(
         named = Path(mode).expanduser()
         folder = world.run_on_main(lambda: _folder_of_checkpoints(named))
         if folder is not None:
-            return _start_at_newest(folder, named, config, now, world)
+            return _start_at_newest(Path(folder), named, config, now, world)
         verify_together(named, world)
         return _start_at(named, (), config, now, world)
     if not occupied:
@@ -136,18 +136,18 @@ def _refuse_now(config: Config) -> None:
         )
 
 
-def _folder_of_checkpoints(named: Path) -> Path | None:
+def _folder_of_checkpoints(named: Path) -> str | None:
     """Return the folder of checkpoints that ``named`` stands for; None if it is one checkpoint.
 
     Raises:
         UserError: it is not something that a run can resume from.
     """
     if named.name == LATEST and not named.is_dir():
-        return named.parent
+        return str(named.parent)
     if (named / "checkpoints").is_dir():
-        return named / "checkpoints"
+        return str(named / "checkpoints")
     if named.is_dir() and published(named):
-        return named
+        return str(named)
     if named.is_dir():
         return None
     key = f"checkpoint.resume={named}"
@@ -179,7 +179,7 @@ def _start_at(
     fingerprints: tuple[str, str | None],
     world: World,
 ) -> Start:
-    def compare() -> tuple[Progress, list[str], float | None]:
+    def compare() -> tuple[dict[str, Any], list[str], float | None]:
         state = run_state(checkpoint / STATE, read_state(checkpoint))
         if state.progress.step != read_manifest(checkpoint).step:
             raise UserError(
@@ -188,9 +188,11 @@ def _start_at(
             )
         decay_from = _decay_from(config, state)
         now = config if decay_from is None else _with_decay(config, decay_from)
-        return state.progress, differences(checkpoint, state, now, *fingerprints), decay_from
+        changes = differences(checkpoint, state, now, *fingerprints)
+        return asdict(state.progress), changes, decay_from
 
-    progress, changes, decay_from = world.run_on_main(compare)
+    found, changes, decay_from = world.run_on_main(compare)
+    progress = Progress(**found)
     step = progress.step
     is_finished = world.run_on_main(lambda: _is_finished(config, progress))
     message = (

@@ -160,13 +160,7 @@ def _command(member: Member, ranks: int) -> list[str]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
     return [
         *("env", f"OMP_NUM_THREADS={threads}"),
-        *(
-            sys.executable,
-            "-m",
-            "jepa_dist.process.agent",
-            "--standalone",
-            "--local-addr=127.0.0.1",
-        ),
+        *(sys.executable, "-m", "jepa_dist.process.agent", "--rdzv-backend=loopback"),
         *(f"--nproc-per-node={ranks}", "-m", "jepa_dist.train", *member.arguments),
     ]
 

@@ -115,7 +115,11 @@ class CheckpointSaving(Saving):
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of later steps, so that no start resumes from them. Collective."""
         folder = self._checkpointer.folder
-        self._state.world.run_on_main(lambda: set_aside_after(folder, step))
+
+        def rename() -> None:
+            set_aside_after(folder, step)
+
+        self._state.world.run_on_main(rename)
 
     def costs(self) -> dict[str, float]:
         """Return what the saves cost that were finalized since the last call, as metrics."""

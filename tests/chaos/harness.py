@@ -180,7 +180,7 @@ class Run:
         """Start, or start again, under one torchrun."""
         self._again = lambda: self.start(ranks, max_restarts)
         elastic = ("--nnodes=1:1", f"--max-restarts={max_restarts}", "--monitor-interval=0.5")
-        meeting = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", _SIGNALS)
+        meeting = ("--rdzv-backend=loopback", _SIGNALS)
         workers = (f"--nproc-per-node={ranks}", "-m", "jepa_dist.train")
         self._run([_TORCHRUN, *elastic, *meeting, *workers, *self._settings()])
 
