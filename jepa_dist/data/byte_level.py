@@ -179,7 +179,15 @@ class _HuggingFaceEncode:
         self.model.encode_special_tokens = True  # text that spells a special token is text
 
     def __call__(self, text: str) -> Sequence[int]:
-        return list(self.model.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self.model.encode(text, add_special_tokens=False).ids)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the library; it exports no class
+                raise
+            raise UserError(
+                f"{self._told}: cannot encode a text of {len(text)} characters: "
+                f"{str(error)[:200]}; use another tokenizer, or a simpler pre_tokenizer"
+            ) from None
 
     def __reduce__(self) -> Any:
         return _HuggingFaceEncode, (self._content, self._told)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from jepa_dist.config import Config, ModelConfig, check
 from jepa_dist.errors import UserError
-from jepa_dist.files import MIB, read_json, write_atomically
+from jepa_dist.files import MIB, check_regular, read_json, write_atomically
 from jepa_dist.interop.safetensors_io import (
     Description,
     check_tensors,
@@ -209,6 +209,7 @@ def read_final_model(path: Path) -> dict[str, Tensor]:
         UserError: unreadable, not a file of tensors alone.
     """
     try:
+        check_regular(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
