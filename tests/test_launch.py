@@ -181,14 +181,15 @@ def planned(project: Path, *arguments: object, **environ: object) -> list[list[s
 
 
 def test_dry_run(project: Path) -> None:
-    setting_up, preparing, training = planned(project, "jepa.lambda=0.1", "seed=2")
+    verbatim = "data.train='x' $(touch trace) `touch trace`; *"
+    setting_up, preparing, training = planned(project, "jepa.lambda=0.1", verbatim)
     assert setting_up == ["bash", "launch/setup.sh"]
     assert preparing == [".venv/bin/python", "-m", "jepa_dist.data.prepare"]
     assert training[0] == "env"
     assert training[2:] == [
         *(".venv/bin/torchrun", "--rdzv-backend=loopback", "--nproc-per-node=2"),
         *("-m", "jepa_dist.train"),
-        *("configs/debug.yaml", "run.dir=runs/debug", "jepa.lambda=0.1", "seed=2"),
+        *("configs/debug.yaml", "run.dir=runs/debug", "jepa.lambda=0.1", verbatim),
     ]
     assert not (project / "runs").exists()
 

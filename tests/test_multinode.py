@@ -34,14 +34,15 @@ def planned(*arguments: object, **environ: object) -> list[str]:
 
 
 def test_dry_run() -> None:
-    words = planned("--nodes", 8, "--head", "h1", "--min-nodes", 4, "x.yaml", "run.dir=my run")
+    verbatim = "run.dir=my 'run' $(touch trace) `touch trace`; *"
+    words = planned("--nodes", 8, "--head", "h1", "--min-nodes", 4, "x.yaml", verbatim)
     for word in (
         "--nnodes=4:8",
         "--nproc-per-node=1",
         "--rdzv-endpoint=h1:29500",
     ):
         assert word in words
-    assert words[-4:] == ["-m", "jepa_dist.train", "x.yaml", "run.dir=my run"]
+    assert words[-4:] == ["-m", "jepa_dist.train", "x.yaml", verbatim]
     assert "is_host" not in " ".join(words), "left to torchrun, which compares names"
 
 

@@ -46,6 +46,12 @@ def test_the_lock_names_no_place_to_download_from() -> None:
     assert not any("/" in line or "index" in line.split("==")[0] for line in lines)
 
 
+def test_guarantees_name_tests_that_exist() -> None:
+    named = set(re.findall(r"test_\w+\.py", (REPOSITORY / "SECURITY.md").read_text()))
+    assert len(named) > 10
+    assert {name for name in named if not (REPOSITORY / "tests" / name).is_file()} == set()
+
+
 def test_vulnerabilities_are_listed_and_silence_is_no_pass() -> None:
     known = {"id": "CVE-1", "fix_versions": ["2.1"]}
     package = {"name": "a", "version": "2.0", "vulns": [known, {"id": "X", "fix_versions": []}]}
