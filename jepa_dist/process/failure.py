@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from jepa_dist.command_line import UNFORESEEN, errors_in_one_line
@@ -35,6 +36,8 @@ _BROKEN_LIBRARY = re.compile(
     r"(/[^:\n]+\.so): (?:file too short|invalid ELF header|cannot read file data|"
     r"ELF file data encoding|object file has no|failed to map segment|ELF load command)"
 )
+
+_PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 log = logging.getLogger(__name__)
 
@@ -104,42 +107,72 @@ def exit_on_rank_error(
 ) -> Iterator[None]:
     """Exit immediately on an error that may be raised on this rank only, skipping all clean-up.
 
-    Clean-up would deadlock: it waits for ranks that wait for this one.
+    Clean-up would deadlock: it waits for ranks that wait for this one. An error that ends a thread
+    of this package (the watchdog, say) ends the rank as well: it would train on unwatched.
 
     Args:
         rank: This process's rank.
         on_failure: Called before the error is printed, with one line that describes it.
     """
     try:
-        with _call_on_failure(on_failure):
+        with _watching_threads(rank, on_failure), _call_on_failure(on_failure):
             yield
     except SharedError as error:
         log.error("%s", error)
         _exit_together(error, rank)
-    except UserError as error:
-        _record_for_torchrun(error)
-        log.error("%s", error)
-        _print_problems(error, prefix=f"[rank {rank}] ")
-        _exit_now(error.exit_code)
     except KeyboardInterrupt:
         print(f"[rank {rank}] interrupted", file=sys.stderr)
         _exit_now(EXIT_INTERRUPTED)
     except Exception as error:
-        _record_for_torchrun(error)
-        if (broken := _broken_library(error)) is not None:
-            log.exception("failed")
-            _print_problems(broken, prefix=f"[rank {rank}] ")
-            _exit_now(broken.exit_code)
-        log.exception("failed")
-        print(f"[rank {rank}] failed:", file=sys.stderr)
-        traceback.print_exc()
-        if _is_broken_collective(error):
-            print(
-                f"[rank {rank}] a collective failed, most likely because another rank exited "
-                "first; see that rank's message",
-                file=sys.stderr,
-            )
-        _exit_now(EXIT_FAILURE)
+        _exit_alone(error, rank)
+
+
+def _exit_alone(error: Exception, rank: int) -> NoReturn:
+    """Print an error that only this rank has raised, and exit."""
+    _record_for_torchrun(error)
+    if isinstance(error, UserError):
+        log.error("%s", error)
+        _print_problems(error, prefix=f"[rank {rank}] ")
+        _exit_now(error.exit_code)
+    log.error("failed", exc_info=error)
+    if (broken := _broken_library(error)) is not None:
+        _print_problems(broken, prefix=f"[rank {rank}] ")
+        _exit_now(broken.exit_code)
+    print(f"[rank {rank}] failed:", file=sys.stderr)
+    traceback.print_exception(error)
+    if _is_broken_collective(error):
+        print(
+            f"[rank {rank}] a collective failed, most likely because another rank exited "
+            "first; see that rank's message",
+            file=sys.stderr,
+        )
+    _exit_now(EXIT_FAILURE)
+
+
+@contextmanager
+def _watching_threads(rank: int, on_failure: Callable[[str], None] | None) -> Iterator[None]:
+    """Exit if an error ends a thread that runs code of this package."""
+    before = threading.excepthook
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        error = ended.exc_value
+        if not isinstance(error, Exception) or not _is_ours(error):
+            before(ended)
+            return
+        _note(error, on_failure)
+        _exit_alone(error, rank)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _is_ours(error: Exception) -> bool:
+    """Return whether the error went through code of this package."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename.startswith(_PACKAGE) for frame, _ in frames)
 
 
 @contextmanager
@@ -147,11 +180,15 @@ def _call_on_failure(on_failure: Callable[[str], None] | None) -> Iterator[None]
     try:
         yield
     except BaseException as error:
-        if on_failure is not None:
-            # The error being raised matters more than a failure to record it.
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            call_with_limit(on_failure, reason)
+        _note(error, on_failure)
         raise
+
+
+def _note(error: BaseException, on_failure: Callable[[str], None] | None) -> None:
+    if on_failure is not None:
+        # The error being raised matters more than a failure to record it.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        call_with_limit(on_failure, reason)
 
 
 def call_with_limit(note: Callable[[str], None], reason: str) -> None:

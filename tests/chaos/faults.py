@@ -35,6 +35,7 @@ Fault = Callable[[Run], None]
 # Of random moments: leaves something to do after it.
 _LAST = STEPS - 10
 _CLOCK = Path(__file__).parent / "clock"
+_THREAD = Path(__file__).parent / "thread"
 
 # ---------------------------------------------------------------------------- moments to strike
 
@@ -337,13 +338,61 @@ def _any_file(run: Run, checkpoint: Path) -> Path:
 def jump_in_time(run: Run) -> None:
     """The host's clock is set by a day, forward or back, and a rank is killed after that."""
     jump = run.dir.parent / "clock_jump"
-    run.environ |= {"PYTHONPATH": str(_CLOCK), "CHAOS_CLOCK_JUMP": str(jump)}
+    run.environ |= {"PYTHONPATH": _first_on_path(_CLOCK), "CHAOS_CLOCK_JUMP": str(jump)}
     run.start()
     run.wait_for_step(1, _LAST // 2)
     day = run.random.choice([-86400, 86400])
     jump.write_text(str(day))
     run.details.append(f"clock set by {day} s at step {run.step}")
     in_a_step(run, Run.kill_rank)
+
+
+def fail_in_a_thread(run: Run) -> None:
+    """A Python error in a thread of a random rank ends the run, at once and with that error."""
+    named = run.dir.parent / "failing_rank"
+    run.environ |= {"PYTHONPATH": _first_on_path(_THREAD), "CHAOS_THREAD_FAILS": str(named)}
+    run.start(max_restarts=0)
+    run.wait_for_step(1, _LAST)
+    rank = run.pick_rank()
+    run.strike(f"an error in the watchdog of rank {rank}")
+    named.write_text(str(rank))
+    _see_it_fail(run, "a deliberate failure")
+    assert f"[rank {rank}] failed:" in run.output()
+    named.unlink()
+    run.start()
+    run.wait_for_end()
+
+
+def _first_on_path(folder: Path) -> str:
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+def move_run(run: Run) -> None:
+    """The run directory is renamed while the run writes into it, and renamed back."""
+    run.start(max_restarts=0)
+    in_a_step(run, lambda run: run.strike("run directory renamed"))
+    elsewhere = run.dir.rename(run.dir.with_name("elsewhere"))
+    ended = run.wait_for_end()
+    print("MOVED", ended.code, ended.output[-3000:], [str(p) for p in run.dir.rglob("*")] if run.dir.exists() else None)
+    shutil.rmtree(run.dir, ignore_errors=True)
+    elsewhere.rename(run.dir)
+    run.start()
+    run.wait_for_end()
+
+
+def folder_for_metrics(run: Run) -> None:
+    """metrics.jsonl is replaced by a folder."""
+    run.start(max_restarts=0)
+    in_a_step(run, lambda run: run.strike("metrics.jsonl replaced by a folder"))
+    metrics = run.dir / "metrics.jsonl"
+    kept = metrics.rename(metrics.with_name("kept.jsonl"))
+    metrics.mkdir()
+    ended = run.wait_for_end()
+    print("FOLDER", ended.code, ended.output[-3000:])
+    metrics.rmdir()
+    kept.rename(metrics)
+    run.start()
+    run.wait_for_end()
 
 
 def change_ranks(run: Run) -> None:
@@ -401,6 +450,9 @@ FAULTS: dict[str, Fault] = {
     "foreign files": damage("dropped in", drop_in),
     "latest names nothing": damage("overwritten", lead_astray),
     "clock jump": jump_in_time,
+    "an error in a thread": fail_in_a_thread,
+    "move": move_run,
+    "folder": folder_for_metrics,
     "other numbers of ranks": change_ranks,
     "lose one of two agents": lose_agent,
     "add an agent": add_agent,

@@ -1,0 +1,84 @@
+"""A rank ends when a thread of it fails, with the thread's error."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from jepa_dist.errors import UserError
+from jepa_dist.monitor.watchdog import Watchdog
+from jepa_dist.process import failure
+from jepa_dist.process.failure import exit_on_rank_error
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Codes of exits, which end the thread alone here."""
+    codes: list[int] = []
+
+    def leave(code: int) -> NoReturn:
+        codes.append(code)
+        sys.exit(code)
+
+    monkeypatch.setattr(failure, "_exit_now", leave)
+    return codes
+
+
+def run_thread(target: Callable[[], Any]) -> None:
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join(20)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (RuntimeError("a deliberate failure"), 1, "RuntimeError: a deliberate failure"),
+        (UserError("x: is wrong"), 2, "[rank 3] error: x: is wrong"),
+    ],
+)
+def test_an_error_in_the_watchdog_ends_the_rank(
+    tmp_path: Path,
+    exits: list[int],
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    told: str,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    noted: list[str] = []
+    with (
+        exit_on_rank_error(3, on_failure=noted.append),
+        Watchdog(tmp_path, 3, 4, lambda: None, 60, look=fail) as watchdog,  # type: ignore[arg-type]
+    ):
+        watchdog._thread.join(20)
+    assert exits == [code]
+    assert noted == [str(error)]
+    assert told in capsys.readouterr().err
+
+
+def test_errors_in_threads_of_libraries_do_not(exits: list[int]) -> None:
+    seen: list[str] = []
+    before = threading.excepthook
+    threading.excepthook = lambda ended: seen.append(str(ended.exc_value))
+    try:
+        with exit_on_rank_error(0):
+            run_thread(lambda: int("x"))
+    finally:
+        threading.excepthook = before
+    assert exits == []
+    assert seen == ["invalid literal for int() with base 10: 'x'"]
+
+
+def test_the_hook_is_taken_back(exits: list[int]) -> None:
+    before = threading.excepthook
+    with exit_on_rank_error(0):
+        assert threading.excepthook is not before
+    assert threading.excepthook is before
