@@ -93,6 +93,46 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     assert len(told) == 1
 
 
+def steps_in(metrics: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+
+
+def test_a_file_that_is_moved_away_is_begun_anew(tmp_path: Path) -> None:
+    told: list[str] = []
+    metrics, kept = tmp_path / "run/metrics.jsonl", tmp_path / "run/kept.jsonl"
+    writer = MetricsWriter(metrics.parent, warn=told.append)
+    writer.write({"step": 1, "loss": 1.0})
+    metrics.rename(kept)
+    writer.write({"step": 2, "loss": 1.0})
+    metrics.unlink()
+    metrics.mkdir()
+    for step in (3, 4):
+        writer.write({"step": step, "loss": 1.0})
+    assert len(told) == 1
+    assert told[0].startswith("metrics cannot be written (")
+    metrics.rmdir()
+    writer.write({"step": 5, "loss": 1.0})
+    assert told[1:] == ["metrics are written again; 2 entries are missing"]
+    writer.close()
+    assert (steps_in(kept), steps_in(metrics)) == ([1], [5])
+
+
+def test_a_run_directory_that_is_moved_away_is_told_and_not_made_again(tmp_path: Path) -> None:
+    told: list[str] = []
+    writer = MetricsWriter(tmp_path / "run", warn=told.append)
+    writer.write({"step": 1, "loss": 1.0})
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    for step in (2, 3):
+        writer.write({"step": step, "loss": 1.0})
+    assert len(told) == 1
+    assert "(No such file or directory)" in told[0]
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    writer.write({"step": 4, "loss": 1.0})
+    writer.close()
+    assert steps_in(tmp_path / "run/metrics.jsonl") == [1, 4]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_training_goes_on_over_a_full_disk(tmp_path: Path, small_disk: Path) -> None:

@@ -34,7 +34,8 @@ class Appendable:
     """A file to which complete records are appended.
 
     ``append`` returns after the write system call: a killed process loses no record, a host that
-    loses power may.
+    loses power may. If the file is renamed or deleted meanwhile, a new one is begun under its name,
+    but not its folder if that is gone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,6 +51,9 @@ class Appendable:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open_to_append(self._path)
+        elif self._file.closed or not self._is_in_place(self._file):
+            self._file.close()
+            self._file = open_to_append(self._path)
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(record) != len(record):
@@ -57,6 +61,12 @@ class Appendable:
         except OSError:
             self._file.truncate(end)
             raise
+
+    def _is_in_place(self, file: io.FileIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Close the file."""

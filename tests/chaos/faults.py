@@ -368,29 +368,16 @@ def _first_on_path(folder: Path) -> str:
 
 
 def move_run(run: Run) -> None:
-    """The run directory is renamed while the run writes into it, and renamed back."""
+    """The run directory is renamed: the run says so and fails; renamed back, it goes on."""
     run.start(max_restarts=0)
     in_a_step(run, lambda run: run.strike("run directory renamed"))
     elsewhere = run.dir.rename(run.dir.with_name("elsewhere"))
     ended = run.wait_for_end()
-    print("MOVED", ended.code, ended.output[-3000:], [str(p) for p in run.dir.rglob("*")] if run.dir.exists() else None)
-    shutil.rmtree(run.dir, ignore_errors=True)
+    assert ended.code != 0, "the checkpoints cannot be written, but the run says that all is well"
+    assert f"{run.checkpoints}" in ended.output
+    assert "No such file or directory" in ended.output
+    shutil.rmtree(run.dir, ignore_errors=True)  # its last status
     elsewhere.rename(run.dir)
-    run.start()
-    run.wait_for_end()
-
-
-def folder_for_metrics(run: Run) -> None:
-    """metrics.jsonl is replaced by a folder."""
-    run.start(max_restarts=0)
-    in_a_step(run, lambda run: run.strike("metrics.jsonl replaced by a folder"))
-    metrics = run.dir / "metrics.jsonl"
-    kept = metrics.rename(metrics.with_name("kept.jsonl"))
-    metrics.mkdir()
-    ended = run.wait_for_end()
-    print("FOLDER", ended.code, ended.output[-3000:])
-    metrics.rmdir()
-    kept.rename(metrics)
     run.start()
     run.wait_for_end()
 
@@ -451,8 +438,7 @@ FAULTS: dict[str, Fault] = {
     "latest names nothing": damage("overwritten", lead_astray),
     "clock jump": jump_in_time,
     "an error in a thread": fail_in_a_thread,
-    "move": move_run,
-    "folder": folder_for_metrics,
+    "run directory renamed": move_run,
     "other numbers of ranks": change_ranks,
     "lose one of two agents": lose_agent,
     "add an agent": add_agent,
