@@ -219,7 +219,7 @@ def listen_on_loopback(environ: MutableMapping[str, str]) -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == _LOOPBACK[0] for each in addresses):
             environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": not a prefix
+            environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def print_local_ranks() -> None:
