@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
@@ -27,9 +28,18 @@ from jepa_dist.process.dist_env import (
 from jepa_dist.process.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
 from jepa_dist.process.output import keep_output_alive
 from jepa_dist.process.variables import set_defaults
+from jepa_dist.remote import open_remote
 from jepa_dist.run.consistency import Statement, statement
 from jepa_dist.run.lock import RunLock
 from jepa_dist.start.host import check_compiler_space, check_host
+
+if TYPE_CHECKING:
+    from jepa_dist.checkpoint import SaveReport
+    from jepa_dist.checkpoint.mirror import NoMirror
+    from jepa_dist.monitor.reporter import Reporter
+
+# At the end of a run, the last upload may take this long.
+_UPLOAD_SECONDS = 600.0
 
 
 def main() -> None:
@@ -51,6 +61,8 @@ def main() -> None:
         config = with_bos(config)
         if config.parallel.compile:
             check_compiler_space()
+        if config.checkpoint.mirror is not None:
+            open_remote(config.checkpoint.mirror, "checkpoint.mirror")
         if arguments.check:
             check_run_dir(Path(config.run.dir).expanduser())
             return
@@ -100,6 +112,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
     from jepa_dist.build import chosen_attention
     from jepa_dist.checkpoint import Checkpointer, RetentionPolicy
     from jepa_dist.checkpoint.agreement import on_every_rank
+    from jepa_dist.checkpoint.mirror import open_mirror
     from jepa_dist.evaluate.weights import find_initial
     from jepa_dist.model.summary import model_summary
     from jepa_dist.monitor.device_memory import explain_out_of_memory
@@ -143,6 +156,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
             world.run_on_main(lambda: open_run_dir(run_dir, config, data))
             keep = RetentionPolicy(config.checkpoint.keep_last, config.checkpoint.keep_every)
             checkpointer = Checkpointer(run_dir / "checkpoints", world, keep)
+            mirror = open_mirror(config.checkpoint.mirror if rank == 0 else None, keep)
             peers = Peers(run_dir, rank, world.run_on_main(lambda: uuid.uuid4().hex))
             if rank == 0:
                 peers.remove_old_reports()
@@ -177,7 +191,7 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                     facts={**facts(config, world.device), "parallel.attention": attention},
                 )
                 reporter.say(describe_kernels(config.parallel, attention))
-                checkpointer.on_published = reporter.saved
+                checkpointer.on_published = functools.partial(_tell_saved, reporter, mirror)
             trainer = build_trainer(
                 config,
                 world,
@@ -220,8 +234,20 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
             if reporter is not None:
                 compared = baselines.values() if outcome.finished else {}
                 reporter.finish(outcome.summary() | compared)
-    lock.release()
     stop_world()
+    if not start.is_finished:
+        mirror.close(_UPLOAD_SECONDS)
+        for line in mirror.take_messages():
+            print(line)
+    lock.release()
+
+
+def _tell_saved(reporter: Reporter, mirror: NoMirror, report: SaveReport) -> None:
+    """Tell what became of a save, and have the checkpoint copied; on rank 0."""
+    reporter.saved()
+    mirror.submit(report.path)
+    for line in (*report.messages, *mirror.take_messages()):
+        reporter.say(line)
 
 
 def describe_kernels(config: ParallelConfig, attention: str) -> str:

@@ -125,15 +125,20 @@ def digest_of(data: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(data, digest_size=32)
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path, *, is_partial: bool = False) -> Manifest:
     """Read the manifest of the checkpoint ``path``.
+
+    Args:
+        path: The checkpoint.
+        is_partial: Files that it lists may be missing still, so its size says nothing.
 
     Raises:
         UserError: missing, damaged, of another format version, or inconsistent.
     """
     file = path / MANIFEST
     try:
-        body = read_json(file, _most_manifest_bytes(path))
+        most = _MOST_MANIFEST_BYTES if is_partial else _most_manifest_bytes(path)
+        body = read_json(file, most)
         seal = body.pop("blake2b")
         version = body["format"]
     except FileNotFoundError:

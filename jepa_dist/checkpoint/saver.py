@@ -69,7 +69,7 @@ class Checkpointer:
 
     def __init__(self, folder: Path, world: World, keep: RetentionPolicy) -> None:
         self.folder = folder
-        self.on_published: Callable[[], None] = lambda: None
+        self.on_published: Callable[[SaveReport], None] = lambda report: None
         self._world = world
         self._keep = keep
         # Two threads must not issue collectives on one group: their order differs between ranks.
@@ -150,8 +150,9 @@ class Checkpointer:
         """
         flight, self._running = self._running, None
         if flight is not None:
-            self._reports.append(flight.report())
-            self.on_published()
+            report = flight.report()
+            self._reports.append(report)
+            self.on_published(report)
 
     def close(self) -> None:
         """Wait for the running save; call this before the process group is destroyed.

@@ -35,6 +35,11 @@ def _check_path(text: str) -> str:
     return text
 
 
+def _check_shards(text: str) -> str:
+    """Refuse text that can be neither a path nor a URL."""
+    return _check_text(text) if _URL.match(text) and "\0" not in text else _check_path(text)
+
+
 def _check_text(text: str) -> str:
     """Refuse lone surrogates, into which the command line turns bytes that are not UTF-8."""
     if not _is_unicode(text):
@@ -65,3 +70,4 @@ def _path_problem(text: str) -> str | None:
 
 PathText = Annotated[str, AfterValidator(_check_path)]
 Text = Annotated[str, AfterValidator(_check_text)]
+ShardsText = Annotated[str, AfterValidator(_check_shards)]

@@ -22,6 +22,7 @@ from jepa_dist.config.fields import (
     Rate,
     Seconds,
     Seed,
+    ShardsText,
     Text,
 )
 
@@ -233,10 +234,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Token shards: a header of 256 int32 words, then uint16 or uint32 ids (docs/data.md)."""
 
-    train: PathText = "data/stdlib/train_*.bin"
-    """Glob pattern of the training shards, in sorted order."""
-    val: PathText = "data/stdlib/val_*.bin"
-    """Glob pattern of the validation shards."""
+    train: ShardsText = "data/stdlib/train_*.bin"
+    """Glob pattern of the training shards, in sorted order; or a URL with wildcards."""
+    val: ShardsText = "data/stdlib/val_*.bin"
+    """Glob pattern of the validation shards; or a URL with wildcards."""
     tokenizer: PathText | None = "bytes"
     """'bytes', or the path of a SentencePiece .model (extra [sentencepiece]), a byte-level
     tokenizer.json (extra [hf]) or a .tiktoken file (extra [tiktoken]); null: unknown, so neither
@@ -553,6 +554,9 @@ class CheckpointConfig(Section):
     resume: PathText = "auto"
     """auto: resume from the newest complete checkpoint in run.dir, if there is one. never: only
     start new runs. PATH: start a new run.dir from this checkpoint of any run."""
+    mirror: Annotated[str, Field(max_length=4000)] | None = None
+    """URL of a folder (s3://, gs://, ...) to which checkpoints are copied in the background, and
+    from which a run resumes whose directory holds none; null: no copies."""
     allow_other_data: bool = False
     """Resume although the training data differ from those of the checkpoint."""
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jepa_dist.data.remote_shards import fetch_shards
 from jepa_dist.data.shard_format import (
     HEADER_BYTES,
     MOST_TOKENS,
@@ -29,6 +30,7 @@ from jepa_dist.data.shard_format import (
 )
 from jepa_dist.errors import UserError
 from jepa_dist.files import make_new, open_regular
+from jepa_dist.remote import is_url
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -237,18 +239,15 @@ def find_shards(pattern: str, key: str) -> list[Path]:
     with brackets in its name.
 
     Args:
-        pattern: Glob, ``~`` and ``**`` included.
+        pattern: Glob, ``~`` and ``**`` included, or a URL with wildcards (``remote_shards``).
         key: Configuration key it came from, for the error message.
 
     Raises:
         UserError: no file matches, a match cannot be read as a file, or there are far too many.
     """
+    if is_url(pattern):
+        return list(fetch_shards(pattern, key))
     told = f"{key}={pattern!r}"
-    if "://" in pattern:
-        raise UserError(
-            f"{told}: is a URL; token shards are read from files: copy them to a folder that "
-            "every node sees"
-        )
     try:
         os.stat(pattern)
     except ValueError as error:  # a NUL, or what no file name can hold

@@ -17,6 +17,7 @@ from jepa_dist.checkpoint import find_resumable
 from jepa_dist.checkpoint.folder import LATEST, published
 from jepa_dist.checkpoint.loading import verify_together
 from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
+from jepa_dist.checkpoint.mirror import fetch_newest
 from jepa_dist.config import Config, flatten, read_mapping, to_dict, to_yaml
 from jepa_dist.config.kinds import MEASURING, WATCHING
 from jepa_dist.errors import UserError, one_line
@@ -92,6 +93,9 @@ def find_start(
         UserError: on every rank, for a directory or checkpoint that does not fit or is damaged.
     """
     mode, now = config.checkpoint.resume, (data_fingerprint, validation_fingerprint)
+    mirror, copied = config.checkpoint.mirror, []
+    if mode == "auto" and mirror is not None:
+        copied = world.run_on_main(lambda: fetch_newest(mirror, run_dir / "checkpoints"))
     occupied = world.run_on_main(lambda: _is_occupied(run_dir))
     if mode != "auto":
         if occupied:
@@ -110,11 +114,11 @@ def find_start(
         return _start_at(named, (), config, now, world)
     if not occupied:
         _refuse_now(config)
-        return Start(None, 0, 0.0, False, ())
+        return Start(None, 0, 0.0, False, tuple(copied))
     world.run_on_main(lambda: check_run_files(run_dir))
     found = find_resumable(run_dir / "checkpoints", world)
     if found.path is not None:
-        return _start_at(found.path, found.messages, config, now, world)
+        return _start_at(found.path, (*copied, *found.messages), config, now, world)
     if found.messages:
         raise UserError(
             *found.messages,
@@ -124,7 +128,7 @@ def find_start(
     _refuse_now(config)
     world.run_on_main(lambda: _refuse_unless_same(run_dir, config))
     message = f"{run_dir}: stopped before its first checkpoint; starting at step 0"
-    return Start(None, 0, 0.0, False, (message,))
+    return Start(None, 0, 0.0, False, (*copied, message))
 
 
 def _refuse_now(config: Config) -> None:
