@@ -16,7 +16,7 @@ command -v "$uv" >/dev/null || {
     exit 2
 }
 extras=(--extra data --extra gpu --extra hf --extra quantize --extra report)
-extras+=(--extra sentencepiece --extra tiktoken)
+extras+=(--extra remote --extra sentencepiece --extra tiktoken)
 {
     echo "# Written by: bash launch/lock.sh. Install a release with exactly these files:"
     echo "#   python -m pip install --require-hashes -r requirements.lock"
