@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_dist.config import Config, ParallelConfig
+from jepa_dist.config import Config, ParallelConfig, load
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.shards import write_shard
 from jepa_dist.data.tokenizer import load_tokenizer
@@ -321,3 +321,13 @@ def test_every_pass_has_the_shapes_of_training(tmp_path: Path) -> None:
     """So that its graphs serve: 8 windows on 3 ranks in rows of 3 do not divide."""
     for seen in run_ranks(call_shapes, 3, write_shards(tmp_path, 66)):
         assert seen == [{(3, 8, 3, 8, 3)}, {(3, 8, 3, 8, 3, 8)}]
+
+
+def test_data_at_a_url_that_only_the_model_names_are_not_fetched() -> None:
+    trained = load(None, ["data.val=https://stranger.example/val_0.bin"], {}).config
+    with pytest.raises(UserError) as caught:
+        EVALUATION.resolve(trained, [])
+    (line,) = caught.value.problems
+    assert line.startswith("data.val='https://stranger.example/val_0.bin': is a URL that the model")
+    url = "data.val=s3://mine/val_*.bin"
+    assert EVALUATION.resolve(trained, [url]).data.val == "s3://mine/val_*.bin"

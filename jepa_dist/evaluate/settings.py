@@ -28,8 +28,8 @@ class Relevant:
         """Return the configuration: the run's where it matters, with ``overrides``.
 
         Raises:
-            UserError: an override that is unknown, ill-typed, or of no effect here, or a mesh that
-                does not fit the ranks.
+            UserError: an override that is unknown, ill-typed, or of no effect here, a mesh that
+                does not fit the ranks, or data at a URL that only the model names.
         """
         shown = [f"{key}*" if key.endswith(".") else key for key in self.changeable]
         idle = [
@@ -47,6 +47,15 @@ class Relevant:
             if key.startswith((*_ALWAYS_TAKEN, *of_run))
         ]
         world_size = launched_world_size()
+        given = {item.partition("=")[0].strip() for item in overrides}
+        urls = [
+            f"{key}={value!r:.300}: is a URL that the model's own configuration names; repeat it "
+            "on the command line to have it read"
+            for key, value in flatten(to_dict(trained))
+            if key.startswith(of_run) and key not in given and "://" in repr(value)
+        ]
+        if urls:
+            raise UserError(*urls)
         # There is no training batch here that could be too small for the ranks.
         config = load(None, [*taken, f"batch.sequences={world_size}", *overrides], {}).config
         check_world(config, world_size)
