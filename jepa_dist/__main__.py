@@ -36,8 +36,11 @@ _SUBCOMMANDS = {
     ),
     "evaluate": _Subcommand(
         "jepa_dist.evaluate.__main__",
-        "loss and bits per byte of a trained model",
-        ("jepa_dist evaluate runs/debug", "jepa_dist evaluate runs/debug --sliding --ema"),
+        "loss and bits per byte of a trained model, or its accuracy in tasks",
+        (
+            "jepa_dist evaluate runs/debug --sliding --ema",
+            "jepa_dist evaluate runs/debug --tasks data/tasks/cloze.jsonl",
+        ),
         "using.md",
     ),
     "generate": _Subcommand(
@@ -57,6 +60,12 @@ _SUBCOMMANDS = {
             "jepa_dist export runs/debug exported --format torch --ema",
         ),
         "using.md",
+    ),
+    "tasks": _Subcommand(
+        "jepa_dist.evaluate.make_tasks",
+        "make likelihood tasks and labeled documents from a corpus",
+        ("jepa_dist tasks debug", "jepa_dist tasks gpt_36m --out data/tasks_36m"),
+        "evaluation.md",
     ),
     "prepare": _Subcommand(
         "jepa_dist.data.prepare",

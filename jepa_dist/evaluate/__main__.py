@@ -1,6 +1,7 @@
 """Evaluate a trained model; also under torchrun.
 
 jepa_dist evaluate RUN [--sliding --stride 64] [--ema] [--compare OTHER] [KEY=VALUE ...]
+jepa_dist evaluate RUN [--tasks FILE ...] [--probe FILE ...] [--ema] [KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.shards import find_shards
+from jepa_dist.evaluate.evidence import add_options, check_evidence, split_options
 from jepa_dist.evaluate.score import Score, score
 from jepa_dist.evaluate.settings import EVALUATION
 from jepa_dist.evaluate.stream import TokenStream
@@ -57,8 +59,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if other is not None:
             check_comparable(source, other)
         config = EVALUATION.resolve(source.description.config, arguments.overrides)
-        tokenizer = load_checked_tokenizer(config, ("val",))
-        windows = find_windows(config, arguments.stride)
+        if arguments.tasks or arguments.probe:
+            evidence = check_evidence(arguments, source, config)
+        else:
+            tokenizer = load_checked_tokenizer(config, ("val",))
+            windows = find_windows(config, arguments.stride)
+    if arguments.tasks or arguments.probe:
+        with exit_on_rank_error(rank):
+            evidence.run(start_world(config.parallel))
+        stop_world()
+        return
     with exit_on_rank_error(rank):
         world = start_world(config.parallel)
         model = load_model(source, config.parallel, world)
@@ -91,7 +101,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ``stride`` is None unless windows are to overlap."""
     parser = Parser(
         prog=program("jepa_dist.evaluate"),
-        description="Loss and bits per byte of a trained model; also under torchrun.",
+        description="Loss and bits per byte of a trained model, or its accuracy in tasks and of "
+        "linear probes; also under torchrun.",
     )
     parser.add_argument(
         "path", type=Path, help="run directory, an exported model, or a quantized artifact"
@@ -118,7 +129,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="evaluate this run or model on the same windows, too, and print the differences: the "
         "run from which an artifact was made, for example",
     )
+    add_options(parser)
     arguments = parser.parse_intermixed_args(argv)
+    split_options(parser, arguments)
     if arguments.stride is not None and not arguments.sliding:
         parser.error("--stride: only with --sliding")
     if arguments.sliding and arguments.stride is None:

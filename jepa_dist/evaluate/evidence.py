@@ -1,0 +1,157 @@
+"""``jepa_dist evaluate RUN --tasks FILE ... --probe FILE ...``: evidence beyond bits per byte."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from jepa_dist.config import Config
+from jepa_dist.data.check import load_checked_tokenizer
+from jepa_dist.data.tokenizer import Tokenizer
+from jepa_dist.errors import UserError
+from jepa_dist.evaluate.passes import Passes
+from jepa_dist.evaluate.probe import check_documents, probe
+from jepa_dist.evaluate.probe import describe as describe_probes
+from jepa_dist.evaluate.task_file import TaskFile, check_names, check_tasks
+from jepa_dist.evaluate.tasks import describe as describe_tasks
+from jepa_dist.evaluate.tasks import score_task
+from jepa_dist.evaluate.weights import Source, load_model
+from jepa_dist.monitor.evaluation_file import Evaluation, TaskResult, write_evaluation
+from jepa_dist.parallel.world import World
+
+_ONLY_OTHERWISE = ("sliding", "stride", "compare")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of tasks and probes to the parser of ``jepa_dist evaluate``."""
+    group = parser.add_argument_group("tasks and probes, in place of bits per byte")
+    add = group.add_argument
+    add(
+        "--tasks",
+        nargs="+",
+        type=Path,
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="likelihood tasks: JSON Lines with context, choices and answer",
+    )
+    add(
+        "--probe",
+        nargs="+",
+        type=Path,
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="linear probe of the hidden states: JSON Lines with text and label",
+    )
+    add("--layer", type=int, help="block whose states to probe (default -1: the final state)")
+    add("--per-item", type=Path, metavar="OUT", help="write the scores of each item of the tasks")
+    add("--json", type=Path, metavar="OUT", help="write the results to this file, too")
+
+
+def split_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Take KEY=VALUE out of the lists of files, and refuse options without effect."""
+    for name in ("tasks", "probe"):
+        given: list[Path] = getattr(arguments, name)
+        overrides = [str(path) for path in given if "=" in str(path) and not path.exists()]
+        arguments.overrides += overrides
+        setattr(arguments, name, [path for path in given if str(path) not in overrides])
+    if arguments.tasks or arguments.probe:
+        without = [name for name in _ONLY_OTHERWISE if getattr(arguments, name)]
+        if without:
+            parser.error(f"--{without[0]}: has no effect on --tasks and --probe")
+    for name, needed in (("layer", "probe"), ("per_item", "tasks")):
+        if getattr(arguments, name) is not None and not getattr(arguments, needed):
+            parser.error(f"--{name.replace('_', '-')}: only with --{needed}")
+    if arguments.json is not None and not (arguments.tasks or arguments.probe):
+        parser.error("--json: only with --tasks or --probe")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is to be evaluated, checked as far as it can be without the ranks."""
+
+    source: Source
+    config: Config
+    tokenizer: Tokenizer
+    tasks: list[TaskFile]
+    probes: list[TaskFile]
+    layer: int
+    per_item: Path | None
+    json: Path | None
+
+    def run(self, world: World) -> None:
+        """Evaluate, print and write the results. Collective.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        passes = Passes(
+            model=load_model(self.source, self.config.parallel, world),
+            config=self.config,
+            phase=self.source.description.phase,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.world_size,
+        )
+        evaluation = Evaluation(
+            step=self.source.description.step,
+            weights=self.source.description.weights,
+            tasks=self._score_tasks(passes, world),
+            probes={
+                each.name: probe(each, self.tokenizer, passes, self.layer) for each in self.probes
+            },
+        )
+        if world.is_main:
+            lines = [*describe_tasks(evaluation.tasks), *describe_probes(evaluation.probes)]
+            print(*lines, sep="\n")
+            if self.json is not None:
+                write_evaluation(self.json, evaluation)
+
+    def _score_tasks(self, passes: Passes, world: World) -> dict[str, TaskResult]:
+        """Score the tasks; rank 0 writes what ``--per-item`` asks for."""
+        if self.per_item is None or not world.is_main:
+            return {task.name: score_task(task, self.tokenizer, passes) for task in self.tasks}
+        try:
+            with open(self.per_item, "w", encoding="utf-8") as file:
+                return {
+                    task.name: score_task(task, self.tokenizer, passes, file) for task in self.tasks
+                }
+        except OSError as error:
+            raise UserError(f"--per-item {self.per_item}: {error.strerror}") from None
+
+
+def check_evidence(arguments: argparse.Namespace, source: Source, config: Config) -> Evidence:
+    """Read all files that are named, and check them against the model.
+
+    Args:
+        arguments: The command line, as ``split_options`` left it.
+        source: The model.
+        config: What ``EVALUATION`` resolved.
+
+    Raises:
+        UserError: a bad line, a choice too long for the model, no such layer, or no tokenizer.
+    """
+    tokenizer = load_checked_tokenizer(config, ())
+    if tokenizer is None:
+        raise UserError(
+            "data.tokenizer=null: tasks and probes are text; name the tokenizer of the run "
+            "(data.tokenizer=...)"
+        )
+    layer, blocks = arguments.layer, config.model.num_layers
+    layer = -1 if layer is None else layer
+    if not -1 <= layer < blocks:
+        raise UserError(f"--layer {layer}: expected -1 (the final state) to {blocks - 1}")
+    probes = [check_documents(path) for path in arguments.probe]
+    check_names(probes, "--probe")
+    return Evidence(
+        source=source,
+        config=config,
+        tokenizer=tokenizer,
+        tasks=check_tasks(arguments.tasks, tokenizer, config.model.seq_len),
+        probes=probes,
+        layer=layer,
+        per_item=arguments.per_item,
+        json=arguments.json,
+    )

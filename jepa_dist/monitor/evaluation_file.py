@@ -1,0 +1,118 @@
+"""The format of ``evaluation.json``: accuracy in likelihood tasks and of a linear probe."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jepa_dist.errors import UserError, invalid_fields
+from jepa_dist.files import MIB, read_bytes, write_atomically
+
+EVALUATION = "evaluation.json"
+"""In a run directory."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TaskResult(_Strict):
+    """What a model achieved in a likelihood task."""
+
+    digest: str
+    """Of the task's items."""
+    items: Annotated[int, Field(ge=1)]
+    accuracy: Share
+    """Share of items whose right choice has the largest log-likelihood."""
+    accuracy_per_byte: Share
+    """The same by log-likelihood per byte of the choice."""
+    chance: Share
+    """Mean of 1 / (number of choices)."""
+    cut: Count
+    """Items whose context was cut at its beginning to fit into the model."""
+
+    def error(self, share: float) -> float:
+        """Return the binomial standard error of a share of the items."""
+        return math.sqrt(share * (1 - share) / self.items)
+
+
+class ProbeResult(_Strict):
+    """What a linear classifier reads off the hidden states."""
+
+    digest: str
+    """Of the labeled documents."""
+    layer: Annotated[int, Field(ge=-1)]
+    classes: Annotated[int, Field(ge=2)]
+    train_documents: Count
+    test_documents: Annotated[int, Field(ge=1)]
+    accuracy: Share
+    """On the test documents."""
+    interval: tuple[Share, Share]
+    """95 % bootstrap interval over the test documents."""
+    chance: Share
+    """Accuracy of always answering the most frequent label."""
+    cut: Count
+    """Documents whose end was cut off."""
+
+
+class Evaluation(_Strict):
+    """The file."""
+
+    format: Literal[1] = 1
+    step: int | None
+    """Optimizer steps that the weights have seen."""
+    weights: Literal["live", "ema"]
+    tasks: dict[str, TaskResult] = Field(default_factory=dict)
+    probes: dict[str, ProbeResult] = Field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """Return all accuracies by metric name."""
+        found = {}
+        for name, task in self.tasks.items():
+            found[f"task/{name}"] = task.accuracy
+            found[f"task/{name}/per_byte"] = task.accuracy_per_byte
+        return found | {f"linear_probe/{name}": one.accuracy for name, one in self.probes.items()}
+
+    def inputs(self) -> dict[str, str]:
+        """Return what the results were computed on, by metric name."""
+        found = {}
+        for name, task in self.tasks.items():
+            found[f"task/{name}"] = found[f"task/{name}/per_byte"] = task.digest
+        probes = self.probes.items()
+        return found | {f"linear_probe/{name}": f"{one.digest} {one.layer}" for name, one in probes}
+
+
+def write_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Write the file as a whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_atomically(path, evaluation.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """Return the file's contents; None if there is no such file.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
+    try:
+        return Evaluation.model_validate_json(read_bytes(path, MIB))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: {invalid_fields(error)[0]}; remove it and evaluate again"
+        ) from None
