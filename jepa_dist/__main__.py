@@ -43,6 +43,15 @@ _SUBCOMMANDS = {
         ),
         "using.md",
     ),
+    "lm-eval": _Subcommand(
+        "jepa_dist.inference.lm_eval_command",
+        "score a trained model in tasks of lm-evaluation-harness",
+        (
+            "jepa_dist lm-eval runs/debug --tasks lambada_openai --limit 100",
+            "jepa_dist lm-eval runs/debug --tasks cloze --include my_tasks",
+        ),
+        "evaluation.md",
+    ),
     "generate": _Subcommand(
         "jepa_dist.inference.__main__",
         "continue a text with a trained model",

@@ -17,11 +17,25 @@ import yaml
 
 from jepa_dist.config import Config, to_dict, to_yaml
 from jepa_dist.errors import UserError
+from jepa_dist.monitor.evaluation_file import (
+    EVALUATION,
+    Evaluation,
+    ProbeResult,
+    TaskResult,
+    write_evaluation,
+)
 from jepa_dist.monitor.history import StartRecord
 from jepa_dist.monitor.metrics_file import encode
 from jepa_dist.plan import Planner, TrainingClock
 from jepa_dist.sweep import __main__ as sweep_main
-from jepa_dist.sweep.members import Member, add_seed, read_margins, read_sweep
+from jepa_dist.sweep.members import (
+    EvaluationPlan,
+    Member,
+    add_seed,
+    read_margins,
+    read_plan,
+    read_sweep,
+)
 from jepa_dist.sweep.results import read_results
 from jepa_dist.sweep.verdicts import describe
 from tests.commands import Command, Finished, run_command
@@ -468,7 +482,7 @@ def test_seeds_are_added_until_every_arm_is_decided(
 ) -> None:
     """What training would leave is written here: a clear arm, and one that is none."""
 
-    def train(members: Sequence[Member], dry_run: bool) -> int:
+    def train(members: Sequence[Member], dry_run: bool, plan: EvaluationPlan | None) -> int:
         for member in (m for m in members if not m.run_dir.exists()):
             noise = 0.001 * np.random.default_rng([member.seed, len(member.arm)]).normal()
             write_run(member, {"val/bpb": 2.0 + noise + (member.arm == "full")})
@@ -599,3 +613,105 @@ def test_a_member_that_fails(tmp_path: Path) -> None:
     told = finished.output.splitlines()
     for arm in ("control", "full"):
         assert any(line.startswith(f"error: {tmp_path}/runs/{arm}-seed1 (") for line in told), told
+
+
+# ---------------------------------------------------------------------------- tasks and probes
+
+
+def write_results(
+    member: Member, plan: EvaluationPlan, accuracy: float, *, step: int = 10, layer: int = -1
+) -> None:
+    """Write the evaluation.json of a member."""
+    task = TaskResult(
+        **{"digest": plan.inputs()["task/cloze"], "items": 100, "chance": 0.25, "cut": 0},
+        **{"accuracy": accuracy, "accuracy_per_byte": accuracy},
+    )
+    probe = ProbeResult(
+        **{"digest": plan.inputs()["linear_probe/package"].split()[0], "layer": layer},
+        **{"classes": 2, "train_documents": 70, "test_documents": 30, "cut": 0},
+        **{"accuracy": accuracy / 2, "interval": (0.1, 0.9), "chance": 0.5},
+    )
+    evaluation = Evaluation(
+        step=step, weights="live", tasks={"cloze": task}, probes={"package": probe}
+    )
+    write_evaluation(member.run_dir / EVALUATION, evaluation)
+
+
+def planned(folder: Path) -> tuple[Path, EvaluationPlan, list[Member]]:
+    files = {"tasks": [str(folder / "cloze.jsonl")], "probe": [str(folder / "package.jsonl")]}
+    for (file,) in files.values():
+        Path(file).write_text("{}\n")
+    arms = {name: ARMS[name] for name in ("control", "full")}
+    file = write_sweep(folder, seeds=[1, 2, 3], arms=arms, evaluate=files)
+    plan = read_plan(file)
+    assert plan is not None
+    return file, plan, read_sweep(file, [f"run.dir={folder / 'runs'}"])
+
+
+def test_accuracies_are_paired_and_higher_is_better(tmp_path: Path) -> None:
+    _, plan, members = planned(tmp_path)
+    for member in members:
+        gain = {"control": 0.0, "full": 0.05 + member.seed / 1000}[member.arm]
+        write_run(member, {"val/bpb": 2.0 + member.seed, "jepa/effective_rank": 9.0 - 9 * gain})
+        write_results(member, plan, 0.5 + member.seed / 10 + gain)
+    results = read_results(members)
+    assert results.evaluated == ["task/cloze", "linear_probe/package"]  # per byte: the same
+    assert results.differences("full", "task/cloze") == pytest.approx((0.051, 0.052, 0.053))
+    tables = "\n".join(describe(results))
+    assert "\ntask/cloze " in tables
+    assert tables.count("better than the control") == 2
+    assert tables.count("lower than the control") == 1  # effective rank: neither is better
+    assert "+0.0520 +- 0.0006" in tables
+
+
+def test_accuracies_on_other_files_are_no_pairs(tmp_path: Path) -> None:
+    _, plan, members = planned(tmp_path)
+    for member in members:
+        write_run(member, {"val/bpb": 2.0})
+        if member.index == 1:
+            write_results(member, plan, 0.5, layer=2)
+        elif member.index != 3:
+            write_results(member, plan, 0.5, step=9 if member.index == 5 else 10)
+    results = read_results(members)
+    assert results.differences("full", "task/cloze") == (0.0,)
+    assert results.differences("full", "linear_probe/package") == ()
+    assert [note.split(":")[0] for note in results.notes if "sweep evaluate FILE" in note] == [
+        *("full, seed 1", "full, seed 2", "full, seed 3")
+    ]
+
+
+def test_members_are_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, plan, members = planned(tmp_path)
+    for member in members[:2]:
+        write_run(member, {"val/bpb": 2.0})
+        (member.run_dir / "status.json").write_text('{"state": "finished", "step": 10}')
+    write_results(members[0], plan, 0.5)
+    commands: list[Sequence[str]] = []
+
+    def run(command: Sequence[str]) -> tuple[int, None]:
+        commands.append(command)
+        write_results(members[1], plan, 0.6)
+        return 0, None
+
+    monkeypatch.setattr(sweep_main, "_run", run)
+    for _ in range(2):
+        arguments = ["sweep", "evaluate", str(file), f"run.dir={tmp_path / 'runs'}"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert sweep_main.main() == 0
+    run_dir = str(members[1].run_dir)
+    assert [command[1:] for command in commands] == [
+        [
+            *("-m", "jepa_dist.evaluate", run_dir, "--tasks", *plan.tasks, "--probe", *plan.probe),
+            *("--layer", "-1", "--json", f"{run_dir}/evaluation.json"),
+        ]
+    ]
+    Path(plan.tasks[0]).write_text("{ }\n")
+    monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run"])
+    assert sweep_main.main() == 0
+    assert len(commands) == 1
+
+
+def test_a_plan_whose_file_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read"):
+        read_plan(write_sweep(tmp_path, evaluate={"tasks": [str(tmp_path / "none.jsonl")]}))
+    assert read_plan(write_sweep(tmp_path)) is None

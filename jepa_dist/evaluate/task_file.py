@@ -5,7 +5,6 @@ A line is ``{"context": TEXT, "choices": [TEXT, ...], "answer": INDEX}``; other 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.evaluate.passes import Request
 from jepa_dist.files import MIB, read_lines
+from jepa_dist.monitor.evaluation_file import digest_of
 
 _LINE_BYTES = MIB
 _MOST_CHOICES = 100
@@ -88,16 +88,14 @@ def check_lines(path: Path, kind: type[Line], check: Callable[[int, Line], objec
         UserError: a bad line, or no line at all.
     """
     count = 0
-    digest = hashlib.blake2b(digest_size=16)
     for number, line in read_json_lines(path, kind):
         check(number, line)
-        digest.update(line.model_dump_json().encode())
         count += 1
     if not count:
         raise UserError(
             f"{path}: is empty; expected JSON Lines with {', '.join(kind.model_fields)}"
         )
-    return TaskFile(path, digest.hexdigest(), count)
+    return TaskFile(path, digest_of(path), count)
 
 
 def check_tasks(paths: Sequence[Path], tokenizer: Tokenizer, seq_len: int) -> list[TaskFile]:

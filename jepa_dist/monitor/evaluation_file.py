@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jepa_dist.errors import UserError, invalid_fields
-from jepa_dist.files import MIB, read_bytes, write_atomically
+from jepa_dist.files import MIB, open_regular, read_bytes, write_atomically
 
 EVALUATION = "evaluation.json"
 """In a run directory."""
@@ -26,7 +27,7 @@ class TaskResult(_Strict):
     """What a model achieved in a likelihood task."""
 
     digest: str
-    """Of the task's items."""
+    """``digest_of`` the task's file."""
     items: Annotated[int, Field(ge=1)]
     accuracy: Share
     """Share of items whose right choice has the largest log-likelihood."""
@@ -46,7 +47,7 @@ class ProbeResult(_Strict):
     """What a linear classifier reads off the hidden states."""
 
     digest: str
-    """Of the labeled documents."""
+    """``digest_of`` the file of labeled documents."""
     layer: Annotated[int, Field(ge=-1)]
     classes: Annotated[int, Field(ge=2)]
     train_documents: Count
@@ -86,6 +87,19 @@ class Evaluation(_Strict):
             found[f"task/{name}"] = found[f"task/{name}/per_byte"] = task.digest
         probes = self.probes.items()
         return found | {f"linear_probe/{name}": f"{one.digest} {one.layer}" for name, one in probes}
+
+
+def digest_of(path: Path) -> str:
+    """Return what identifies the contents of a task's or a probe's file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:

@@ -4,6 +4,7 @@
     jepa_dist sweep run FILE [--dry-run]   train every member here, or resume the sweep
     jepa_dist sweep run FILE --until-decided [--max-pairs N]
                                            then add seeds until every arm has a verdict
+    jepa_dist sweep evaluate FILE          evaluate finished members in the file's tasks
     jepa_dist sweep results FILE           print the differences to the control
     jepa_dist sweep member FILE INDEX      print one member's arguments for jepa_dist train
 
@@ -26,13 +27,21 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from jepa_dist.command_line import program
 from jepa_dist.errors import UserError
-from jepa_dist.sweep.members import Member, add_seed, read_margins, read_sweep
+from jepa_dist.monitor.evaluation_file import EVALUATION, read_evaluation
+from jepa_dist.sweep.members import (
+    EvaluationPlan,
+    Member,
+    add_seed,
+    read_margins,
+    read_plan,
+    read_sweep,
+)
 from jepa_dist.sweep.results import read_results
 from jepa_dist.sweep.verdicts import describe, undecided_arms
 
@@ -51,10 +60,12 @@ def main() -> int:
         elif arguments.command == "results":
             results = read_results(members, read_margins(arguments.file))
             print(*describe(results), sep="\n")
+        elif arguments.command == "evaluate":
+            return _evaluate_all(members, read_plan(arguments.file), arguments.dry_run)
         elif arguments.until_decided and not arguments.dry_run:
             return _run_until_decided(members, arguments)
         else:
-            return _run_all(members, arguments.dry_run)
+            return _run_all(members, arguments.dry_run, read_plan(arguments.file))
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -69,7 +80,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=("list", "run", "results", "member"))
+    parser.add_argument("command", choices=("list", "run", "evaluate", "results", "member"))
     parser.add_argument("file", type=Path, metavar="FILE", help="e.g. jepa_debug")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all members")
     parser.add_argument("--dry-run", action="store_true", help="run: print the commands only")
@@ -101,8 +112,8 @@ def _pick(members: Sequence[Member], index: int) -> Member:
 # ---------------------------------------------------------------------------- running
 
 
-def _run_all(members: Sequence[Member], dry_run: bool) -> int:
-    """Train the members one after the other; finished ones exit immediately.
+def _run_all(members: Sequence[Member], dry_run: bool, plan: EvaluationPlan | None = None) -> int:
+    """Train and evaluate the members one after the other; finished ones exit immediately.
 
     Returns:
         0 if all are finished, 1 if at least one failed, 128 + n if stopped by signal n.
@@ -121,14 +132,59 @@ def _run_all(members: Sequence[Member], dry_run: bool) -> int:
             return 128 + stopped_by
         if code != 0 or _state(member) != "finished":
             failed.append(f"{member.run_dir} (exit code {code}, state {_state(member)})")
+        elif plan is not None:
+            code = _evaluate_all([member], plan, dry_run)
+            if code > 128:
+                return code
+            if code:
+                failed.append(f"{member.run_dir} (evaluation)")
     for name in failed:
         print(f"error: {name}: not finished; see its messages above", file=sys.stderr)
     return 1 if failed else 0
 
 
+def _evaluate_all(members: Sequence[Member], plan: EvaluationPlan | None, dry_run: bool) -> int:
+    """Evaluate the finished members whose ``evaluation.json`` is missing or out of date.
+
+    Returns:
+        0 if all could be evaluated, 1 if at least one failed, 128 + n if stopped by signal n.
+
+    Raises:
+        UserError: the sweep has no tasks and no probe.
+    """
+    if plan is None:
+        raise UserError("evaluate: the sweep's file has no section evaluate with tasks or probe")
+    expected, failed = plan.inputs(), False
+    for member in members:
+        if _state(member) != "finished" or _is_evaluated(member, expected):
+            continue
+        command = [sys.executable, "-m", "jepa_dist.evaluate", *plan.arguments(member.run_dir)]
+        if dry_run:
+            print(shlex.join(command))
+            continue
+        print(f"evaluating {member.run_dir}", flush=True)
+        code, stopped_by = _run(command)
+        if stopped_by is not None:
+            print("stopped; the same command resumes the sweep")
+            return 128 + stopped_by
+        failed |= code != 0
+    return int(failed)
+
+
+def _is_evaluated(member: Member, expected: Mapping[str, str]) -> bool:
+    """Return whether a finished member's ``evaluation.json`` is that of its final weights."""
+    try:
+        evaluation = read_evaluation(member.run_dir / EVALUATION)
+        step = json.loads((member.run_dir / "status.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, UserError):
+        return False
+    return evaluation is not None and evaluation.step == step and evaluation.inputs() == expected
+
+
 def _run_until_decided(members: Sequence[Member], arguments: argparse.Namespace) -> int:
     """Train the members, then one more seed at a time; return an exit code as ``_run_all``."""
-    code, margins = _run_all(members, dry_run=False), read_margins(arguments.file)
+    plan, margins = read_plan(arguments.file), read_margins(arguments.file)
+    code = _run_all(members, False, plan)
     while code == 0:
         results = read_results(members, margins)
         seeds = len({member.seed for member in members})
@@ -141,7 +197,7 @@ def _run_until_decided(members: Sequence[Member], arguments: argparse.Namespace)
         print(f"{seeds} seeds, not decided: {', '.join(undecided)}; one more seed", flush=True)
         add_seed(members)
         trained, members = members, read_sweep(arguments.file, arguments.overrides)
-        code = _run_all(members[len(trained) :], dry_run=False)
+        code = _run_all(members[len(trained) :], False, plan)
     return code
 
 

@@ -32,6 +32,7 @@ from jepa_dist.config import (
 from jepa_dist.config.kinds import LAYOUT, MEASURING, WATCHING
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.files import MIB, read_json, write_atomically
+from jepa_dist.monitor.evaluation_file import EVALUATION, digest_of
 from jepa_dist.shipped import find_sweep
 
 CONTROL = "control"
@@ -98,6 +99,43 @@ class Member:
         return load(self.config_file, self.arguments[1:], {}).config
 
 
+class EvaluationPlan(BaseModel):
+    """What every finished member is evaluated on, besides its validation set."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tasks: list[str] = []
+    """Files of likelihood tasks."""
+    probe: list[str] = []
+    """Files of labeled documents for linear probes."""
+    layer: Annotated[int, Field(ge=-1)] = -1
+    """Block whose states are probed; -1: the final state."""
+
+    def inputs(self) -> dict[str, str]:
+        """Return what ``Evaluation.inputs`` of an up-to-date ``evaluation.json`` returns.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        found = {}
+        for path in map(Path, self.tasks):
+            name = f"task/{path.stem}"
+            found[name] = found[f"{name}/per_byte"] = digest_of(path)
+        for path in map(Path, self.probe):
+            found[f"linear_probe/{path.stem}"] = f"{digest_of(path)} {self.layer}"
+        return found
+
+    def arguments(self, run_dir: Path) -> list[str]:
+        """Return the arguments of ``jepa_dist.evaluate`` for one member."""
+        layer = ["--layer", str(self.layer)] * bool(self.probe)
+        return [
+            str(run_dir),
+            *(["--tasks", *self.tasks] * bool(self.tasks)),
+            *(["--probe", *self.probe, *layer] * bool(self.probe)),
+            *("--json", str(run_dir / EVALUATION)),
+        ]
+
+
 class _SweepFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -106,6 +144,7 @@ class _SweepFile(BaseModel):
     common: Settings | None = None
     arms: dict[Any, Settings | None]
     equivalence_margin: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    evaluate: EvaluationPlan | None = None
 
 
 _SEEDS = TypeAdapter(list[Annotated[int, Field(ge=0, strict=True)]])
@@ -158,6 +197,19 @@ def read_margins(path: Path) -> dict[str, float]:
         UserError: as ``read_sweep``.
     """
     return _parse(find_sweep(path)).equivalence_margin or {}
+
+
+def read_plan(path: Path) -> EvaluationPlan | None:
+    """Return a sweep's ``evaluate`` section; None without one.
+
+    Raises:
+        UserError: as ``read_sweep``, or a file of the section cannot be read.
+    """
+    plan = _parse(find_sweep(path)).evaluate
+    if plan is None or not (plan.tasks or plan.probe):
+        return None
+    plan.inputs()
+    return plan
 
 
 def add_seed(members: Sequence[Member]) -> None:

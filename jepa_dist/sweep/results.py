@@ -18,12 +18,16 @@ from jepa_dist.config import flatten, load
 from jepa_dist.config.kinds import LAYOUT, WATCHING
 from jepa_dist.errors import UserError
 from jepa_dist.files import MIB, check_regular, read_json
+from jepa_dist.monitor.evaluation_file import EVALUATION, read_evaluation
 from jepa_dist.monitor.history import StartRecord, lasting, read_starts
 from jepa_dist.monitor.metrics_file import HELD_BYTES, METRICS, number, read_records
 from jepa_dist.sweep.members import CONTROL, Member, Settings, settings_of
 
 _DATA_BYTES = 64 * MIB
 _METRICS = ("val/bpb", "val/loss")
+_EVALUATED_ON = "evaluated_on"
+DIAGNOSTICS = ("jepa/effective_rank", "jepa/mean_cosine")
+"""Metrics of the states that a sweep compares, too: rank and anisotropy (docs/objective.md)."""
 
 Record = dict[str, Any]
 
@@ -60,6 +64,21 @@ class Results:
         ours, control = self.values(arm, key), self.values(CONTROL, key)
         return tuple(ours[seed] - control[seed] for seed in sorted(ours) if seed in control)
 
+    @property
+    def evaluated(self) -> list[str]:
+        """Names of the accuracies that members were evaluated for (docs/evaluation.md)."""
+        names = [name for record in self.records.values() for name in record.get(_EVALUATED_ON, ())]
+        found = dict.fromkeys(names)
+        return [name for name in found if not self._is_repeated(name)]
+
+    def _is_repeated(self, name: str) -> bool:
+        """Return whether an accuracy per byte is that by the sum in every member: choices of equal
+        length."""
+        total = name.removesuffix("/per_byte")
+        return name != total and all(
+            record.get(name) == record.get(total) for record in self.records.values()
+        )
+
     def diverged_seeds(self, arm: str) -> list[int]:
         """Return the seeds at which an arm diverged."""
         return [seed for name, seed in self.diverged if name == arm]
@@ -87,6 +106,7 @@ def read_results(members: Iterable[Member], margins: Mapping[str, float] | None 
         except _DivergedError as error:
             results.diverged[member.arm, member.seed] = f"{member.run_dir}: diverged: {error}"
     _leave_out_unpaired(results, {member.arm: member.declared for member in members})
+    _drop_evaluated_otherwise(results)
     return results
 
 
@@ -119,7 +139,28 @@ def _read(member: Member) -> Record:
     if any(_is_not_finite(number(last, key)) for key in _METRICS):
         raise _DivergedError(f"its last validation loss is {loss}")
     facts = [start.facts for start in starts if start.facts is not None]
-    return last | _best(records) | {"data": _data(run_dir), "facts": facts}
+    record = last | _best(records) | _diagnostics(records)
+    return record | _evaluation(member, last) | {"data": _data(run_dir), "facts": facts}
+
+
+def _diagnostics(records: list[Record]) -> Record:
+    """Return the last value of each of ``DIAGNOSTICS``, which few records hold."""
+    found: Record = {}
+    for record in records:
+        found |= {key: record[key] for key in DIAGNOSTICS if number(record, key) is not None}
+    return found
+
+
+def _evaluation(member: Member, last: Record) -> Record:
+    """Return the accuracies in ``evaluation.json``, and what they were computed on.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    evaluation = read_evaluation(member.run_dir / EVALUATION)
+    if evaluation is None or evaluation.step != last["step"]:
+        return {_EVALUATED_ON: {}}
+    return evaluation.metrics() | {_EVALUATED_ON: evaluation.inputs()}
 
 
 def _is_not_finite(value: float | None) -> bool:
@@ -193,6 +234,24 @@ def _leave_out_unpaired(results: Results, declared: Mapping[str, frozenset[str]]
             results.notes.append(
                 f"{arm}, seed {seed}: trained by a version that does not record precision, device "
                 "and versions; these are not compared"
+            )
+
+
+def _drop_evaluated_otherwise(results: Results) -> None:
+    """Drop accuracies that were computed on another file or layer than the control's."""
+    names = results.evaluated
+    for (arm, seed), record in results.records.items():
+        control = results.records.get((CONTROL, seed), record)
+        on, theirs = record[_EVALUATED_ON], control[_EVALUATED_ON]
+        other = [name for name in on if name in theirs and on[name] != theirs[name]]
+        for name in other:
+            del record[name]
+        missing = [name for name in names if name not in on]
+        if other or missing:
+            listed = ", ".join([*other, *missing])
+            results.notes.append(
+                f"{arm}, seed {seed}: {listed}: not evaluated, or not on the file of its control; "
+                "jepa_dist sweep evaluate FILE"
             )
 
 

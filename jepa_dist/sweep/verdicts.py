@@ -3,8 +3,10 @@
 An arm is *better* or *worse* than the control if the paired t-test says so at 5 %, after Holm's
 correction over the arms; *equivalent* if the sweep declares a margin for the metric and two
 one-sided tests at 5 % show that the difference lies within it; else *undecided*. An arm that
-diverged at a seed where the control did not is worse, whatever its other seeds show. All metrics
-are losses: lower is better.
+diverged at a seed where the control did not is worse, whatever its other seeds show.
+
+That verdict is on the loss. Accuracies, and the rank and anisotropy of the states, have a table and
+verdicts of their own, corrected over the arms, not over the metrics.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from jepa_dist.sweep.paired import (
     sign_flip_p,
     standard_error,
 )
-from jepa_dist.sweep.results import Results
+from jepa_dist.sweep.results import DIAGNOSTICS, Results
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Evidence:
     """Of the paired t-test; None with one pair."""
     corrected_p: float | None
     """After Holm's correction over the arms."""
+    if_above: str = "worse"
+    """What an arm is if its values lie above the control's."""
+    if_below: str = "better"
 
     @property
     def mean(self) -> float:
@@ -64,7 +69,7 @@ class Evidence:
     def verdict(self) -> str:
         """One of better, worse, equivalent within the margin, undecided."""
         if self.is_different:
-            return "better than the control" if self.mean < 0 else "worse than the control"
+            return f"{self.if_below if self.mean < 0 else self.if_above} than the control"
         if self.is_equivalent:
             return f"equivalent to the control within {self.margin:g}"
         if self.p is None:
@@ -92,10 +97,19 @@ def evidence(results: Results, metric: str) -> dict[str, Evidence]:
     tested = {arm: p for arm, p in raw.items() if p is not None}
     corrected = dict(zip(tested, holm([*tested.values()]), strict=True))
     margin = results.margins.get(metric)
+    words = _words(metric)
     return {
-        arm: Evidence(differences, margin, raw[arm], corrected.get(arm))
+        arm: Evidence(differences, margin, raw[arm], corrected.get(arm), *words)
         for arm, differences in found.items()
     }
+
+
+def _words(metric: str) -> tuple[str, str]:
+    """Return what values above and below the control's are."""
+    if metric in DIAGNOSTICS:
+        return "higher", "lower"
+    is_accuracy = metric.startswith(("task/", "linear_probe/"))
+    return ("better", "worse") if is_accuracy else ("worse", "better")
 
 
 def undecided_arms(results: Results) -> list[str]:
@@ -150,6 +164,8 @@ def describe(results: Results) -> list[str]:
     arms = [arm for arm in results.arms if arm != CONTROL or results.diverged_seeds(arm)]
     final = by_metric[results.metric]
     lines += ["", *(_verdict(results, arm, final.get(arm)) for arm in arms)]
+    for metric in (*results.evaluated, *DIAGNOSTICS):
+        lines += _further_table(results, metric)
     return [*lines, *_left_out(results)]
 
 
@@ -190,6 +206,27 @@ def _evidence_row(arm: str, one: Evidence) -> list[str]:
         *map(_p, (one.p, one.corrected_p, sign_flip_p(differences), repeatable_p(differences))),
         f"{detectable_effect(len(differences)) * deviation:.4f}",
     ]
+
+
+def _further_table(results: Results, metric: str) -> list[str]:
+    """Return means, differences and verdicts of a metric other than the loss, if it has pairs."""
+    found = evidence(results, metric)
+    if not found:
+        return []
+    header = [metric, "mean", "to control", "pairs", "95 % interval", "p", "Holm", "verdict"]
+    rows = [[CONTROL, _mean(results.values(CONTROL, metric), ".4f"), *[""] * 6]]
+    for arm, one in found.items():
+        interval = mean_interval(one.differences)
+        rows.append(
+            [
+                *(arm, _mean(results.values(arm, metric), ".4f"), str(one)),
+                str(len(one.differences)),
+                "-" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}",
+                *map(_p, (one.p, one.corrected_p)),
+                one.verdict,
+            ]
+        )
+    return ["", *_align([header, *rows])]
 
 
 def _p(value: float | None) -> str:
