@@ -195,7 +195,7 @@ def test_the_command(
     run: Path, trained: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = write_lines(tmp_path / "tide.jsonl", items(40))
-    texts = [" ".join(np.roll(WORDS, n)[: 2 + n % 3]) for n in range(8)] + list("abcdefghijkl")
+    texts = [" ".join(np.roll(WORDS, n)[: 5 + n % 3]) for n in range(8)] + list("abcdefghijkl")
     labeled = [{"text": text, "label": "word" if len(text) > 1 else "letter"} for text in texts]
     probe = write_lines(tmp_path / "kind.jsonl", labeled)
     per_item, json_file = tmp_path / "items.jsonl", tmp_path / "evaluation.json"
@@ -229,6 +229,13 @@ def test_the_command(
     assert probed.test_documents == sum(is_test(text) for text in texts)
     assert probed.interval[0] <= probed.accuracy <= probed.interval[1]
     assert "probe    kind: " in shown
+    full = [text for text in texts if len(text) + 1 >= SEQ_LEN]
+    states = [trained.states(text[: SEQ_LEN - 1], 1)[1:] for text in full]
+    unit_ND = torch.nn.functional.normalize(torch.cat(states).double(), dim=1)
+    pairs_NN = unit_ND @ unit_ND.T
+    cosine = (pairs_NN.sum() - len(unit_ND)) / (len(unit_ND) * (len(unit_ND) - 1))
+    assert probed.mean_cosine == pytest.approx(cosine.item(), rel=1e-3)
+    assert probed.effective_rank is not None
 
 
 @pytest.mark.parametrize(

@@ -630,6 +630,7 @@ def write_results(
         **{"digest": plan.inputs()["linear_probe/package"].split()[0], "layer": layer},
         **{"classes": 2, "train_documents": 70, "test_documents": 30, "cut": 0},
         **{"accuracy": accuracy / 2, "interval": (0.1, 0.9), "chance": 0.5},
+        **{"effective_rank": 9 - accuracy, "mean_cosine": 0.1},
     )
     evaluation = Evaluation(
         step=step, weights="live", tasks={"cloze": task}, probes={"package": probe}
@@ -652,10 +653,12 @@ def test_accuracies_are_paired_and_higher_is_better(tmp_path: Path) -> None:
     _, plan, members = planned(tmp_path)
     for member in members:
         gain = {"control": 0.0, "full": 0.05 + member.seed / 1000}[member.arm]
-        write_run(member, {"val/bpb": 2.0 + member.seed, "jepa/effective_rank": 9.0 - 9 * gain})
+        write_run(member, {"val/bpb": 2.0 + member.seed})
         write_results(member, plan, 0.5 + member.seed / 10 + gain)
     results = read_results(members)
-    assert results.evaluated == ["task/cloze", "linear_probe/package"]  # per byte: the same
+    states = ["states/package/effective_rank", "states/package/mean_cosine"]
+    # Accuracy per byte is left out, because it is the same.
+    assert results.evaluated == ["task/cloze", "linear_probe/package", *states]
     assert results.differences("full", "task/cloze") == pytest.approx((0.051, 0.052, 0.053))
     tables = "\n".join(describe(results))
     assert "\ntask/cloze " in tables

@@ -114,6 +114,20 @@ class Passes:
         return self._run(rows, (layer,), self.config.model.model_dim, read, title)
 
     @torch.no_grad()
+    def states(self, rows: Sequence[Ids], layer: int) -> Tensor:
+        """Return the hidden states of rows of one length, float32 [B, T, D] on the CPU. Collective.
+
+        Every rank computes all of them: for few rows.
+        """
+        found = []
+        with torch.compiler.set_stance("force_eager"):
+            for start in range(0, len(rows), self.config.batch.micro):
+                tokens_BT = torch.tensor(rows[start : start + self.config.batch.micro])
+                output = self.model(tokens_BT.to(self.device), phase=self.phase, taps=(layer,))
+                found.append(output.taps[0].float().cpu())
+        return torch.cat(found)
+
+    @torch.no_grad()
     def _run(
         self,
         rows: Sequence[Ids],

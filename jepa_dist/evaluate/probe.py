@@ -7,7 +7,7 @@ text alone. A document's feature is the mean of the states of one layer over its
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +21,7 @@ from jepa_dist.errors import UserError
 from jepa_dist.evaluate.passes import Floats, Ids, Passes
 from jepa_dist.evaluate.task_file import TaskFile, Text, check_lines, read_json_lines
 from jepa_dist.monitor.evaluation_file import ProbeResult
+from jepa_dist.objectives.diagnostics import effective_rank, mean_pairwise_cosine
 
 Labels = npt.NDArray[np.int64]
 
@@ -29,6 +30,9 @@ _MOST_WINDOWS = 4  # of model.seq_len tokens, from the beginning of a document
 _MOST_DOCUMENTS = 20_000
 _PENALTIES = 10.0 ** np.arange(-4, 5)  # relative to the mean eigenvalue of the features' covariance
 _RESAMPLES = 2000
+# Of windows whose states' rank and anisotropy are measured, and of numbers in their states.
+_MOST_DESCRIBED = 64
+_MOST_STATES = 2**26
 
 
 class Document(BaseModel):
@@ -107,7 +111,22 @@ def probe(task: TaskFile, tokenizer: Tokenizer, passes: Passes, layer: int) -> P
         interval=bootstrap_interval(correct),
         chance=float((labels[test] == np.bincount(labels[~test]).argmax()).mean()),
         cut=num_cut,
+        **_describe_states(rows, passes, layer),
     )
+
+
+def _describe_states(rows: Sequence[Ids], passes: Passes, layer: int) -> dict[str, float]:
+    """Return effective rank and anisotropy of the states of the first full windows, if any."""
+    length, width = passes.config.model.seq_len, passes.config.model.model_dim
+    most = min(_MOST_DESCRIBED, max(1, _MOST_STATES // (length * width)))
+    full = [row for row in rows if len(row) == length][:most]
+    if not full:
+        return {}
+    states_BTD = passes.states(full, layer)
+    return {
+        "effective_rank": effective_rank(states_BTD).item(),
+        "mean_cosine": mean_pairwise_cosine(states_BTD).item(),
+    }
 
 
 def _windows(text: str, tokenizer: Tokenizer, seq_len: int) -> tuple[list[Ids], bool]:
@@ -186,5 +205,10 @@ def describe(results: dict[str, ProbeResult]) -> Iterator[str]:
             f"{one.interval[1]:.4f}) on {one.test_documents} documents, chance {one.chance:.4f}; "
             f"{one.classes} labels, {one.train_documents} documents to train on, {layer}"
         )
+        if one.effective_rank is not None and one.mean_cosine is not None:
+            yield (
+                f"states   {name}: effective rank {one.effective_rank:.2f}, mean pairwise cosine "
+                f"{one.mean_cosine:.4f}"
+            )
         if one.cut:
             yield f"note     {name}: the end of {one.cut} long documents was cut off"

@@ -60,6 +60,10 @@ class ProbeResult(_Strict):
     """Accuracy of always answering the most frequent label."""
     cut: Count
     """Documents whose end was cut off."""
+    effective_rank: float | None = None
+    """Of the states of the first full windows (``objectives.diagnostics``); None without one."""
+    mean_cosine: float | None = None
+    """Over all pairs of these states: anisotropy."""
 
 
 class Evaluation(_Strict):
@@ -73,20 +77,28 @@ class Evaluation(_Strict):
     probes: dict[str, ProbeResult] = Field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """Return all accuracies by metric name."""
+        """Return all results by metric name."""
         found = {}
         for name, task in self.tasks.items():
             found[f"task/{name}"] = task.accuracy
             found[f"task/{name}/per_byte"] = task.accuracy_per_byte
-        return found | {f"linear_probe/{name}": one.accuracy for name, one in self.probes.items()}
+        for name, probe in self.probes.items():
+            found[f"linear_probe/{name}"] = probe.accuracy
+            if probe.effective_rank is not None and probe.mean_cosine is not None:
+                found[f"states/{name}/effective_rank"] = probe.effective_rank
+                found[f"states/{name}/mean_cosine"] = probe.mean_cosine
+        return found
 
     def inputs(self) -> dict[str, str]:
-        """Return what the results were computed on, by metric name."""
-        found = {}
-        for name, task in self.tasks.items():
-            found[f"task/{name}"] = found[f"task/{name}/per_byte"] = task.digest
+        """Return the file (and layer) of each task and probe, by metric name."""
+        found = {f"task/{name}": one.digest for name, one in self.tasks.items()}
         probes = self.probes.items()
         return found | {f"linear_probe/{name}": f"{one.digest} {one.layer}" for name, one in probes}
+
+    def input_of(self, metric: str) -> str | None:
+        """Return the entry of ``inputs`` that a metric of ``metrics`` was computed on."""
+        kind, name = metric.split("/")[:2]
+        return self.inputs().get(f"linear_probe/{name}" if kind == "states" else f"{kind}/{name}")
 
 
 def digest_of(path: Path) -> str:

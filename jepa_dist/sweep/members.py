@@ -117,10 +117,7 @@ class EvaluationPlan(BaseModel):
         Raises:
             UserError: a file cannot be read.
         """
-        found = {}
-        for path in map(Path, self.tasks):
-            name = f"task/{path.stem}"
-            found[name] = found[f"{name}/per_byte"] = digest_of(path)
+        found = {f"task/{path.stem}": digest_of(path) for path in map(Path, self.tasks)}
         for path in map(Path, self.probe):
             found[f"linear_probe/{path.stem}"] = f"{digest_of(path)} {self.layer}"
         return found

@@ -26,8 +26,6 @@ from jepa_dist.sweep.members import CONTROL, Member, Settings, settings_of
 _DATA_BYTES = 64 * MIB
 _METRICS = ("val/bpb", "val/loss")
 _EVALUATED_ON = "evaluated_on"
-DIAGNOSTICS = ("jepa/effective_rank", "jepa/mean_cosine")
-"""Metrics of the states that a sweep compares, too: rank and anisotropy (docs/objective.md)."""
 
 Record = dict[str, Any]
 
@@ -66,7 +64,7 @@ class Results:
 
     @property
     def evaluated(self) -> list[str]:
-        """Names of the accuracies that members were evaluated for (docs/evaluation.md)."""
+        """Names of the metrics that members were evaluated for (docs/evaluation.md)."""
         names = [name for record in self.records.values() for name in record.get(_EVALUATED_ON, ())]
         found = dict.fromkeys(names)
         return [name for name in found if not self._is_repeated(name)]
@@ -139,20 +137,12 @@ def _read(member: Member) -> Record:
     if any(_is_not_finite(number(last, key)) for key in _METRICS):
         raise _DivergedError(f"its last validation loss is {loss}")
     facts = [start.facts for start in starts if start.facts is not None]
-    record = last | _best(records) | _diagnostics(records)
+    record = last | _best(records)
     return record | _evaluation(member, last) | {"data": _data(run_dir), "facts": facts}
 
 
-def _diagnostics(records: list[Record]) -> Record:
-    """Return the last value of each of ``DIAGNOSTICS``, which few records hold."""
-    found: Record = {}
-    for record in records:
-        found |= {key: record[key] for key in DIAGNOSTICS if number(record, key) is not None}
-    return found
-
-
 def _evaluation(member: Member, last: Record) -> Record:
-    """Return the accuracies in ``evaluation.json``, and what they were computed on.
+    """Return the results in ``evaluation.json``, and what each was computed on.
 
     Raises:
         UserError: the file is damaged.
@@ -160,7 +150,8 @@ def _evaluation(member: Member, last: Record) -> Record:
     evaluation = read_evaluation(member.run_dir / EVALUATION)
     if evaluation is None or evaluation.step != last["step"]:
         return {_EVALUATED_ON: {}}
-    return evaluation.metrics() | {_EVALUATED_ON: evaluation.inputs()}
+    metrics = evaluation.metrics()
+    return metrics | {_EVALUATED_ON: {name: evaluation.input_of(name) for name in metrics}}
 
 
 def _is_not_finite(value: float | None) -> bool:
@@ -238,7 +229,7 @@ def _leave_out_unpaired(results: Results, declared: Mapping[str, frozenset[str]]
 
 
 def _drop_evaluated_otherwise(results: Results) -> None:
-    """Drop accuracies that were computed on another file or layer than the control's."""
+    """Drop metrics that were computed on another file or layer than the control's."""
     names = results.evaluated
     for (arm, seed), record in results.records.items():
         control = results.records.get((CONTROL, seed), record)

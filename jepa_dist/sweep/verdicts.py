@@ -29,7 +29,7 @@ from jepa_dist.sweep.paired import (
     sign_flip_p,
     standard_error,
 )
-from jepa_dist.sweep.results import DIAGNOSTICS, Results
+from jepa_dist.sweep.results import Results
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def evidence(results: Results, metric: str) -> dict[str, Evidence]:
 
 def _words(metric: str) -> tuple[str, str]:
     """Return what values above and below the control's are."""
-    if metric in DIAGNOSTICS:
+    if metric.startswith("states/"):
         return "higher", "lower"
     is_accuracy = metric.startswith(("task/", "linear_probe/"))
     return ("better", "worse") if is_accuracy else ("worse", "better")
@@ -164,7 +164,7 @@ def describe(results: Results) -> list[str]:
     arms = [arm for arm in results.arms if arm != CONTROL or results.diverged_seeds(arm)]
     final = by_metric[results.metric]
     lines += ["", *(_verdict(results, arm, final.get(arm)) for arm in arms)]
-    for metric in (*results.evaluated, *DIAGNOSTICS):
+    for metric in results.evaluated:
         lines += _further_table(results, metric)
     return [*lines, *_left_out(results)]
 
