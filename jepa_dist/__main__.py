@@ -47,8 +47,8 @@ _SUBCOMMANDS = {
         "jepa_dist.inference.lm_eval_command",
         "score a trained model in tasks of lm-evaluation-harness",
         (
-            "jepa_dist lm-eval runs/debug --tasks lambada_openai --limit 100",
             "jepa_dist lm-eval runs/debug --tasks cloze --include my_tasks",
+            "jepa_dist lm-eval runs/debug --tasks hellaswag piqa --limit 100 --json results.json",
         ),
         "evaluation.md",
     ),

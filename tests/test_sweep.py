@@ -677,6 +677,8 @@ def test_accuracies_on_other_files_are_no_pairs(tmp_path: Path) -> None:
             write_results(member, plan, 0.5, step=9 if member.index == 5 else 10)
     results = read_results(members)
     assert results.differences("full", "task/cloze") == (0.0,)
+    (members[3].run_dir / EVALUATION).write_text('{"format": 1, "tasks": {"\x1b": 1}}')
+    assert read_results(members).notes == results.notes
     assert results.differences("full", "linear_probe/package") == ()
     assert [note.split(":")[0] for note in results.notes if "sweep evaluate FILE" in note] == [
         *("full, seed 1", "full, seed 2", "full, seed 3")

@@ -116,12 +116,17 @@ def check_tasks(paths: Sequence[Path], tokenizer: Tokenizer, seq_len: int) -> li
 
 
 def check_names(files: Sequence[TaskFile], option: str) -> None:
-    """Raise if two files have one name.
+    """Raise if two files have one name, or a name that cannot be printed.
 
     Raises:
         UserError: names them.
     """
     names = [file.name for file in files]
+    unprintable = [name for name in names if not name.isprintable() or len(name) > 200]
+    if unprintable:
+        raise UserError(
+            f"{option}: {unprintable[0]}: rename the file; expected printable characters"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(

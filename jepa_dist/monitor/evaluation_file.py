@@ -17,6 +17,8 @@ EVALUATION = "evaluation.json"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+# Of a file without suffix; printed in tables.
+Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f/]{1,200}$")]
 
 
 class _Strict(BaseModel):
@@ -73,8 +75,8 @@ class Evaluation(_Strict):
     step: int | None
     """Optimizer steps that the weights have seen."""
     weights: Literal["live", "ema"]
-    tasks: dict[str, TaskResult] = Field(default_factory=dict)
-    probes: dict[str, ProbeResult] = Field(default_factory=dict)
+    tasks: dict[Name, TaskResult] = Field(default_factory=dict)
+    probes: dict[Name, ProbeResult] = Field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Return all results by metric name."""

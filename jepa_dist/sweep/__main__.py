@@ -176,7 +176,7 @@ def _is_evaluated(member: Member, expected: Mapping[str, str]) -> bool:
     try:
         evaluation = read_evaluation(member.run_dir / EVALUATION)
         step = json.loads((member.run_dir / "status.json").read_text())["step"]
-    except (OSError, ValueError, KeyError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
     return evaluation is not None and evaluation.step == step and evaluation.inputs() == expected
 

@@ -144,10 +144,12 @@ def _read(member: Member) -> Record:
 def _evaluation(member: Member, last: Record) -> Record:
     """Return the results in ``evaluation.json``, and what each was computed on.
 
-    Raises:
-        UserError: the file is damaged.
+    A damaged file counts as a missing one: ``sweep evaluate`` replaces it.
     """
-    evaluation = read_evaluation(member.run_dir / EVALUATION)
+    try:
+        evaluation = read_evaluation(member.run_dir / EVALUATION)
+    except UserError:
+        evaluation = None
     if evaluation is None or evaluation.step != last["step"]:
         return {_EVALUATED_ON: {}}
     metrics = evaluation.metrics()
