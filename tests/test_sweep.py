@@ -155,7 +155,8 @@ def arms(**changes: Any) -> dict[str, Any]:
         ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
         (
             {"seeds": None},
-            "seeds: Field required (a sweep has config, seeds, common, arms, equivalence_margin, evaluate)",
+            "seeds: Field required (a sweep has config, seeds, common, arms, equivalence_margin, "
+            "evaluate)",
         ),
         ({"seed": 3}, "seed: Extra inputs are not permitted"),
         ({"common": {"seed": 1}}, "common: seed: is set for each member; list it under seeds"),
