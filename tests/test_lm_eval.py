@@ -65,6 +65,7 @@ def test_without_the_extra(
     assert "pip install 'jepa_dist[lm-eval]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_harness_finds_the_numbers_of_our_own_scorer(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
