@@ -11,7 +11,7 @@ from jepa_dist.config import Config, ModelConfig, ParallelConfig
 from jepa_dist.data.boundaries import DocumentStarts
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import TokenDataset, TrainLoader
-from jepa_dist.data.shards import find_shards
+from jepa_dist.data.sources import find_sources, stages_of
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.validation import Validation
@@ -104,8 +104,14 @@ def build_loader(
 
 
 def _training_samples(config: Config) -> TokenDataset:
-    paths = find_shards(config.data.train, "data.train")
-    return TokenDataset(paths, config.model.seq_len, config.model.vocab_size)
+    sources = find_sources(config, "train")
+    return TokenDataset(
+        [path for source in sources for path in source.paths],
+        config.model.seq_len,
+        config.model.vocab_size,
+        shards=[len(source.paths) for source in sources],
+        stages=stages_of(config),
+    )
 
 
 def build_document_starts(
@@ -130,9 +136,12 @@ def build_validation(
     config: Config, world: World, micro: int, tokenizer: Tokenizer | None
 ) -> Validation:
     """The fixed validation set."""
-    stream = TokenStream(find_shards(config.data.val, "data.val"), config.model.vocab_size)
+    streams = {
+        source.name: TokenStream(source.paths, config.model.vocab_size)
+        for source in find_sources(config, "val")
+    }
     counter = None if tokenizer is None else tokenizer.byte_counter()
-    return Validation(stream, config.model.seq_len, config.eval.sequences, micro, counter, world)
+    return Validation(streams, config.model.seq_len, config.eval.sequences, micro, counter, world)
 
 
 def build_gpt(

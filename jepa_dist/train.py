@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config, ParallelConfig, check_world, load, to_dict
 from jepa_dist.data.check import check_data, with_bos
-from jepa_dist.data.shards import find_shards, fingerprint
+from jepa_dist.data.sources import describe_mixture, fingerprint_split
 from jepa_dist.errors import TrainingError
 from jepa_dist.monitor.run_dir import check_run_dir, record_failure
 from jepa_dist.monitor.startup import Startup
@@ -203,6 +203,8 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                 on_give_up=note,
             )
             if reporter is not None:
+                for line in describe_mixture(config, trainer.segment.order):
+                    reporter.say(line)
                 parameters = trainer.state.root.trained_parameters().items()
                 reporter.text("model", model_summary(parameters, config.model))
             late = config.monitor.late_seconds
@@ -262,10 +264,7 @@ def describe_kernels(config: ParallelConfig, attention: str) -> str:
 
 def fingerprint_data(config: Config) -> dict[str, Any]:
     """Return the fingerprint of the shards, by split."""
-    return {
-        split: fingerprint(find_shards(pattern, f"data.{split}"))
-        for split, pattern in (("train", config.data.train), ("val", config.data.val))
-    }
+    return {split: fingerprint_split(config, split) for split in ("train", "val")}
 
 
 if __name__ == "__main__":

@@ -290,8 +290,8 @@ def test_validation_limits_its_set_and_knows_its_windows(tmp_path: Path) -> None
 def validate(rank: int, world_size: int, paths: list[Path]) -> tuple[Any, np.ndarray]:
     world, counter = start_world(EAGER), load_tokenizer("bytes").byte_counter()
     stream = TokenStream(paths, vocab_size=257)
-    everything = Validation(stream, 8, 0, 3, counter, world)
-    some = Validation(stream, 8, 3, 3, counter, world)
+    everything = Validation({"": stream}, 8, 0, 3, counter, world)
+    some = Validation({"": stream}, 8, 3, 3, counter, world)
     return {"all": everything.num_sequences, "some": some.num_sequences}, everything.windows(99)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,31 @@ def write_corpus(
     for name, count in (("train_0", train_tokens), ("train_1", 777), ("val_0", val_tokens)):
         walk = np.cumsum(generator.integers(-2, 3, count)) % num_ids
         write_shard(folder / f"{name}.bin", walk.astype(np.uint16))
+
+
+def write_mixture(folder: Path) -> dict[str, str]:
+    """Write the corpus and a second source, of ids 40 to 60; return ``mixture``."""
+    write_corpus(folder)
+    generator = np.random.Generator(np.random.PCG64(1))
+    (folder / "other").mkdir(exist_ok=True)
+    for name, count in (("train_0", 1500), ("val_0", 200)):
+        write_shard(folder / "other" / f"{name}.bin", generator.integers(40, 61, count))
+    return mixture(folder)
+
+
+def mixture(folder: Path) -> dict[str, str]:
+    """Settings that mix the two sources 7 to 3, and from half of the run on 1 to 3."""
+    folders = {"walk": folder, "other": folder / "other"}
+    train, val = (
+        [{"name": name, "shards": f"{path}/{split}_*.bin"} for name, path in folders.items()]
+        for split in ("train", "val")
+    )
+    weighted = [{**source, "weight": w} for source, w in zip(train, (0.7, 0.3), strict=True)]
+    return {
+        "data__train": json.dumps(weighted),
+        "data__val": json.dumps(val),
+        "data__stages": '[{"at": 0.5, "weights": {"walk": 1, "other": 3}}]',
+    }
 
 
 def tiny_overrides(folder: Path, **changes: Any) -> list[str]:

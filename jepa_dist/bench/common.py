@@ -102,6 +102,7 @@ def with_random_data(config: Config, folder: Path, sequences: int | None = None)
     data: dict[str, Any] = {
         "train": str(folder / "train_*.bin"),
         "val": str(folder / "val_*.bin"),
+        "stages": [],
         "tokenizer": None,
     }
     if config.model.document_mask:

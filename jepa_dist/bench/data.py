@@ -24,6 +24,7 @@ from jepa_dist.build import build_loader
 from jepa_dist.config import Config
 from jepa_dist.data.order import sample_order
 from jepa_dist.data.shards import num_windows, write_shard
+from jepa_dist.data.sources import find_split
 from jepa_dist.errors import UserError
 from jepa_dist.parallel.world import World, start_world, stop_world
 from jepa_dist.training.assemble import build_trainer
@@ -115,7 +116,12 @@ def _on_shards(config: Config, folder: Path, shards: int, windows: int) -> Confi
     ids = generator.integers(0, model.vocab_size, windows * model.seq_len + 1)
     for index in range(shards):
         write_shard(folder / f"tokens_{index:06d}.bin", np.roll(ids, index), model.vocab_size)
-    data = {"train": f"{folder}/*.bin", "val": f"{folder}/tokens_000000.bin", "tokenizer": None}
+    data: dict[str, Any] = {
+        "train": f"{folder}/*.bin",
+        "val": f"{folder}/tokens_000000.bin",
+        "stages": [],
+        "tokenizer": None,
+    }
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),
@@ -163,7 +169,7 @@ def _own_memory() -> int:
 
 def _shards_read(config: Config, batches: int) -> int:
     """How many different shards the windows of so many micro-batches lie in."""
-    shards = sorted(Path(config.data.train).parent.glob("*.bin"))
+    shards = find_split(config, "train")
     tokens = (shards[0].stat().st_size - 1024) // 2
     windows = num_windows(tokens, config.model.seq_len)
     count = batches * config.batch.micro

@@ -71,3 +71,5 @@ def _path_problem(text: str) -> str | None:
 PathText = Annotated[str, AfterValidator(_check_path)]
 Text = Annotated[str, AfterValidator(_check_text)]
 ShardsText = Annotated[str, AfterValidator(_check_shards)]
+# Part of metric names and of lines of text.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]

@@ -45,8 +45,39 @@ def sections() -> frozenset[str]:
 
 @functools.cache
 def text_keys() -> dict[str, bool]:
-    """Return the keys whose type is text, and whether each may be null."""
+    """Return the keys whose type is text, and whether each may be null.
+
+    Keys that may be a list of sections instead (``list_keys``) are among them.
+    """
     return dict(_texts_of(Config))
+
+
+@functools.cache
+def list_keys() -> frozenset[str]:
+    """Return the text keys that may be a list of sections instead."""
+    return frozenset(
+        key
+        for key in text_keys()
+        if any(item_section(part) for part in get_args(_field(key).annotation))
+    )
+
+
+def _field(key: str) -> Any:
+    section: Any = Config
+    *parents, leaf = key.split(".")
+    for name in parents:
+        section = section.model_fields[name].annotation
+    return next(f for name, f in section.model_fields.items() if leaf in (name, f.alias))
+
+
+def item_section(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that the items of a list type are; None for any other type."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is not list:
+        return None
+    (item,) = get_args(annotation)
+    return item if isinstance(item, type) and issubclass(item, BaseModel) else None
 
 
 def _texts_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, bool]]:
@@ -65,7 +96,8 @@ def _is_text(annotation: Any) -> bool:
     if get_origin(annotation) is Annotated:
         return _is_text(parts[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return all(part is type(None) or _is_text(part) for part in parts)
+        others = [part for part in parts if part is not type(None) and not item_section(part)]
+        return all(map(_is_text, others))
     return annotation is str
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jepa_dist.config.fields import Count
-from jepa_dist.config.keys import is_section
+from jepa_dist.config.keys import is_section, item_section
 from jepa_dist.config.resolve import ENVIRONMENT, yaml_scalar
 from jepa_dist.config.schema import Config
 
@@ -43,17 +43,34 @@ def _section(name: str, field: Any) -> list[str]:
     rows = [_row(key, leaf) for key, leaf in within if not is_section(leaf)]
     lines = [f"## {name}", "", (field.annotation.__doc__ or "").strip(), "", *header, *rows]
     for key, leaf in within:
-        lines += ["", *_section(key, leaf)] if is_section(leaf) else []
+        lines += ["", *_section(key, leaf)] if is_section(leaf) else _items(key, leaf)
     return lines
+
+
+def _items(key: str, field: Any) -> list[str]:
+    """Return the table of a list's items, if they are sections."""
+    lists = (field.annotation, *(getattr(field.annotation, "__args__", None) or ()))
+    item = next(filter(None, map(item_section, lists)), None)
+    if item is None:
+        return []
+    rows = [_row(f"{key}[].{leaf}", f) for leaf, f in item.model_fields.items()]
+    text = (item.__doc__ or "").strip()
+    header = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    return ["", f"### items of {key}", "", text, "", *header, *rows]
 
 
 def _row(key: str, field: Any) -> str:
     meaning = " ".join((field.description or "").split())
-    return f"| `{key}` | {_type_name(field)} | `{yaml_scalar(field.default)}` | {meaning} |"
+    default = "required" if field.is_required() else f"`{yaml_scalar(field.default)}`"
+    return f"| `{key}` | {_type_name(field)} | {default} | {meaning} |"
 
 
 def _type_name(field: Any) -> str:
     annotation = field.annotation
+    if item_section(annotation):
+        return "list"
+    if getattr(annotation, "__origin__", None) is dict:
+        return "mapping"
     options = getattr(annotation, "__args__", None)
     if options and all(isinstance(option, str) for option in options):
         return ", ".join(f"`{option}`" for option in options)

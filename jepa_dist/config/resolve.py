@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jepa_dist.config.keys import flatten, known_keys, sections, suggest, text_keys, to_dict
+from jepa_dist.config.keys import (
+    flatten,
+    known_keys,
+    list_keys,
+    sections,
+    suggest,
+    text_keys,
+    to_dict,
+)
 from jepa_dist.config.restricted_yaml import parse_yaml, read_with_texts
 from jepa_dist.config.rules import check
 from jepa_dist.config.schema import Config
@@ -165,12 +173,12 @@ def _from_command_line(overrides: Iterable[str]) -> _Layer:
 
 def parse_value(key: str, text: str, source: str) -> Any:
     """Return the value in ``KEY=VALUE``: the literal text if the key's type is text, a YAML value
-    otherwise.
+    otherwise. Text that begins with ``[{`` is a list of sections where the key may be one.
 
     Raises:
         UserError: not YAML. The message begins with ``source``.
     """
-    if key in text_keys():
+    if key in text_keys() and not (key in list_keys() and text.startswith("[{")):
         return None if text == "null" and text_keys()[key] else text
     if key not in known_keys() and key not in sections():
         return text
@@ -212,7 +220,15 @@ def _explain(item: Any, sources: Mapping[str, str]) -> str:
         (k for k in (".".join(path[:n]) for n in range(len(path), 0, -1)) if k in sources),
         ".".join(path),
     )
-    return f"{sources.get(key, 'configuration')}: {key}={_shown(item['input'])}: {item['msg']}"
+    place = key + _place_in_list(item["loc"][key.count(".") + 1 :])
+    return f"{sources.get(key, 'configuration')}: {place}={_shown(item['input'])}: {item['msg']}"
+
+
+def _place_in_list(path: Sequence[Any]) -> str:
+    """Return where in a list of sections a problem is, e.g. ``[0].weight``; else nothing."""
+    first = next((n for n, part in enumerate(path) if isinstance(part, int)), len(path))
+    below = path[first + 1 :]
+    return f"[{path[first]}].{'.'.join(map(str, below))}" if below else ""
 
 
 def _shown(value: Any) -> str:

@@ -56,6 +56,12 @@ def _between_sections(config: Config) -> Iterator[str]:
             f"model.document_mask=true: {section}.within_documents=false would compare states of "
             f"documents that do not see each other; set {section}.within_documents=true"
         )
+    if config.data.stages and train.max_wallclock_seconds is not None:
+        yield (
+            "data.stages: begin at fractions of train.steps, but train.max_wallclock_seconds="
+            f"{train.max_wallclock_seconds} ends the run at a step that is not known in advance; "
+            "remove one of them"
+        )
     if model.num_loops and 0 < train.loop_phase2_at < train.enable_looping_at:
         yield (
             f"train.loop_phase2_at={train.loop_phase2_at}: must not come before "

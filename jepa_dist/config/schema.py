@@ -7,14 +7,16 @@ A section yields its own violated rules (``problems``); rules between sections a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from jepa_dist.config.fields import (
     Count,
     Decay,
     Fraction,
+    Name,
     NonNegative,
     PathText,
     Positive,
@@ -27,6 +29,7 @@ from jepa_dist.config.fields import (
 )
 
 _MOST_EXECUTIONS = 2**14
+_MOST_SOURCES = 64
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 ClipSigmas = Annotated[float, Field(gt=0.0, le=1e3)]
@@ -231,13 +234,68 @@ class ModelConfig(Section):
             )
 
 
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+class TrainSource(Section):
+    """A source of a mixture."""
+
+    name: Name
+    """Of metrics: letters, digits and `_.-`."""
+    shards: ShardsText
+    """Glob pattern of its shards, in sorted order; or a URL with wildcards."""
+    weight: Weight = 1.0
+    """Its share of the training sequences, relative to the sum of all weights."""
+    epochs_at_most: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
+    """Refuse at the start a run that would visit its sequences more often; null: no limit."""
+
+
+class ValSource(Section):
+    """A source of the validation set."""
+
+    name: Name
+    """Of metrics: `val/loss/NAME`, `val/bpb/NAME`."""
+    shards: ShardsText
+    """Glob pattern of its shards, in sorted order; or a URL with wildcards."""
+
+
+class MixtureStage(Section):
+    """A change of the weights."""
+
+    at: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Fraction of train.steps from which the weights hold."""
+    weights: dict[Name, Weight]
+    """Weight of every source, by name."""
+
+
+def _form(value: object) -> str:
+    return "list" if isinstance(value, list) else "text"
+
+
+_Sources = Field(min_length=1, max_length=_MOST_SOURCES)
+TrainData = Annotated[
+    Annotated[ShardsText, Tag("text")]
+    | Annotated[Annotated[list[TrainSource], _Sources], Tag("list")],
+    Discriminator(_form),
+]
+ValData = Annotated[
+    Annotated[ShardsText, Tag("text")]
+    | Annotated[Annotated[list[ValSource], _Sources], Tag("list")],
+    Discriminator(_form),
+]
+
+
 class DataConfig(Section):
     """Token shards: a header of 256 int32 words, then uint16 or uint32 ids (docs/data.md)."""
 
-    train: ShardsText = "data/stdlib/train_*.bin"
-    """Glob pattern of the training shards, in sorted order; or a URL with wildcards."""
-    val: ShardsText = "data/stdlib/val_*.bin"
-    """Glob pattern of the validation shards; or a URL with wildcards."""
+    train: TrainData = "data/stdlib/train_*.bin"
+    """Glob pattern of the training shards, in sorted order, or a URL with wildcards; or a list
+    of sources (name, shards, weight, epochs_at_most), which are mixed by their weights."""
+    val: ValData = "data/stdlib/val_*.bin"
+    """Glob pattern of the validation shards, or a URL with wildcards; or a list of sources (name,
+    shards), each of which is reported by itself as well."""
+    stages: Annotated[list[MixtureStage], Field(max_length=64)] = []
+    """Changes of the weights of data.train over the run, in order (at, weights)."""
     tokenizer: PathText | None = "bytes"
     """'bytes', or the path of a SentencePiece .model (extra [sentencepiece]), a byte-level
     tokenizer.json (extra [hf]) or a .tiktoken file (extra [tiktoken]); null: unknown, so neither
@@ -248,6 +306,33 @@ class DataConfig(Section):
     """Loader processes per rank; 0: a thread of the training process."""
     prefetch: Annotated[int, Field(ge=1, le=4096)] = 4
     """Micro-batches that each loader process prepares in advance."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield the violated rules."""
+        for key, sources in (("data.train", self.train), ("data.val", self.val)):
+            names = [] if isinstance(sources, str) else [source.name for source in sources]
+            for name in {name: None for name in names if names.count(name) > 1}:
+                yield f"{key}: {names.count(name)} sources are named {name}; names must be distinct"
+        if isinstance(self.train, str):
+            if self.stages:
+                yield "data.stages: only a data.train that is a list of sources has weights"
+            return
+        if not any(source.weight for source in self.train):
+            yield "data.train: the weights of its sources are all 0; at least one must be above"
+        yield from self._stage_problems({source.name for source in self.train})
+
+    def _stage_problems(self, names: set[str]) -> Iterator[str]:
+        starts = [stage.at for stage in self.stages]
+        if any(after <= before for before, after in pairwise(starts)):
+            yield f"data.stages: at={starts}: each stage must begin after the one before it"
+        for stage in self.stages:
+            if stage.weights.keys() != names:
+                yield (
+                    f"data.stages: at={stage.at}: its weights are of {', '.join(stage.weights)}; "
+                    f"expected one for each source of data.train: {', '.join(sorted(names))}"
+                )
+            elif not any(stage.weights.values()):
+                yield f"data.stages: at={stage.at}: the weights are all 0; one must be above"
 
 
 class ObjectiveSection(Section):

@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from jepa_dist.data.loader import TokenDataset
-from jepa_dist.data.order import sample_order
 
 Starts = npt.NDArray[np.bool_]
 
@@ -46,6 +45,6 @@ class DocumentStarts:
             UserError: a damaged shard.
         """
         first = self._offset + step * self._sequences
-        ids = sample_order(first, self._sequences, len(self._dataset), self._seed, self._skip)
+        ids = self._dataset.order.ids(first, self._sequences, self._seed, self._skip)
         starts: Starts = self._dataset.read(ids)[:, :-1] == self._bos_id
         return starts

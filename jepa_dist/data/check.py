@@ -9,7 +9,8 @@ import numpy as np
 
 from jepa_dist.config import Config
 from jepa_dist.data.meta import metas_beside, read_meta
-from jepa_dist.data.shards import Shard, find_shards, read_count, same_contents
+from jepa_dist.data.shards import Shard, read_count, same_contents
+from jepa_dist.data.sources import epoch_problems, find_sources, find_split, training_order
 from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from jepa_dist.errors import UserError
 
@@ -37,6 +38,7 @@ def check_data(config: Config) -> None:
         problems += _tokenizer_problems(config)
     if not problems:
         problems += _byte_problems(config)
+        problems += epoch_problems(config, training_order(config))
     if not problems and config.documents_key is not None:
         problems += _boundary_problems(config, tokenizer)
     if problems:
@@ -65,11 +67,11 @@ def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
     """
     if config.data.bos_id is not None:
         return config.data.bos_id
-    metas = metas_beside(find_shards(config.data.train, "data.train")).items()
+    metas = metas_beside(find_split(config, "train")).items()
     said = {meta.bos_id: path for path, meta in metas if meta.bos_id is not None}
     if len(said) > 1:
         raise UserError(
-            f"data.train={config.data.train!r}: its shards begin documents with different ids: "
+            f"{_told(config, 'train')}: its shards begin documents with different ids: "
             f"{', '.join(f'{bos} in {path}' for bos, path in said.items())}; name the shards of "
             "one tokenizer"
         )
@@ -80,7 +82,7 @@ def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
     if config.documents_key is not None:
         raise UserError(
             f"{config.documents_key}=true: nothing says which id begins a document in "
-            f"data.train={config.data.train!r}; set data.bos_id (50256 in GPT-2 shards), or name "
+            f"{_told(config, 'train')}; set data.bos_id (50256 in GPT-2 shards), or name "
             "the tokenizer of the data (data.tokenizer)"
         )
     return None
@@ -136,34 +138,48 @@ def _tokenizer_problems(config: Config) -> Iterator[str]:
         yield from error.problems
 
 
-def _split_problems(config: Config, split: str) -> Iterator[str]:
-    """Whether the shards of a split can be read and hold enough.
+def _told(config: Config, split: str) -> str:
+    """The configuration of a split for a message; of a list of sources, the key alone."""
+    pattern = getattr(config.data, split)
+    return f"data.{split}={pattern!r}" if isinstance(pattern, str) else f"data.{split}"
 
-    Windows of training stay inside a shard, those of validation run through all of them.
+
+def _split_problems(config: Config, split: str) -> Iterator[str]:
+    """Whether the shards of each source of a split can be read and hold enough.
+
+    Windows of training stay inside a shard, those of validation run through all of a source.
     """
-    pattern, key = getattr(config.data, split), f"data.{split}"
     try:
-        counts = [read_count(path) for path in find_shards(pattern, key)]
+        sources = find_sources(config, split)
     except UserError as error:
         yield from error.problems
         return
+    for source in sources:
+        try:
+            counts = [read_count(path) for path in source.paths]
+        except UserError as error:
+            yield from error.problems
+            continue
+        yield from _length_problems(config, split, source.told, counts)
+
+
+def _length_problems(config: Config, split: str, told: str, counts: list[int]) -> Iterator[str]:
     needed = config.model.seq_len + 1
     if split == "val" and sum(counts) < needed:
         yield (
-            f"{key}={pattern!r}: its {sum(counts)} tokens do not fill one window of model.seq_len "
+            f"{told}: its {sum(counts)} tokens do not fill one window of model.seq_len "
             f"+ 1 = {needed} tokens; use more text or a smaller model.seq_len"
         )
     if split == "train" and max(counts) < needed:
         yield (
-            f"{key}={pattern!r}: no shard holds one window of model.seq_len + 1 = {needed} tokens "
+            f"{told}: no shard holds one window of model.seq_len + 1 = {needed} tokens "
             f"(the largest has {max(counts)}); use more text or a smaller model.seq_len"
         )
 
 
 def _overlap_problems(config: Config) -> Iterator[str]:
     """Validation shards that are trained on: the same file, or the same tokens in another."""
-    train = find_shards(config.data.train, "data.train")
-    val = find_shards(config.data.val, "data.val")
+    train, val = find_split(config, "train"), find_split(config, "val")
     by_file = {path.resolve(): path for path in train}
     by_start: dict[tuple[int, bytes], list[Path]] = {}
     for path in train:
@@ -192,8 +208,8 @@ def _byte_problems(config: Config) -> Iterator[str]:
     """Whether shards without a meta.json are of the byte tokenizer that they are taken for."""
     if config.data.tokenizer != BYTES:
         return
-    for key in ("train", "val"):
-        path = find_shards(getattr(config.data, key), f"data.{key}")[0]
+    for source in (*find_sources(config, "train"), *find_sources(config, "val")):
+        path = source.paths[0]
         if read_meta(path.parent) is not None:
             continue
         shard = Shard(path)
@@ -216,7 +232,7 @@ def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[
     except UserError as error:
         yield from error.problems
         return
-    shard = Shard(find_shards(config.data.train, "data.train")[0])
+    shard = Shard(find_split(config, "train")[0])
     searched = min(shard.count, _SEARCHED_TOKENS)
     starts = range(0, searched, _SEARCH_STEP)
     if not any((shard.read(n, min(n + _SEARCH_STEP, searched)) == bos_id).any() for n in starts):
@@ -230,14 +246,14 @@ def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[
 
 def _meta_problems(config: Config, split: str, tokenizer: Tokenizer | None) -> Iterator[str]:
     """What the notes beside prepared shards say, against model and tokenizer."""
-    pattern, expected = getattr(config.data, split), config.model.vocab_size
+    expected = config.model.vocab_size
     try:
-        metas = metas_beside(find_shards(pattern, f"data.{split}"))
+        metas = metas_beside(find_split(config, split))
     except UserError as error:
         yield from error.problems
         return
     for path, meta in metas.items():
-        told = f"data.{split}={pattern!r}: {path} says"
+        told = f"{_told(config, split)}: {path} says"
         if meta.vocab_size != expected:
             yield f"{told} vocab_size={meta.vocab_size}, but model.vocab_size={expected}"
         if tokenizer is not None and meta.tokenizer != tokenizer.name:

@@ -1,8 +1,8 @@
 """Micro-batches of tokens, in an order that does not depend on who reads them (contract C1).
 
 The samples are windows over shards. Which sample is the i-th of the run is a pure
-function of the seed (order.py), which rows are a rank's is arithmetic (layout.py), so the
-loader's only state is the number of samples consumed: a run goes on at any world size with any
+function of the seed (order.py, mixture.py), which rows are a rank's is arithmetic (layout.py), so
+the loader's only state is the number of samples consumed: a run goes on at any world size with any
 number of loader processes.
 """
 
@@ -31,7 +31,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from jepa_dist.data.layout import BatchLayout
-from jepa_dist.data.order import sample_order
+from jepa_dist.data.mixture import Mixture, Stage
 from jepa_dist.data.shards import Shard, check_ids, num_windows, read_count
 from jepa_dist.data.workers import become_helper, signals_left_to_parent
 from jepa_dist.errors import UserError
@@ -57,11 +57,28 @@ class TokenDataset:
     Cheap to make (headers only), to pickle, and to hold over thousands of shards: they are
     opened when first read, a bounded number at a time.
 
+    Args:
+        paths: The shards, source by source.
+        seq_len: T.
+        vocab_size: Number of legal ids.
+        shards: How many of the paths belong to each source; None: all to one.
+        stages: Weights of the sources over the run.
+
     Raises:
-        UserError: a damaged shard, or not one window in all of them.
+        UserError: a damaged shard, or not one window in all of a source.
     """
 
-    def __init__(self, paths: Sequence[Path], seq_len: int, vocab_size: int) -> None:
+    order: Mixture
+    """Which window is the i-th of the run; windows are numbered source by source."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        seq_len: int,
+        vocab_size: int,
+        shards: Sequence[int] | None = None,
+        stages: Sequence[Stage] = (Stage(0, (1,)),),
+    ) -> None:
         self.paths = list(paths)
         self.seq_len = seq_len
         self.vocab_size = vocab_size
@@ -69,12 +86,16 @@ class TokenDataset:
         self.num_tokens = sum(counts)
         windows = [num_windows(count, seq_len) for count in counts]
         self._first_window = np.cumsum([0, *windows])
-        if len(self) == 0:
-            raise UserError(
-                f"{self.paths[0].parent}: {len(self.paths)} token shards with {self.num_tokens} "
-                f"tokens hold no window of seq_len + 1 = {seq_len + 1} tokens; use more text or a "
-                "smaller model.seq_len"
-            )
+        ends = np.cumsum([0, *([len(self.paths)] if shards is None else shards)]).tolist()
+        sizes = np.diff(self._first_window[ends]).tolist()
+        for (first, end), size in zip(itertools.pairwise(ends), sizes, strict=True):
+            if size == 0:
+                raise UserError(
+                    f"{self.paths[first].parent}: {end - first} token shards with "
+                    f"{sum(counts[first:end])} tokens hold no window of seq_len + 1 = "
+                    f"{seq_len + 1} tokens; use more text or a smaller model.seq_len"
+                )
+        self.order = Mixture(sizes, stages)
         self._open = functools.lru_cache(_OPEN_SHARDS)(Shard)
 
     def __len__(self) -> int:
@@ -249,6 +270,7 @@ class TrainLoader:
     ) -> None:
         self._layout = layout
         self._paths = dataset.paths
+        self.order = dataset.order
         self._workers = workers
         self._start = samples_consumed
         self._yielded = 0
@@ -354,9 +376,7 @@ class _Stream(IterableDataset[Any]):
         step, micro = divmod(index, self.layout.num_micro)
         places = self.layout.micro_rows(micro)
         consumed = self.samples_consumed + step * self.layout.sequences
-        ids = sample_order(
-            consumed + places.start, len(places), len(self.dataset), self.seed, self.skip
-        )
+        ids = self.dataset.order.ids(consumed + places.start, len(places), self.seed, self.skip)
         return make_batch(self.dataset.read(ids), places, self.layout.micro_size)
 
 

@@ -20,9 +20,10 @@ Ids = npt.NDArray[np.int64]
 Key = npt.NDArray[np.uint64]
 
 
-def epoch_key(seed: int, epoch: int) -> Key:
-    """Round keys of one epoch's permutation, uint64 [rounds]."""
-    digest = hashlib.blake2b(f"order {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+def epoch_key(seed: int, epoch: int, source: int = 0) -> Key:
+    """Round keys of the permutation of one epoch of a source, uint64 [rounds]."""
+    name = f"order {seed} {epoch}" + (f" {source}" if source else "")
+    digest = hashlib.blake2b(name.encode(), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")
 
 
@@ -59,13 +60,36 @@ def sample_order(
         seed: Of the order.
         skip: Places in the order that the run passes over.
     """
+    return visit(places_of(first, count, skip), num_samples, seed)
+
+
+def places_of(first: int, count: int, skip: range = range(0)) -> Ids:
+    """Places in the order of the samples first..first+count-1 of a run, int64 [count].
+
+    Args:
+        first: Samples that the run has consumed before them.
+        count: Number of samples.
+        skip: Places in the order that the run passes over.
+    """
     places = np.arange(first, first + count, dtype=np.int64)
     places[places >= skip.start] += len(skip)
-    epochs, positions = np.divmod(places, num_samples)
+    return places
+
+
+def visit(draws: Ids, num_samples: int, seed: int, source: int = 0) -> Ids:
+    """Ids of the samples that a source's draws (0, 1, ...) are, int64 like ``draws``.
+
+    Args:
+        draws: Any of them, int64 [N].
+        num_samples: Samples of an epoch of the source.
+        seed: Of the order.
+        source: Number of the source; each has an order of its own.
+    """
+    epochs, positions = np.divmod(draws, num_samples)
     ids = np.empty_like(positions)
     for epoch in np.unique(epochs).tolist():
         inside = epochs == epoch
-        ids[inside] = permute(positions[inside], num_samples, epoch_key(seed, epoch))
+        ids[inside] = permute(positions[inside], num_samples, epoch_key(seed, epoch, source))
     return ids
 
 

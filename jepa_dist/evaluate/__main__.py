@@ -15,9 +15,9 @@ from pathlib import Path
 from jepa_dist.command_line import Parser, program
 from jepa_dist.config import Config
 from jepa_dist.data.check import load_checked_tokenizer
-from jepa_dist.data.shards import find_shards
+from jepa_dist.data.sources import find_sources
 from jepa_dist.evaluate.evidence import add_options, check_evidence, split_options
-from jepa_dist.evaluate.score import Score, score
+from jepa_dist.evaluate.score import Score, add_scores, score
 from jepa_dist.evaluate.settings import EVALUATION
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.weights import (
@@ -73,25 +73,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         world = start_world(config.parallel)
         model = load_model(source, config.parallel, world)
 
-        def evaluate(what: Source) -> Score:
-            return score(
-                model,
-                windows,
-                phase=what.description.phase,
-                micro=config.batch.micro,
-                bytes_of=None if tokenizer is None else tokenizer.byte_counter(),
-                world=world,
-            )
+        def evaluate(what: Source) -> dict[str, Score]:
+            return {
+                name: score(
+                    model,
+                    part,
+                    phase=what.description.phase,
+                    micro=config.batch.micro,
+                    bytes_of=None if tokenizer is None else tokenizer.byte_counter(),
+                    world=world,
+                )
+                for name, part in windows.items()
+            }
 
         started = time.perf_counter()
-        result = evaluate(source)
+        by_source = evaluate(source)
+        result = add_scores(by_source.values())
         if world.is_main:
-            print(report(source, windows, result, time.perf_counter() - started))
+            print(report(source, windows, by_source, time.perf_counter() - started))
             if tokenizer is not None and tokenizer.note:
                 print(f"note     {tokenizer.note}")
         if other is not None:
             load_weights(other, model)
-            compared = evaluate(other)
+            compared = add_scores(evaluate(other).values())
             if world.is_main:
                 print(report_gap(other, result, compared))
     stop_world()
@@ -139,22 +143,34 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def find_windows(config: Config, stride: int | None) -> Windows:
-    """What to evaluate on; windows overlap if there is a ``stride``.
+def find_windows(config: Config, stride: int | None) -> dict[str, Windows]:
+    """What to evaluate on, by source; windows overlap if there is a ``stride``.
 
     Raises:
         UserError: no shards, damaged ones, less than one window, or a stride out of range.
     """
-    stream = TokenStream(find_shards(config.data.val, "data.val"), config.model.vocab_size)
     length = config.model.seq_len
-    return Windows(stream, length, length if stride is None else stride, config.eval.sequences)
+    stride = length if stride is None else stride
+    return {
+        source.name: Windows(
+            TokenStream(source.paths, config.model.vocab_size),
+            length,
+            stride,
+            config.eval.sequences,
+        )
+        for source in find_sources(config, "val")
+    }
 
 
-def report(source: Source, windows: Windows, result: Score, seconds: float) -> str:
-    """Return the result as lines of name and value."""
+def report(
+    source: Source, windows: dict[str, Windows], scores: dict[str, Score], seconds: float
+) -> str:
+    """Return the result as lines of name and value; sources with a name have a line each."""
+    result, first = add_scores(scores.values()), next(iter(windows.values()))
+    count = sum(map(len, windows.values()))
     lines = {
         "weights": _describe(source),
-        "windows": f"{len(windows)} of {windows.seq_len} tokens, stride {windows.stride}",
+        "windows": f"{count} of {first.seq_len} tokens, stride {first.stride}",
         "tokens": f"{result.num_tokens}",
         "bytes": f"{result.num_bytes}",
         "loss": f"{result.loss:.6f} nats per token",
@@ -163,6 +179,9 @@ def report(source: Source, windows: Windows, result: Score, seconds: float) -> s
     }
     if not result.num_bytes:  # no tokenizer, or no text
         del lines["bytes"], lines["bpb"]
+    for name, part in scores.items():
+        bits = f", {part.bits_per_byte:.6f} bits per byte" if part.num_bytes else ""
+        lines |= {f"of {name}": f"{part.loss:.6f} nats per token{bits}"} if name else {}
     return _table(lines)
 
 

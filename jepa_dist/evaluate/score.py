@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,16 @@ class Score:
     def bits_per_byte(self) -> float:
         """Bits per byte of text; not a number where the targets stand for no text at all."""
         return self.nll / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+
+def add_scores(scores: Iterable[Score]) -> Score:
+    """Return the score over the targets of all of them."""
+    parts = list(scores)
+    return Score(
+        sum(part.nll for part in parts),
+        sum(part.num_tokens for part in parts),
+        sum(part.num_bytes for part in parts),
+    )
 
 
 class InterruptedEvaluationError(Exception):

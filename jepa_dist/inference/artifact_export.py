@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jepa_dist.build import build_gpt
 from jepa_dist.config import Config
-from jepa_dist.data.shards import find_shards
+from jepa_dist.data.sources import find_split
 from jepa_dist.evaluate.settings import CALIBRATION
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.windows import Windows
@@ -49,7 +49,7 @@ def plan_artifact(stored: Stored, overrides: Sequence[str]) -> Plan:
 
 def _calibration_tokens(config: Config) -> npt.NDArray[np.int64]:
     """Sequences evenly spread over the training data; all of them where there are too few."""
-    stream = TokenStream(find_shards(config.data.train, "data.train"), config.model.vocab_size)
+    stream = TokenStream(find_split(config, "train"), config.model.vocab_size)
     windows = Windows(stream, config.model.seq_len, config.model.seq_len)
     count = min(config.quantization.calibration_sequences, len(windows))
     places = [index * len(windows) // count for index in range(count)]

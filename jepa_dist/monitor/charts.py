@@ -15,8 +15,8 @@ def _lines(*tags: str) -> list[Any]:
 
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "1 Is it learning?": {
-        "validation, bits per byte": _lines("val/(ema_)?bpb"),
-        "validation, nats per token": _lines("val/(ema_)?loss"),
+        "validation, bits per byte": _lines("val/(ema_)?bpb(/.*)?"),
+        "validation, nats per token": _lines("val/(ema_)?loss(/.*)?"),
         "cross-entropy and total": _lines("loss/ce", "loss/total"),
         "JEPA loss": _lines("loss/jepa"),
         "JEPA loss relative to no structure": _lines("jepa/relative"),
@@ -62,6 +62,8 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "start-up, seconds": _lines("startup/.*"),
         "seconds": _lines("train_seconds", "goodput/wall_seconds"),
         "tokens trained on": _lines("tokens"),
+        "mixture, share of each source": _lines("mixture/share/.*"),
+        "mixture, epochs of each source": _lines("mixture/epochs/.*"),
     },
     "6 The host of rank 0": {
         "processor, memory, %": _lines("system/cpu_percent", "system/memory_percent"),

@@ -18,7 +18,7 @@ from jepa_dist.checkpoint.folder import LATEST, published
 from jepa_dist.checkpoint.loading import verify_together
 from jepa_dist.checkpoint.manifest import STATE, read_manifest, read_state
 from jepa_dist.checkpoint.mirror import fetch_newest
-from jepa_dist.config import Config, flatten, read_mapping, to_dict, to_yaml
+from jepa_dist.config import Config, flatten, load, to_dict, to_yaml
 from jepa_dist.config.kinds import MEASURING, WATCHING
 from jepa_dist.errors import UserError, one_line
 from jepa_dist.monitor.run_dir import check_run_files, read_status, write_run_dir
@@ -244,8 +244,8 @@ def differences(
         )
     if state.data_fingerprint != data_fingerprint and not config.checkpoint.allow_other_data:
         refused.append(
-            "data.train: not the shards that it was trained on (checkpoint.allow_other_data=true "
-            "accepts them)"
+            "data.train: not the shards that it was trained on, or mixed in another way "
+            "(checkpoint.allow_other_data=true accepts them)"
         )
     if refused:
         raise UserError(
@@ -287,10 +287,11 @@ def _is_occupied(run_dir: Path) -> bool:
 def _refuse_unless_same(run_dir: Path, config: Config) -> None:
     """Raise unless a run directory without checkpoints was created with this same configuration."""
     try:
-        before = read_mapping(run_dir / "config.yaml")
+        # Resolved, so that keys of later versions have their defaults.
+        before = load(run_dir / "config.yaml", environ={}).config
     except UserError:
         before = None
-    if before != to_dict(config):
+    if before != config:
         raise UserError(
             f"run.dir={run_dir}: exists already, holds no checkpoint and was not made by this "
             "configuration; it is not overwritten: name another one (run.dir=...)"

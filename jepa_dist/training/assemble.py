@@ -151,6 +151,7 @@ def build_segment(
         config,
         progress,
         batches,
+        batches.order,
         PlanChannel(config, world, clock, progress.phase, documents),
         MetricsReduction(world),
         Ledger(progress),

@@ -8,7 +8,7 @@ from typing import Any
 
 from jepa_dist.config import Config
 from jepa_dist.data.baseline import MAX_VOCAB, MOST_TARGETS, MOST_TOKENS, ngram_baseline
-from jepa_dist.data.shards import find_shards
+from jepa_dist.data.sources import find_split
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.evaluate.validation import Validation
 
@@ -76,7 +76,7 @@ def compute_baselines(
     vocab_size, seq_len = config.model.vocab_size, config.model.seq_len
     if vocab_size > MAX_VOCAB:
         return {}
-    train = find_shards(config.data.train, "data.train")
+    train = find_split(config, "train")
     windows = validation.windows(max(1, MOST_TARGETS // seq_len))
     baseline = ngram_baseline(train, windows, vocab_size, tokenizer.byte_counter())
     assert baseline is not None

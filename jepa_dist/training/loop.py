@@ -161,6 +161,7 @@ class Trainer:
             **losses(plan, values, self.state.objective),
             "grad_norm": values["grad_norm"],
             "progress": plan.frac,
+            **self.segment.mixture(plan),
             "phase": plan.phase,
             **{f"lr/{name}": lr for name, lr in self.state.optimizer.learning_rates().items()},
             **self.instruments.record(plan, values),

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from jepa_dist.config import Config
 from jepa_dist.data.loader import Batch
+from jepa_dist.data.mixture import Mixture
+from jepa_dist.data.order import places_of
+from jepa_dist.data.sources import mixture_metrics
 from jepa_dist.monitor.step_timer import RollingDigest
 from jepa_dist.parallel.reduce import MetricsReduction, StepReport
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
@@ -73,6 +76,8 @@ class Segment:
     progress: Progress
     """How far the run was when the segment began."""
     batches: Batches
+    order: Mixture
+    """Of the samples in the batches."""
     plans: PlanChannel
     reduction: MetricsReduction
     ledger: Ledger
@@ -122,6 +127,12 @@ class Segment:
     def tokens_after(self, plan: StepPlan) -> int:
         """Return the tokens that the run has trained on once ``plan`` is done."""
         return self._samples_before(plan.step + 1) * self.config.model.seq_len
+
+    def mixture(self, plan: StepPlan) -> dict[str, float]:
+        """Return the metrics of a mixture in the step of ``plan``; none without a mixture."""
+        ends = (self._samples_before(plan.step), self._samples_before(plan.step + 1) - 1)
+        first, last = (int(places_of(n, 1, self.progress.skip)[0]) for n in ends)
+        return mixture_metrics(self.config, self.order, first, last + 1)
 
     def progress_after(self, plan: StepPlan, clock: TrainingClock) -> Progress:
         """Return how far the run is once ``plan`` is done; waits for the device."""
