@@ -22,7 +22,7 @@ from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.listeners import SILENT
 from tests.ranks import run_ranks
 from tests.test_world_sizes import Recorder, assert_same_run
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import tiny_config, write_corpus, write_text_mixture
 
 # Everything that has state: Muon, EMA, accumulation, recurrence phases, an objective with a head,
 # validation between.
@@ -99,6 +99,17 @@ def test_bit_for_bit_at_the_same_world_size(corpus: Path, straight: dict[str, An
     assert rest["state"].keys() == straight["state"].keys()
     for name, tensor in straight["state"].items():
         assert torch.equal(rest["state"][name], tensor), name
+
+
+def test_a_mixture_resumes_at_another_world_size(tmp_path: Path) -> None:
+    """Before and after the weights change (step 4), with a vocabulary of a tokenizer.json."""
+    pytest.importorskip("tokenizers")
+    mixed = write_text_mixture(tmp_path)
+    straight = run_ranks(train, 1, config(tmp_path, "straight", **mixed))[0]
+    first = run_ranks(train, 2, config(tmp_path, "parts", **mixed, train__stop_at=3))[0]
+    rest = run_ranks(train, 1, config(tmp_path, "parts", **mixed))[0]
+    assert_same_run([*first["records"][:-1], *rest["records"]], straight["records"])
+    assert rest["samples"] == straight["samples"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.listeners import Silent
 from jepa_dist.training.step import Loss
 from tests.ranks import run_ranks
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import tiny_config, write_corpus, write_text_mixture
 
 
 class Recorder(Silent):
@@ -116,6 +116,21 @@ def test_world_sizes_agree(world_size: int, corpus: Path, single) -> None:
 )
 def test_layouts_agree(world_size: int, changes: dict[str, Any], corpus: Path, single) -> None:
     assert_same_run(run_ranks(train, world_size, tiny_config(corpus, **changes))[0], single)
+
+
+def test_mixtures_agree(tmp_path: Path) -> None:
+    """Two sources whose weights change, with a vocabulary of a tokenizer.json."""
+    pytest.importorskip("tokenizers")
+    mixed = {**write_text_mixture(tmp_path), "eval__every": 4}
+    reference = run_ranks(train, 1, tiny_config(tmp_path, **mixed))[0]
+    ours = run_ranks(train, 3, tiny_config(tmp_path, **mixed, data__workers=1))[0]
+    assert_same_run(ours, reference)
+    assert [record["mixture/share/walk"] for record in ours[:8]] == [0.7] * 4 + [0.25] * 4
+    for name in ("walk", "other"):
+        for key in (f"val/loss/{name}", f"val/bpb/{name}"):
+            assert ours[-1][key] == pytest.approx(reference[-1][key], rel=1e-5)
+    parts = [ours[-1][f"val/loss/{name}"] for name in ("walk", "other")]
+    assert min(parts) < ours[-1]["val/loss"] < max(parts)
 
 
 @pytest.mark.parametrize("objective", ["span", "next_state"])

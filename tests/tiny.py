@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jepa_dist.config import Config, load
+from jepa_dist.data.prepare import main as prepare
 from jepa_dist.data.shards import write_shard
+from jepa_dist.data.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -48,6 +52,28 @@ def mixture(folder: Path) -> dict[str, str]:
         "data__val": json.dumps(val),
         "data__stages": '[{"at": 0.5, "weights": {"walk": 1, "other": 3}}]',
     }
+
+
+def write_text_mixture(folder: Path) -> dict[str, Any]:
+    """Prepare two sources of text with a tokenizer.json; return the settings that mix them.
+
+    Needs the tokenizers package.
+    """
+    made = {"walk": folder, "other": folder / "other"}
+    vocabulary = ["--train-tokenizer", "300"]
+    for (name, out), module in zip(made.items(), (textwrap, csv), strict=True):
+        text = Path(module.__file__).read_text(encoding="utf-8")
+        for split, part in (("train", text[:-2000]), ("val", text[-2000:])):
+            (folder / f"{name}_{split}.txt").write_text(part, encoding="utf-8")
+        inputs = [f"{folder}/{name}_train.txt", "--val", f"{folder}/{name}_val.txt"]
+        assert not prepare([*inputs, "--out", f"{out}/shards", "--workers", "1", *vocabulary])
+        for shard in (out / "shards").glob("*.bin"):
+            shard.rename(out / shard.name)
+        vocabulary = ["--tokenizer", f"{folder}/shards/tokenizer.json"]
+    tokenizer = folder / "shards" / "tokenizer.json"
+    size = load_tokenizer(str(tokenizer)).vocab_size
+    settings = {"data__tokenizer": tokenizer, "model__vocab_size": size, "train__steps": 8}
+    return {**mixture(folder), **settings}
 
 
 def tiny_overrides(folder: Path, **changes: Any) -> list[str]:

@@ -54,12 +54,12 @@ def find_sources(config: Config, split: str) -> list[Source]:
 
 def _patterns(config: Config, split: str) -> Iterator[tuple[str, str, str]]:
     """Yield name, key and pattern of each source."""
-    data: str | Sequence[TrainSource | ValSource]
     data = config.data.train if split == "train" else config.data.val
     if isinstance(data, str):
         yield "", f"data.{split}", data
         return
-    for index, source in enumerate(data):
+    sources: Sequence[TrainSource | ValSource] = data
+    for index, source in enumerate(sources):
         yield source.name, f"data.{split}[{index}].shards", source.shards
 
 
