@@ -50,6 +50,8 @@ class Meta(BaseModel):
     separator: str | None = None
     val_fraction: float | None = None
     shard_tokens: int | None = None
+    shuffle: int | None = None
+    """Seed of the order of the training documents; None: that of the input."""
     documents: dict[str, Count] = Field(default_factory=dict)
     """Documents of each split."""
     tokens: dict[str, Count] = Field(default_factory=dict)

@@ -93,6 +93,16 @@ def visit(draws: Ids, num_samples: int, seed: int, source: int = 0) -> Ids:
     return ids
 
 
+def scatter(numbers: npt.NDArray[np.uint64], key: Key) -> npt.NDArray[np.uint64]:
+    """Map numbers to pseudo-random 64-bit numbers, distinct ones to distinct ones.
+
+    Args:
+        numbers: uint64, any shape.
+        key: Round keys, as of ``epoch_key``.
+    """
+    return _feistel(numbers, 32, key)
+
+
 def _feistel(values: npt.NDArray[np.uint64], half_bits: int, key: Key) -> npt.NDArray[np.uint64]:
     shift = np.uint64(half_bits)
     mask = np.uint64((1 << half_bits) - 1)

@@ -30,8 +30,9 @@ from jepa_dist.data.documents import Encoded, Encoder, split_of, tasks
 from jepa_dist.data.meta import META_NAME, Meta, read_meta
 from jepa_dist.data.prepared_report import report, table
 from jepa_dist.data.record_files import TextOf
-from jepa_dist.data.shard_format import MOST_TOKENS
+from jepa_dist.data.shard_format import MOST_TOKENS, token_dtype
 from jepa_dist.data.shards import ShardWriter, Tokens, read_count
+from jepa_dist.data.shuffle import ShuffledDocuments, num_buckets
 from jepa_dist.data.staging import resolve_target, staged
 from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from jepa_dist.data.tokenizer_training import BOS, train_tokenizer
@@ -44,6 +45,7 @@ _MOST_PER_CORE = 8
 _LOG_SECONDS = 60.0
 _LEAST_VOCABULARY = 257  # all bytes, and the token that begins documents
 _MOST_VOCABULARY = 2**20
+_MOST_SEED = 2**63 - 1
 TOKENIZER_NAME = "tokenizer.json"
 REPORT_NAME = "report.json"
 
@@ -115,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         default=workers,
         help=f"processes (here {workers}, at most {most})",
     )
+    add(
+        "--shuffle",
+        type=functools.partial(_count, most=_MOST_SEED, least=0),
+        metavar="SEED",
+        help="put the training documents into a random order",
+    )
     add("--report", action="store_true", help=f"show lengths of documents; writes {REPORT_NAME}")
     add("--overwrite", action="store_true", help="replace an output made with other settings")
     return parser
@@ -172,6 +180,7 @@ def prepare(options: argparse.Namespace) -> str:
         "separator": options.separator,
         "val_fraction": None if options.val else options.val_fraction,
         "shard_tokens": options.shard_tokens,
+        "shuffle": options.shuffle,
     }
     if out.exists() and _is_done(out, settings, options.overwrite):
         return f"{out}: already prepared with these settings"
@@ -371,6 +380,13 @@ def _write(
             for split in SPLITS
         }
         totals = Encoded()
+        shuffled = None
+        if options.shuffle is not None:
+            bos_id, dtype = encoder.tokenizer.bos_id, token_dtype(vocab_size)
+            buckets = num_buckets(total)
+            shuffled = stack.enter_context(
+                ShuffledDocuments(folder / "shuffle", bos_id, options.shuffle, buckets, dtype)
+            )
         progress = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="preparing", **_progress_pace())
         )
@@ -382,7 +398,10 @@ def _write(
                 totals.text_bytes[split] += encoded.text_bytes[split]
                 totals.counted_bytes[split] += encoded.counted_bytes[split]
                 for tokens in encoded.tokens[split]:
-                    shards.write(tokens)
+                    (shards if shuffled is None or split == "val" else shuffled).write(tokens)
+        if shuffled is not None:
+            for tokens in shuffled.read():
+                sets["train"].write(tokens)
         _check_splits(totals.documents)
     return {
         "documents": totals.documents,

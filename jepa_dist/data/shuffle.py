@@ -1,0 +1,154 @@
+"""Documents in random order, on disk: memory does not grow with the text.
+
+Every document gets a key, a pseudo-random function of the seed and of its number. The range of keys
+is divided into buckets, files that documents are appended to; in the end each bucket's documents
+are read back in the order of their keys. That is the order of all keys, whatever the number of
+buckets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from jepa_dist.data.order import Key, scatter
+from jepa_dist.data.shards import Tokens
+from jepa_dist.errors import UserError
+from jepa_dist.files import make_new
+
+MOST_BUCKETS = 128
+_BUCKET_BYTES = 1 << 26
+# What is read back at once, in tokens.
+_PIECE_TOKENS = 1 << 20
+
+
+def _round_keys(seed: int) -> Key:
+    return np.frombuffer(hashlib.blake2b(f"shuffle {seed}".encode()).digest(), dtype="<u8")
+
+
+def num_buckets(text_bytes: int) -> int:
+    """Return a number of buckets that are read back fast for so much text."""
+    return min(MOST_BUCKETS, 1 + text_bytes // _BUCKET_BYTES)
+
+
+class ShuffledDocuments:
+    """A stream of documents that comes back in another order.
+
+    A context manager: leaving it closes and removes its files. Memory: 16 bytes for each document
+    of one bucket while it is read back.
+
+    Args:
+        folder: Where its files are; it is made here.
+        bos_id: Begins every document, and occurs nowhere else.
+        seed: Of the order.
+        buckets: Number of files.
+        dtype: Of the tokens.
+    """
+
+    def __init__(
+        self, folder: Path, bos_id: int, seed: int, buckets: int, dtype: np.dtype[Any]
+    ) -> None:
+        self._folder, self._bos_id, self._key = folder, bos_id, _round_keys(seed)
+        self._dtype = dtype
+        self._documents = 0
+        self._current = np.zeros(1, dtype=np.uint64)
+        """Key of the latest document, which may continue."""
+        folder.mkdir()
+        with contextlib.ExitStack() as stack, self._naming_the_folder():
+            self._buckets = [stack.enter_context(_Bucket(folder, n)) for n in range(buckets)]
+            self._open = stack.pop_all()
+
+    def write(self, tokens: Tokens) -> None:
+        """Append tokens: whole documents, or the continuation of the last one.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        tokens = tokens.astype(self._dtype, copy=False)
+        (starts,) = np.nonzero(tokens == self._bos_id)
+        numbers = np.arange(self._documents, self._documents + len(starts), dtype=np.uint64)
+        keys = np.concatenate([self._current, scatter(numbers, self._key)])
+        self._documents += len(starts)
+        self._current = keys[-1:]
+        ends = [0, *starts.tolist(), len(tokens)]
+        with self._naming_the_folder():
+            for key, start, end in zip(keys.tolist(), ends[:-1], ends[1:], strict=True):
+                if end > start:
+                    self._buckets[key * len(self._buckets) >> 64].add(key, tokens[start:end])
+
+    def read(self) -> Iterator[Tokens]:
+        """Yield the tokens of all documents in their new order, in pieces of at most some MiB.
+
+        Raises:
+            UserError: the disk is full, or a file cannot be read.
+        """
+        for bucket in self._buckets:
+            with self._naming_the_folder():
+                yield from bucket.read(self._dtype)
+
+    @contextlib.contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._folder}: documents cannot be shuffled there: {error.strerror}; free the "
+                "disk (as much as the shards take is needed besides them)"
+            ) from None
+
+    def __enter__(self) -> ShuffledDocuments:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+        self._folder.rmdir()
+
+
+class _Bucket:
+    """Documents of a range of keys: a file of tokens, and one of their keys and lengths."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._paths = [folder / f"{number:03d}.{name}" for name in ("tokens", "index")]
+
+    def __enter__(self) -> _Bucket:
+        self._tokens, self._index = (make_new(path) for path in self._paths)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file, path in zip((self._tokens, self._index), self._paths, strict=True):
+            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+                file.close()
+            path.unlink(missing_ok=True)
+
+    def add(self, key: int, tokens: Tokens) -> None:
+        """Append a document, or a part that follows the document's last one."""
+        self._tokens.write(tokens.tobytes())
+        self._index.write(key.to_bytes(8, "little") + len(tokens).to_bytes(8, "little"))
+
+    def read(self, dtype: np.dtype[Any]) -> Iterator[Tokens]:
+        """Yield the tokens in the order of the keys."""
+        self._tokens.flush()
+        self._index.flush()
+        with self._paths[1].open("rb") as file:
+            index = np.frombuffer(file.read(), dtype="<u8").reshape(-1, 2)
+        counts = index[:, 1].astype(np.int64)
+        offsets = np.cumsum(counts) - counts
+        with self._paths[0].open("rb") as file:
+            # Stable: the parts of a document have the same key, and stay in their order.
+            for place in np.argsort(index[:, 0], kind="stable").tolist():
+                yield from _read(file, int(offsets[place]), int(counts[place]), dtype)
+
+
+def _read(file: BinaryIO, start: int, count: int, dtype: np.dtype[Any]) -> Iterator[Tokens]:
+    file.seek(start * dtype.itemsize)
+    while count:
+        data = file.read(min(count, _PIECE_TOKENS) * dtype.itemsize)
+        piece: npt.NDArray[Any] = np.frombuffer(data, dtype=dtype)
+        yield piece
+        count -= len(piece)
