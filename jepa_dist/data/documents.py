@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from jepa_dist.data import compressed
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
@@ -69,6 +70,16 @@ class Records:
 
 
 Part = Piece | Block | Records
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Parts of which some documents are left out."""
+
+    parts: list[Part]
+    keep: npt.NDArray[np.bool_]
+    """Whether a document stays: first the one that the parts may continue, then each that begins
+    in them."""
 
 
 @dataclass
@@ -213,6 +224,11 @@ def _check_size(file: InputFile, stream: BinaryIO) -> None:
     """Raise if the file has become shorter since it was listed."""
     if os.fstat(stream.fileno()).st_size < file.size:
         raise _shorter(file)
+
+
+def input_changed() -> UserError:
+    """Return the error for input that is not what it was when it was read before."""
+    return UserError("the input changed while it was read; try again")
 
 
 def _shorter(file: InputFile) -> UserError:
@@ -384,17 +400,27 @@ class Encoder:
         dtype = token_dtype(self.tokenizer.vocab_size)
         self._bos = np.array([self.tokenizer.bos_id], dtype=dtype)
 
-    def __call__(self, task: Iterable[Part]) -> Encoded:
-        """Read and encode the parts of a task.
+    def __call__(self, task: Selected | list[Part]) -> Encoded:
+        """Read and encode the parts of a task; all of them unless documents are selected.
 
         Raises:
-            UserError: a bad line of a .jsonl file, by name and number.
+            UserError: a bad line of a .jsonl file, by name and number; or other documents than
+                were selected from.
         """
+        parts = task.parts if isinstance(task, Selected) else task
+        keep = task.keep if isinstance(task, Selected) else None
         result = Encoded()
-        for part in task:
+        number = 0
+        for part in parts:
             result.bytes_read += _consumed(part)
             for text in read_texts(part, self.text_of, self.val_fraction):
-                self._add(result, text.split, text.data, text.begins)
+                number += text.begins
+                if keep is not None and number >= len(keep):
+                    raise input_changed()
+                if keep is None or keep[number]:
+                    self._add(result, text.split, text.data, text.begins)
+        if keep is not None and number != len(keep) - 1:
+            raise input_changed()
         return result.joined()
 
     def _add(self, result: Encoded, split: Split, text: bytes, begins: bool) -> None:

@@ -52,6 +52,11 @@ class Meta(BaseModel):
     shard_tokens: int | None = None
     shuffle: int | None = None
     """Seed of the order of the training documents; None: that of the input."""
+    deduplicate: bool | None = None
+    """Whether duplicates were dropped; folders of earlier versions do not say, and hold them."""
+    duplicates: dict[str, Count] | None = None
+    """Training documents that were dropped: equal to an ``earlier`` one, or to one of
+    ``validation``."""
     documents: dict[str, Count] = Field(default_factory=dict)
     """Documents of each split."""
     tokens: dict[str, Count] = Field(default_factory=dict)

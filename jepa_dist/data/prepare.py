@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from jepa_dist.command_line import Parser, program
 from jepa_dist.data import corpus
 from jepa_dist.data.byte_level import hugging_face_from
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
-from jepa_dist.data.documents import Encoded, Encoder, split_of, tasks
+from jepa_dist.data.documents import Encoded, Encoder, Part, Selected, split_of, tasks
+from jepa_dist.data.duplicates import Digester, Duplicates
 from jepa_dist.data.meta import META_NAME, Meta, read_meta
 from jepa_dist.data.prepared_report import report, table
 from jepa_dist.data.record_files import TextOf
@@ -47,6 +48,8 @@ _LEAST_VOCABULARY = 257  # all bytes, and the token that begins documents
 _MOST_VOCABULARY = 2**20
 _MOST_SEED = 2**63 - 1
 TOKENIZER_NAME = "tokenizer.json"
+# Settings that outputs of earlier versions do not say.
+_OF_LATER_VERSIONS = ("content", "deduplicate")
 REPORT_NAME = "report.json"
 
 
@@ -123,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SEED",
         help="put the training documents into a random order",
     )
+    add("--keep-duplicates", action="store_true", help="keep documents that are equal to others")
     add("--report", action="store_true", help=f"show lengths of documents; writes {REPORT_NAME}")
     add("--overwrite", action="store_true", help="replace an output made with other settings")
     return parser
@@ -181,6 +185,7 @@ def prepare(options: argparse.Namespace) -> str:
         "val_fraction": None if options.val else options.val_fraction,
         "shard_tokens": options.shard_tokens,
         "shuffle": options.shuffle,
+        "deduplicate": not options.keep_duplicates,
     }
     if out.exists() and _is_done(out, settings, options.overwrite):
         return f"{out}: already prepared with these settings"
@@ -293,7 +298,7 @@ def _is_done(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     differing = [
         f"other text in the files ({key})" if key == "content" else f"{key} {was!r}, now {value!r}"
         for key, value in settings.items()
-        if (was := before[key]) != value and not (key == "content" and was is None)
+        if (was := before[key]) != value and not (key in _OF_LATER_VERSIONS and was is None)
     ]
     if overwrite:
         return False
@@ -373,6 +378,11 @@ def _write(
 ) -> dict[str, Any]:
     """Encode all files into shards in ``folder``; what meta.json says about the result."""
     total = sum(file.size for file in files)
+    parts: Iterable[Selected | list[Part]] = tasks(files, separator, encoder.text_of)
+    duplicates = None
+    if not options.keep_duplicates:
+        duplicates = _find_duplicates(files, separator, encoder, options.workers)
+        parts = duplicates.selected(tasks(files, separator, encoder.text_of))
     vocab_size = encoder.tokenizer.vocab_size
     with contextlib.ExitStack() as stack:
         sets: dict[Split, _ShardSet] = {
@@ -390,7 +400,7 @@ def _write(
         progress = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="preparing", **_progress_pace())
         )
-        results = ordered_map(encoder, tasks(files, separator, encoder.text_of), options.workers)
+        results = ordered_map(encoder, parts, options.workers)
         for encoded in stack.enter_context(contextlib.closing(results)):
             progress.update(encoded.bytes_read)
             for split, shards in sets.items():
@@ -409,7 +419,28 @@ def _write(
         "shards": {name: n for shards in sets.values() for name, n in shards.counts.items()},
         "text_bytes": totals.text_bytes,
         "counted_bytes": totals.counted_bytes,
+        **({} if duplicates is None else {"duplicates": duplicates.counts()}),
     }
+
+
+def _find_duplicates(
+    files: Sequence[InputFile], separator: bytes | None, encoder: Encoder, workers: int
+) -> Duplicates:
+    """Read all files once for the duplicates among their documents, and say how many there are."""
+    duplicates = Duplicates()
+    digester = Digester(encoder.text_of, encoder.val_fraction)
+    results = ordered_map(digester, tasks(files, separator, encoder.text_of), workers)
+    with (
+        contextlib.closing(results),
+        tqdm(unit="MiB", desc="looking for duplicates", **_progress_pace()) as progress,
+    ):
+        for records in results:
+            duplicates.add(records)
+            progress.update()
+    duplicates.find()
+    if duplicates.total:
+        print(duplicates, file=sys.stderr)
+    return duplicates
 
 
 def _progress_pace() -> dict[str, Any]:
