@@ -93,6 +93,13 @@ class Encoded:
     """Bytes of text that the tokens stand for."""
     bytes_read: int = 0
 
+    def count(self, other: Encoded) -> None:
+        """Add the documents and bytes of another task."""
+        for split in SPLITS:
+            self.documents[split] += other.documents[split]
+            self.text_bytes[split] += other.text_bytes[split]
+            self.counted_bytes[split] += other.counted_bytes[split]
+
     def joined(self) -> Encoded:
         """The same with at most one array per split: far cheaper to send than one a document."""
         tokens = {split: [np.concatenate(t)] if t else [] for split, t in self.tokens.items()}

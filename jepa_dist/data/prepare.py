@@ -389,30 +389,25 @@ def _write(
             split: stack.enter_context(_ShardSet(folder, split, options.shard_tokens, vocab_size))
             for split in SPLITS
         }
-        totals = Encoded()
-        shuffled = None
+        sinks: dict[Split, _ShardSet | ShuffledDocuments] = {**sets}
         if options.shuffle is not None:
-            bos_id, dtype = encoder.tokenizer.bos_id, token_dtype(vocab_size)
-            buckets = num_buckets(total)
-            shuffled = stack.enter_context(
-                ShuffledDocuments(folder / "shuffle", bos_id, options.shuffle, buckets, dtype)
-            )
+            shuffled = _shuffled(folder / "shuffle", encoder.tokenizer, options.shuffle, total)
+            sinks["train"] = stack.enter_context(shuffled)
+        totals = Encoded()
         progress = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="preparing", **_progress_pace())
         )
         results = ordered_map(encoder, parts, options.workers)
         for encoded in stack.enter_context(contextlib.closing(results)):
             progress.update(encoded.bytes_read)
-            for split, shards in sets.items():
-                totals.documents[split] += encoded.documents[split]
-                totals.text_bytes[split] += encoded.text_bytes[split]
-                totals.counted_bytes[split] += encoded.counted_bytes[split]
+            totals.count(encoded)
+            for split, sink in sinks.items():
                 for tokens in encoded.tokens[split]:
-                    (shards if shuffled is None or split == "val" else shuffled).write(tokens)
-        if shuffled is not None:
+                    sink.write(tokens)
+        _check_splits(totals.documents)
+        if options.shuffle is not None:
             for tokens in shuffled.read():
                 sets["train"].write(tokens)
-        _check_splits(totals.documents)
     return {
         "documents": totals.documents,
         "tokens": {split: sum(shards.counts.values()) for split, shards in sets.items()},
@@ -421,6 +416,12 @@ def _write(
         "counted_bytes": totals.counted_bytes,
         **({} if duplicates is None else {"duplicates": duplicates.counts()}),
     }
+
+
+def _shuffled(folder: Path, tokenizer: Tokenizer, seed: int, size: int) -> ShuffledDocuments:
+    """Where the training documents of ``size`` bytes of input wait for their order."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    return ShuffledDocuments(folder, tokenizer.bos_id, seed, num_buckets(size), dtype)
 
 
 def _find_duplicates(
