@@ -164,7 +164,7 @@ MIXED = {
     [
         ({"data__val": '[{"name": "a/b", "shards": "v"}]'}, r"data\.val\[0\]\.name='a/b'"),
         ({"data__val": '[{"name": "a"}]'}, r"data\.val\[0\]\.shards=.*Field required"),
-        ({"data__val": '[{"name": "a", "shards": "s3://b"}]'}, r"data\.val\[0\]\.shards=.*URL"),
+        ({"data__val": '[{"name": "a", "shards": ""}]'}, r"data\.val\[0\]\.shards=.*empty"),
         ({"data__train": "x.bin"}, "data.stages: only a data.train that is a list"),
         ({"train__max_wallclock_seconds": 5}, "not known in advance"),
         ({"data__stages": '[{"at": 0.5, "weights": {"a": 1}}]'}, "expected one for each source"),
