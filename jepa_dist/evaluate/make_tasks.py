@@ -30,7 +30,7 @@ from jepa_dist.config import Config, load
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.corpus import InputFile, default_corpus, listing
 from jepa_dist.data.meta import metas_beside
-from jepa_dist.data.shards import find_shards
+from jepa_dist.data.sources import find_split
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.errors import UserError
 from jepa_dist.evaluate.stream import TokenStream
@@ -118,7 +118,7 @@ def read_documents(config: Config, tokenizer: Tokenizer) -> Iterator[str]:
     Raises:
         UserError: no shards, or damaged ones.
     """
-    paths = find_shards(config.data.val, "data.val")
+    paths = find_split(config, "val")
     stream = TokenStream(paths, config.model.vocab_size)
     ids = stream.read(0, min(len(stream), _MOST_TOKENS))
     starts = np.flatnonzero(ids == tokenizer.bos_id)
@@ -243,7 +243,7 @@ def _shuffled(context: str, choices: Sequence[str | None], random: Random) -> Re
 
 def _corpus_of(config: Config) -> list[InputFile] | None:
     """Return the files of the default corpus if the validation shards were made from them."""
-    metas = metas_beside(find_shards(config.data.val, "data.val")).values()
+    metas = metas_beside(find_split(config, "val")).values()
     try:
         _, files = default_corpus()
     except UserError:
