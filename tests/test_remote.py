@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from jepa_dist.checkpoint import RetentionPolicy, verify
 from jepa_dist.checkpoint.folder import published
 from jepa_dist.checkpoint.manifest import MANIFEST
 from jepa_dist.checkpoint.mirror import Mirror, fetch_newest
+from jepa_dist.config import Config
 from jepa_dist.data.remote_shards import fetch_shards
 from jepa_dist.data.shards import find_shards, read_shard, write_shard
 from jepa_dist.errors import UserError
@@ -245,6 +247,11 @@ def test_copies_of_steps_that_were_rolled_back_go(memory: Any, run: Path) -> Non
 # ---------------------------------------------------------------------------- a run
 
 
+def train_with_cache(rank: int, world_size: int, config: Config, folder: str) -> Any:
+    os.environ["XDG_CACHE_HOME"] = folder  # the server that forks ranks has that of its start
+    return train(rank, world_size, config)
+
+
 def test_a_run_goes_on_from_the_copy_bit_for_bit(tmp_path: Path) -> None:
     """On an empty disk, with shards that it has to copy again."""
     write_corpus(tmp_path / "source")
@@ -252,11 +259,11 @@ def test_a_run_goes_on_from_the_copy_bit_for_bit(tmp_path: Path) -> None:
     changes = {"data__train": f"{source}/train_*.bin", "data__val": f"{source}/val_*.bin"}
     changes |= {"train__steps": 8, "checkpoint__every": 4, "data__workers": 0}
     whole = tiny_config(tmp_path, run__dir=tmp_path / "whole", **changes)
-    (expected,) = run_ranks(train, 1, whole)
+    (expected,) = run_ranks(train_with_cache, 1, whole, str(tmp_path / "cache"))
     upload(f"file://{tmp_path}/copies", tmp_path / "whole/checkpoints/step_00000004")
-    shutil.rmtree(tmp_path / "cache")
     mirror = {"checkpoint__mirror": f"file://{tmp_path}/copies"}
-    (found,) = run_ranks(train, 1, tiny_config(tmp_path, **changes, **mirror))
+    resumed = tiny_config(tmp_path, **changes, **mirror)
+    (found,) = run_ranks(train_with_cache, 1, resumed, str(tmp_path / "other cache"))
     assert "step_00000004 copied to" in found["start"].messages[0]
     assert found["start"].step == 4
     for name, tensor in expected["state"].items():

@@ -23,7 +23,7 @@ def reference_page() -> str:
         "",
         "A key of type `str`, or with a choice of names, takes its value literally: on the command",
         "line without quotes for YAML (`run.dir=runs/exp #2`). Other keys take a YAML value.",
-        "Numbers are decimal. Paths must be on a mounted file system; URLs are refused.",
+        "Numbers are decimal. Paths are on a mounted file system, except where a URL is named.",
         "",
         "| environment | key |",
         "|---|---|",
