@@ -6,6 +6,7 @@ import base64
 import os
 import pickle
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,24 @@ def test_bound_listens_at_the_local_address_alone(free_port: int) -> None:
     with pytest.raises(RendezvousConnectionError, match=rf"cannot listen at 127.0.0.1:{free_port}"):
         handler_of("bound", is_host=True, **address)
     assert handler.shutdown()
+
+
+def test_bound_gives_each_start_a_store_that_all_agents_agree_on(free_port: int) -> None:
+    """The host of rank 0 may be another one than in the start before."""
+    settings = {"endpoint": f"localhost:{free_port}", "local_addr": "127.0.0.1"}
+    agents = [handler_of("bound", **settings, min_nodes=2, max_nodes=2) for _ in range(2)]
+    ports = []
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            starts = list(pool.map(lambda agent: agent.next_rendezvous(), agents))
+            assert sorted(start.rank for start in starts) == [0, 1]
+            places = {start.bootstrap_store_info.master_port for start in starts}
+            assert len(places) == 1
+            ports += places
+            write_as_a_rank(starts[0], "x")
+    assert len(set(ports)) == 2
+    for agent in agents:
+        agent.shutdown()
 
 
 def test_bound_needs_an_address() -> None:

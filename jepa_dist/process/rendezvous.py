@@ -187,6 +187,16 @@ class _StateReader(pickle.Unpickler):
 
 
 class _BoundRendezvous(DynamicRendezvousHandler):
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Meet the other agents; the ranks of each start get a new store.
+
+        PyTorch's agents keep the address of the first one, and disagree on it as soon as another
+        host takes rank 0.
+        """
+        self._bootstrap_store_info = None
+        self._shared_tcp_store_server = None
+        return super().next_rendezvous()
+
     def _create_tcp_store_server(self, master_addr: str, master_port: int) -> TCPStore:
         """Return the store for the ranks (PyTorch's would listen on all interfaces)."""
         return listening_store(master_addr, master_port, _TIMEOUT)
