@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -40,6 +43,26 @@ UNFORESEEN: tuple[type[Exception], ...] = (OSError, *_LIMITS)
 
 
 @contextmanager
+def end_with_reader() -> Iterator[None]:
+    """Exit quietly, as other programs do, if whoever reads the output has gone (``| head``)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _has_no_reader():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _has_no_reader() -> bool:
+    """Return whether the output is a pipe that nobody reads."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & select.POLLERR for _, events in output.poll(0))
+
+
+@contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Turn errors from limits of the system and of Python into one-line problems.
 
@@ -50,7 +73,8 @@ def errors_in_one_line() -> Iterator[None]:
         UserError: for OSError, OverflowError, RecursionError and MemoryError.
     """
     try:
-        yield
+        with end_with_reader():
+            yield
     except OSError as error:
         name = str(error.filename or "the system")
         name = name if len(name) < 200 else f"{name[:90]}...{name[-90:]}"

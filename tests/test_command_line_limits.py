@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ from jepa_dist.errors import UserError
 from jepa_dist.interop.parameter_golf import main as parameter_golf
 from jepa_dist.process.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
 from jepa_dist.report.__main__ import main as report
+from tests.patience import patience
 
 
 def overflow() -> None:
@@ -126,3 +130,20 @@ def test_a_note_that_hangs_does_not_keep_the_rank(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(_LeftError), exit_on_rank_error(0, on_failure=hang):
         raise UserError("x")
     released.set()
+
+
+@pytest.mark.parametrize("command", ["sweep list objectives_debug", "checkpoint ls RUN"])
+def test_a_reader_that_leaves_ends_a_command_quietly(command: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    words = command.replace("RUN", str(tmp_path)).split()
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "jepa_dist", *words],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=patience(60),
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

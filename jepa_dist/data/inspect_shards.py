@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_dist.command_line import Parser, program
+from jepa_dist.command_line import Parser, end_with_reader, program
 from jepa_dist.data.meta import read_meta
 from jepa_dist.data.shards import Shard, find_shards
 from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
@@ -26,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code (2 for a user's mistake)."""
     try:
         options = _parser().parse_args(argv)
-        for pattern in options.shards:
-            for path in find_shards(pattern, "SHARD"):
-                _show(path, options)
+        with end_with_reader():
+            for pattern in options.shards:
+                for path in find_shards(pattern, "SHARD"):
+                    _show(path, options)
     except UserError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return 2

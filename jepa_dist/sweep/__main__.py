@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from jepa_dist.command_line import program
+from jepa_dist.command_line import end_with_reader, program
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.evaluation_file import EVALUATION, read_evaluation
 from jepa_dist.sweep.members import (
@@ -50,6 +50,11 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 def main() -> int:
     """Run a subcommand; return the exit code."""
+    with end_with_reader():
+        return _main()
+
+
+def _main() -> int:
     arguments = _arguments()
     try:
         members = read_sweep(arguments.file, arguments.overrides)
