@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,13 +302,23 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """As if its power failed: slurmd, the step daemons and all that runs there are gone."""
         daemon = self._daemons[f"slurmd.{name}"]
-        tasks = [p for p in self.processes() if environment_of(p).get("SLURMD_NODENAME") == name]
-        steps = {parent.pid: parent for task in tasks for parent in _step_daemons(task)}
-        assert steps, f"nothing runs on {name}"
+        found = self._processes_on(name)
+        assert found, f"nothing runs on {name}"
         daemon.kill()
         daemon.wait()
-        for process in [*steps.values(), *tasks]:
-            _kill(process)
+        # What they start meanwhile, too: an srun that is left would end the step of the same number
+        # when the job runs again.
+        while found:
+            for process in found:
+                _kill(process)
+            time.sleep(0.1)
+            found = self._processes_on(name)
+
+    def _processes_on(self, name: str) -> list[psutil.Process]:
+        """Return the step daemons of a node, and then what they run."""
+        tasks = [p for p in self.processes() if environment_of(p).get("SLURMD_NODENAME") == name]
+        steps = {parent.pid: parent for task in tasks for parent in _step_daemons(task)}
+        return [*steps.values(), *tasks]
 
     def environment(self, changes: Mapping[str, Any] | None = None) -> dict[str, str]:
         """Ours, without what another SLURM or a test run left there."""
