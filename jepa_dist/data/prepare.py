@@ -2,7 +2,8 @@
 
 Without INPUT it prepares the default corpus: the standard library of the running Python.
 The output folder holds train_000000.bin ..., val_000000.bin ... and meta.json, and appears whole
-or not at all; what is in it does not depend on the number of processes.
+or not at all; what is in it does not depend on the number of processes. The same command resumes
+one that was killed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -26,13 +28,23 @@ from jepa_dist.command_line import Parser, program
 from jepa_dist.data import corpus
 from jepa_dist.data.byte_level import hugging_face_from
 from jepa_dist.data.corpus import SPLITS, InputFile, Split
-from jepa_dist.data.documents import Encoded, Encoder, Part, Selected, split_of, tasks
+from jepa_dist.data.documents import (
+    TASK_BYTES,
+    Encoded,
+    Encoder,
+    Part,
+    Selected,
+    split_of,
+    tasks,
+)
 from jepa_dist.data.duplicates import Digester, Duplicates
+from jepa_dist.data.journal import Journal, ShuffleState, State, digest_of, read_state
 from jepa_dist.data.meta import META_NAME, Meta, read_meta
+from jepa_dist.data.prepared_output import Output
 from jepa_dist.data.prepared_report import report, table
 from jepa_dist.data.record_files import TextOf
 from jepa_dist.data.shard_format import MOST_TOKENS, token_dtype
-from jepa_dist.data.shards import ShardWriter, Tokens, read_count
+from jepa_dist.data.shards import read_count
 from jepa_dist.data.shuffle import ShuffledDocuments, num_buckets
 from jepa_dist.data.staging import resolve_target, staged
 from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
@@ -195,7 +207,8 @@ def prepare(options: argparse.Namespace) -> str:
         print(tokenizer.note, file=sys.stderr)
     encoder = Encoder(tokenizer, text_of, options.val_fraction)
     with staged(out) as folder:
-        totals = _write(folder, files, separator, encoder, options)
+        state = read_state(folder, digest_of({**settings, "tasks of": TASK_BYTES}))
+        totals = _write(folder, files, separator, encoder, options, state)
         meta = Meta(source=source, **settings, **_describe(tokenizer), **totals)
         text = json.dumps(meta.model_dump(exclude_none=True), indent=1)
         (folder / META_NAME).write_text(text + "\n", encoding="utf-8")
@@ -337,44 +350,13 @@ def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-class _ShardSet:
-    """Writes one split as train_000000.bin, train_000001.bin, ..., each filled to the brim."""
-
-    def __init__(self, folder: Path, split: Split, shard_tokens: int, vocab_size: int) -> None:
-        self.counts: dict[str, int] = {}
-        self._vocab_size = vocab_size
-        self._folder, self._split, self._most = folder, split, shard_tokens
-        self._open = contextlib.ExitStack()
-        self._writer: ShardWriter | None = None
-
-    def write(self, tokens: Tokens) -> None:
-        """Append token ids."""
-        while len(tokens):
-            if self._writer is None or self._writer.count == self._most:
-                self._writer = self._next()
-            room = self._most - self._writer.count
-            self._writer.write(tokens[:room])
-            self.counts[self._writer.path.name] = self._writer.count
-            tokens = tokens[room:]
-
-    def _next(self) -> ShardWriter:
-        self._open.close()
-        path = self._folder / f"{self._split}_{len(self.counts):06d}.bin"
-        return self._open.enter_context(ShardWriter(path, self._vocab_size))
-
-    def __enter__(self) -> _ShardSet:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
-
-
 def _write(
     folder: Path,
     files: Sequence[InputFile],
     separator: bytes | None,
     encoder: Encoder,
     options: argparse.Namespace,
+    state: State,
 ) -> dict[str, Any]:
     """Encode all files into shards in ``folder``; what meta.json says about the result."""
     total = sum(file.size for file in files)
@@ -383,45 +365,91 @@ def _write(
     if not options.keep_duplicates:
         duplicates = _find_duplicates(files, separator, encoder, options.workers)
         parts = duplicates.selected(tasks(files, separator, encoder.text_of))
-    vocab_size = encoder.tokenizer.vocab_size
     with contextlib.ExitStack() as stack:
-        sets: dict[Split, _ShardSet] = {
-            split: stack.enter_context(_ShardSet(folder, split, options.shard_tokens, vocab_size))
-            for split in SPLITS
-        }
-        sinks: dict[Split, _ShardSet | ShuffledDocuments] = {**sets}
-        if options.shuffle is not None:
-            shuffled = _shuffled(folder / "shuffle", encoder.tokenizer, options.shuffle, total)
-            sinks["train"] = stack.enter_context(shuffled)
-        totals = Encoded()
+        output, state = _open_output(folder, state, encoder.tokenizer, options, total)
+        stack.enter_context(output)
+        journal = Journal(folder)
         progress = stack.enter_context(
-            tqdm(total=total, unit="B", unit_scale=True, desc="preparing", **_progress_pace())
+            tqdm(
+                total=total,
+                initial=state.bytes_read,
+                unit="B",
+                unit_scale=True,
+                desc="preparing",
+                **_progress_pace(),
+            )
         )
-        results = ordered_map(encoder, parts, options.workers)
+        rest = itertools.islice(parts, state.tasks, None)
+        results = ordered_map(encoder, rest, options.workers)
         for encoded in stack.enter_context(contextlib.closing(results)):
             progress.update(encoded.bytes_read)
-            totals.count(encoded)
-            for split, sink in sinks.items():
-                for tokens in encoded.tokens[split]:
-                    sink.write(tokens)
-        _check_splits(totals.documents)
+            output.write(encoded)
+            state = _after(state, encoded)
+            if journal.is_due:
+                journal.write(functools.partial(_noted, state, output))
+        _check_splits(state.documents)
         if options.shuffle is not None:
-            for tokens in shuffled.read():
-                sets["train"].write(tokens)
+            journal.write(functools.partial(_noted, state, output))
+        output.finish()
+    journal.close()
     return {
-        "documents": totals.documents,
-        "tokens": {split: sum(shards.counts.values()) for split, shards in sets.items()},
-        "shards": {name: n for shards in sets.values() for name, n in shards.counts.items()},
-        "text_bytes": totals.text_bytes,
-        "counted_bytes": totals.counted_bytes,
+        "documents": state.documents,
+        "tokens": {split: sum(shards.counts.values()) for split, shards in output.sets.items()},
+        "shards": {name: n for shards in output.sets.values() for name, n in shards.counts.items()},
+        "text_bytes": state.text_bytes,
+        "counted_bytes": state.counted_bytes,
         **({} if duplicates is None else {"duplicates": duplicates.counts()}),
     }
 
 
-def _shuffled(folder: Path, tokenizer: Tokenizer, seed: int, size: int) -> ShuffledDocuments:
-    """Where the training documents of ``size`` bytes of input wait for their order."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    return ShuffledDocuments(folder, tokenizer.bos_id, seed, num_buckets(size), dtype)
+def _open_output(
+    folder: Path, state: State, tokenizer: Tokenizer, options: argparse.Namespace, size: int
+) -> tuple[Output, State]:
+    """Open what an earlier process left, and say so; or begin anew if that is not what it was.
+
+    Returns:
+        The output, and the state that it is in.
+    """
+    vocab_size = tokenizer.vocab_size
+
+    def shuffle(place: Path, resume: ShuffleState | None) -> ShuffledDocuments:
+        buckets, dtype = num_buckets(size), token_dtype(vocab_size)
+        return ShuffledDocuments(place, tokenizer.bos_id, options.shuffle, buckets, dtype, resume)
+
+    settings = (options.shard_tokens, vocab_size, None if options.shuffle is None else shuffle)
+    try:
+        output = Output(folder, state, *settings)
+    except (OSError, UserError):
+        if not state.tasks:
+            raise
+        state = State(settings=state.settings)
+        output = Output(folder, state, *settings)
+    if state.tasks:
+        done = state.bytes_read / max(1, size)
+        print(f"{folder}: resuming after {done:.0%} of the input", file=sys.stderr)
+    return output, state
+
+
+def _after(state: State, encoded: Encoded) -> State:
+    """Return the state after one more task."""
+
+    def sums(name: str) -> dict[Split, int]:
+        before, more = getattr(state, name), getattr(encoded, name)
+        return {split: before[split] + more[split] for split in SPLITS}
+
+    return state.model_copy(
+        update={
+            "tasks": state.tasks + 1,
+            "bytes_read": state.bytes_read + encoded.bytes_read,
+            **{name: sums(name) for name in ("documents", "text_bytes", "counted_bytes")},
+        }
+    )
+
+
+def _noted(state: State, output: Output) -> State:
+    """Return the state with what the files hold, flushed to disk."""
+    shards, shuffled = output.flushed()
+    return state.model_copy(update={"shards": shards, "shuffled": shuffled})
 
 
 def _find_duplicates(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jepa_dist.data.journal import flush, reopen
 from jepa_dist.data.remote_shards import fetch_shards
 from jepa_dist.data.shard_format import (
     HEADER_BYTES,
@@ -49,19 +50,36 @@ class ShardWriter:
     Args:
         path: The shard.
         vocab_size: Number of legal ids; they are written as uint16 up to 65,536, else as uint32.
+        resume: Continue the temporary file, or the shard, that another writer left, after so many
+            tokens.
 
     Raises:
         UserError: the file cannot be written, e.g. because the disk is full.
+        OSError: there is nothing to continue.
     """
 
-    def __init__(self, path: Path, vocab_size: int = 2**16) -> None:
+    def __init__(self, path: Path, vocab_size: int = 2**16, resume: int | None = None) -> None:
         self.path = path
-        self.count = 0
+        self.count = resume or 0
         self._dtype = token_dtype(vocab_size)
         self._partial = path.with_name(f".{path.name}.partial")
+        if resume is not None:
+            if not self._partial.exists():
+                path.rename(self._partial)
+            self._file = reopen(self._partial, HEADER_BYTES + resume * self._dtype.itemsize)
+            return
         with self._naming_the_file():
             self._file = make_new(self._partial)
             self._file.write(bytes(HEADER_BYTES))
+
+    def flush(self) -> None:
+        """Flush what is written to disk.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        with self._naming_the_file():
+            flush(self._file)
 
     def write(self, tokens: npt.NDArray[Any]) -> None:
         """Append token ids, integers of any type.

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from jepa_dist.data.journal import ShuffleState, flush, reopen
 from jepa_dist.data.order import Key, scatter
 from jepa_dist.data.shards import Tokens
 from jepa_dist.errors import UserError
@@ -49,20 +50,47 @@ class ShuffledDocuments:
         seed: Of the order.
         buckets: Number of files.
         dtype: Of the tokens.
+        resume: Continue the files that another one left in this state.
+
+    Raises:
+        OSError: there is nothing to continue.
     """
 
     def __init__(
-        self, folder: Path, bos_id: int, seed: int, buckets: int, dtype: np.dtype[Any]
+        self,
+        folder: Path,
+        bos_id: int,
+        seed: int,
+        buckets: int,
+        dtype: np.dtype[Any],
+        resume: ShuffleState | None = None,
     ) -> None:
         self._folder, self._bos_id, self._key = folder, bos_id, _round_keys(seed)
         self._dtype = dtype
-        self._documents = 0
-        self._current = np.zeros(1, dtype=np.uint64)
+        self._documents = 0 if resume is None else resume.documents
+        self._current = np.array([0 if resume is None else resume.current], dtype=np.uint64)
         """Key of the latest document, which may continue."""
-        folder.mkdir()
-        with contextlib.ExitStack() as stack, self._naming_the_folder():
-            self._buckets = [stack.enter_context(_Bucket(folder, n)) for n in range(buckets)]
+        with contextlib.ExitStack() as stack:
+            if resume is None:
+                with self._naming_the_folder():
+                    folder.mkdir()
+                    opened = [_Bucket(folder, number) for number in range(buckets)]
+                    self._buckets = [stack.enter_context(bucket) for bucket in opened]
+            else:
+                sizes = enumerate(resume.bytes)
+                self._buckets = [stack.enter_context(_Bucket(folder, n, s)) for n, s in sizes]
             self._open = stack.pop_all()
+
+    def state(self) -> ShuffleState:
+        """Return what is on disk, flushed.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with self._naming_the_folder():
+            sizes = [bucket.flushed() for bucket in self._buckets]
+        (current,) = self._current.tolist()
+        return ShuffleState(documents=self._documents, current=current, bytes=sizes)
 
     def write(self, tokens: Tokens) -> None:
         """Append tokens: whole documents, or the continuation of the last one.
@@ -111,14 +139,30 @@ class ShuffledDocuments:
 
 
 class _Bucket:
-    """Documents of a range of keys: a file of tokens, and one of their keys and lengths."""
+    """Documents of a range of keys: a file of tokens, and one of their keys and lengths.
 
-    def __init__(self, folder: Path, number: int) -> None:
+    Args:
+        folder: Where they are.
+        number: Of the bucket.
+        sizes: Continue files that held so many bytes.
+    """
+
+    def __init__(self, folder: Path, number: int, sizes: tuple[int, int] | None = None) -> None:
         self._paths = [folder / f"{number:03d}.{name}" for name in ("tokens", "index")]
+        self._sizes = sizes
 
     def __enter__(self) -> _Bucket:
-        self._tokens, self._index = (make_new(path) for path in self._paths)
+        if self._sizes is None:
+            self._tokens, self._index = (make_new(path) for path in self._paths)
+        else:
+            self._tokens, self._index = map(reopen, self._paths, self._sizes)
         return self
+
+    def flushed(self) -> tuple[int, int]:
+        """Flush both files to disk; return their sizes."""
+        for file in (self._tokens, self._index):
+            flush(file)
+        return self._tokens.tell(), self._index.tell()
 
     def __exit__(self, *_: object) -> None:
         for file, path in zip((self._tokens, self._index), self._paths, strict=True):

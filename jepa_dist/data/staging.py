@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -47,10 +47,10 @@ def resolve_target(path: Path) -> Path:
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``target`` that takes its place when the block ends normally.
+    """Give a folder beside ``target`` that takes its place when the block ends normally.
 
     An existing ``target`` is replaced. After an exception the folder is removed; one left behind
-    by a killed process is cleared by the next call.
+    by a killed process is given to the next call as it is.
 
     Raises:
         UserError: another process is writing the same target, or a link or a file has the name of
@@ -63,7 +63,6 @@ def staged(target: Path) -> Iterator[Path]:
             raise UserError(f"{path}: is in the way of --out {target}; remove it")
     staging.mkdir(parents=True, exist_ok=True)
     with _locked(staging, target):
-        _clear(staging)
         try:
             yield staging
         except BaseException:
@@ -95,8 +94,11 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path, but: Collection[str] = ()) -> None:
+    """Remove everything in a folder but what has one of these names."""
     for path in folder.iterdir():
+        if path.name in but:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -1,0 +1,134 @@
+"""``prepare`` after ``kill -9``: the same command resumes, and makes the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jepa_dist.data import documents, journal
+from jepa_dist.data.journal import JOURNAL
+from jepa_dist.data.prepare import main
+from jepa_dist.data.prepared_output import ShardSet
+from jepa_dist.data.shuffle import ShuffledDocuments
+
+TEXTS = [f"document {n % 190} " + "word " * (n % 40) for n in range(200)]  # ten duplicates
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Many tasks, each of which is noted."""
+    monkeypatch.setattr(documents, "TASK_BYTES", 700)
+    monkeypatch.setattr(journal, "_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "_PAUSES", 0.0)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def command(text: Path, out: Path, *more: str) -> list[str]:
+    fixed = ["--workers", "1", "--shard-tokens", "2500", "--val-fraction", "0.1"]
+    return [str(text), "--out", str(out), *fixed, *more]
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def killed_after(writes: int, arguments: list[str]) -> bool:
+    """Prepare in a process that kills itself in the given write; whether it came that far."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(writes))
+        for sink in (ShardSet, ShuffledDocuments):
+
+            def write(self: Any, tokens: Any, of_class: Any = sink.write) -> None:
+                if next(left, None) is None:
+                    half = len(tokens) // 2
+                    of_class(self, tokens[:half])  # in the middle of what belongs together
+                    os.kill(os.getpid(), signal.SIGKILL)
+                of_class(self, tokens)
+
+            sink.write = write  # type: ignore[method-assign]
+        os._exit(main(arguments))
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("more", [(), ("--shuffle", "3"), ("--keep-duplicates",)])
+def test_killed_anywhere_and_resumed(text: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    assert main(command(text, tmp_path / "whole", *more)) == 0
+    expected = files_of(tmp_path / "whole")
+    assert len(expected) > 4
+    kills = 0
+    for writes in (0, 1, 5, 12, 19, 30, 43, 60):
+        out = tmp_path / f"out{writes}"
+        arguments = command(text, out, *more)
+        kills += killed_after(writes, arguments)
+        assert main(arguments) == 0
+        assert files_of(out) == expected, writes
+        assert not (tmp_path / f".out{writes}.partial").exists()
+    assert kills >= 5
+
+
+def test_killed_again_and_again(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each time it comes a little further."""
+    assert main(command(text, tmp_path / "whole", "--shuffle", "3")) == 0
+    arguments = command(text, tmp_path / "out", "--shuffle", "3")
+    done = []
+    for _ in range(4):
+        assert killed_after(5, arguments)
+        done.append(json.loads((tmp_path / ".out.partial" / JOURNAL).read_text())["tasks"])
+    assert done[0] < done[1] < done[2] < done[3]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "resuming after " in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder, text: (folder / JOURNAL).write_text("{}"),
+        lambda folder, text: (folder / JOURNAL).write_text("\0" * 100),
+        lambda folder, text: next(folder.glob(".train*.partial")).write_bytes(b"short"),
+        lambda folder, text: next(folder.glob(".train*.partial")).unlink(),
+        lambda folder, text: (folder / "train_000000.bin").write_bytes(b"short"),
+        lambda folder, text: text.write_text(text.read_text().replace("word", "work")),
+    ],
+)
+def test_what_cannot_be_resumed_begins_anew(spoil: Any, text: Path, tmp_path: Path) -> None:
+    arguments = command(text, tmp_path / "out")
+    assert killed_after(30, arguments)
+    spoil(tmp_path / ".out.partial", text)
+    assert main(arguments) == 0
+    assert main(command(text, tmp_path / "whole")) == 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_links_planted_beside_it_are_not_followed(text: Path, tmp_path: Path) -> None:
+    arguments = command(text, tmp_path / "out")
+    assert killed_after(30, arguments)
+    elsewhere = tmp_path / "mine"
+    elsewhere.write_bytes(np.zeros(5000, np.uint16).tobytes())
+    before = elsewhere.read_bytes()
+    partial = next((tmp_path / ".out.partial").glob(".train*.partial"))
+    partial.unlink()
+    partial.symlink_to(elsewhere)
+    assert main(arguments) == 0
+    assert elsewhere.read_bytes() == before
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
