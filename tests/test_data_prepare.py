@@ -408,14 +408,14 @@ def interrupt(process: subprocess.Popen[str], how: signal.Signals) -> None:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_nothing_half_done(tmp_path: Path, how: signal.Signals) -> None:
-    write_jsonl(tmp_path / "a.jsonl", texts(100_000))  # some 20 MB
+    write_jsonl(tmp_path / "a.jsonl", texts(300_000))  # so many that it is not done soon
     out, staging = tmp_path / "out", tmp_path / ".out.partial"
     arguments = [str(tmp_path / "a.jsonl"), "--out", str(out), "--workers", "2"]
     marker = f"{os.getpid()}-{time.monotonic_ns()}"
     process = start(arguments, marker)
     try:
         shard = staging / ".train_000000.bin.partial"
-        wait_until(lambda: shard.exists() and shard.stat().st_size > 1024, 20)
+        wait_until(lambda: shard.exists() and shard.stat().st_size > 1024, 20, every=0.002)
         interrupt(process, how)
         _, errors = process.communicate(timeout=patience(20))
         wait_until(lambda: not marked_processes(marker), 10)
@@ -429,20 +429,21 @@ def test_an_interrupted_run_leaves_nothing_half_done(tmp_path: Path, how: signal
         assert process.returncode == 130
         assert errors == "interrupted; nothing was written\n"
         assert not staging.exists()
+    write_jsonl(tmp_path / "a.jsonl", texts(10_000))
     assert main([*arguments[:3], "--workers", "1"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
-    assert len(documents_of(out, "train")) + len(documents_of(out, "val")) == 100_000
+    assert len(documents_of(out, "train")) + len(documents_of(out, "val")) == 10_000
 
 
 @pytest.mark.timeout(60)
 def test_a_killed_helper_is_one_error(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", texts(100_000))
+    write_jsonl(tmp_path / "a.jsonl", texts(300_000))  # so many that it is not done soon
     out = tmp_path / "out"
     marker = f"{os.getpid()}-{time.monotonic_ns()}"
     process = start([str(tmp_path / "a.jsonl"), "--out", str(out), "--workers", "2"], marker)
     try:
         shard = tmp_path / ".out.partial" / ".train_000000.bin.partial"
-        wait_until(lambda: shard.exists() and shard.stat().st_size > 1024, 20)
+        wait_until(lambda: shard.exists() and shard.stat().st_size > 1024, 20, every=0.002)
         helper = max(marked_processes(marker))
         assert helper != process.pid
         os.kill(helper, signal.SIGKILL)
@@ -464,7 +465,9 @@ def test_two_at_once_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[st
     marker = f"{os.getpid()}-{time.monotonic_ns()}"
     process = start(arguments, marker)
     try:
-        wait_until((tmp_path / ".out.partial" / ".train_000000.bin.partial").exists, 20)
+        wait_until(
+            (tmp_path / ".out.partial" / ".train_000000.bin.partial").exists, 20, every=0.002
+        )
         assert main(arguments) == 2
         assert "another process is preparing this folder" in capsys.readouterr().err
         assert process.wait(patience(30)) == 0
