@@ -68,7 +68,7 @@ def test_a_run_starts_from_the_weights_of_every_kind_of_source(sources: dict[str
         for name, path in sources.items()
     ]
     (results,) = run_ranks(start, 1, configs)
-    windows = find_windows(configs[0], None)
+    (windows,) = find_windows(configs[0], None).values()
     tokens = torch.from_numpy(windows.read(range(len(windows)), len(windows)).tokens)
     for (name, path), (weights, average, loss) in zip(sources.items(), results, strict=True):
         origin = path if name == "average" else sources["run"]

@@ -265,7 +265,7 @@ def export_and_evaluate(rank: int, world_size: int, config: Config, out: Path) -
     source = find_weights(Path(config.run.dir), "live")
     settings = EVALUATION.resolve(config, [])
     model = load_model(source, settings.parallel, world)
-    windows = find_windows(settings, None)
+    (windows,) = find_windows(settings, None).values()
     losses = []
     for path in (Path(config.run.dir), out / "many/model.jepaq", out / "few/model.jepaq"):
         each = find_weights(path, "live")
