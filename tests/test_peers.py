@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -68,8 +69,8 @@ def test_ranks_that_hang_leave_when_one_is_killed(tmp_path: Path) -> None:
         finished = job.wait(60)
     assert time.monotonic() - killed < SOON
     assert finished.code != 0
-    for rank in (0, 1):
-        assert f"[rank {rank}] error: rank 2 on " in finished.output
+    # The first to leave breaks the other's connection, which may be faster than its own look.
+    assert re.search(r"\[rank [01]\] error: rank 2 on ", finished.output)
 
 
 def test_a_report_from_another_host_ends_a_rank(tmp_path: Path) -> None:
