@@ -62,7 +62,7 @@ def documents(row: Tensor) -> list[Tensor]:
 def test_a_packed_row_equals_its_documents_run_alone(
     tmp_path: Path, reset: bool, phase: int
 ) -> None:
-    """Also where positions go on: rotary attention depends on distances only."""
+    """With and without reset_positions: rotary attention depends on distances only."""
     config = masked(tmp_path, reset=reset)
     model = model_of(config)
     rows = [packed(24, 0, 5, 6, 17), packed(24, 9), packed(24, 23), packed(24)]
