@@ -16,6 +16,7 @@ from jepa_dist.data.journal import JOURNAL
 from jepa_dist.data.prepare import main
 from jepa_dist.data.prepared_output import ShardSet
 from jepa_dist.data.shuffle import ShuffledDocuments
+from tests.test_data_prepare import write_jsonl
 
 TEXTS = [f"document {n % 190} " + "word " * (n % 40) for n in range(200)]  # ten duplicates
 
@@ -34,7 +35,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    write_jsonl(path, TEXTS)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import tracemalloc
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from jepa_dist.data import documents, shuffle
 from jepa_dist.data.meta import read_meta
 from jepa_dist.data.prepare import main
 from jepa_dist.data.shuffle import ShuffledDocuments
-from tests.test_data_prepare import documents_of, prepared
+from tests.test_data_prepare import documents_of, prepared, write_jsonl
 
 BOS = 256
 TEXTS = [f"document {n} " + "word " * (n % 40) for n in range(300)]
@@ -31,7 +30,7 @@ def _sigterm() -> Iterator[None]:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    write_jsonl(path, TEXTS)
     return path
 
 

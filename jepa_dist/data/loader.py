@@ -2,7 +2,7 @@
 
 The samples are windows over shards. Which sample is the i-th of the run is a pure
 function of the seed (order.py, mixture.py), which rows are a rank's is arithmetic (layout.py), so
-the loader's only state is the number of samples consumed: a run goes on at any world size with any
+the loader's only state is the number of samples consumed: a run resumes at any world size, with any
 number of loader processes.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jepa_dist.config import Config
 from jepa_dist.data.check import load_checked_tokenizer
@@ -27,24 +28,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of tasks and probes to the parser of ``jepa_dist evaluate``."""
     group = parser.add_argument_group("tasks and probes, in place of bits per byte")
     add = group.add_argument
-    add(
-        "--tasks",
-        nargs="+",
-        type=Path,
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="likelihood tasks: JSON Lines with context, choices and answer",
-    )
-    add(
-        "--probe",
-        nargs="+",
-        type=Path,
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="linear probe of the hidden states: JSON Lines with text and label",
-    )
+    for option, help_text in (
+        ("--tasks", "likelihood tasks: JSON Lines with context, choices and answer"),
+        ("--probe", "linear probe of the hidden states: JSON Lines with text and label"),
+    ):
+        files: dict[str, Any] = {"nargs": "+", "type": Path, "metavar": "FILE"}
+        add(option, action="extend", default=[], help=help_text, **files)
     add("--layer", type=int, help="block whose states to probe (default -1: the final state)")
     add("--per-item", type=Path, metavar="OUT", help="write the scores of each item of the tasks")
     add("--json", type=Path, metavar="OUT", help="write the results to this file, too")

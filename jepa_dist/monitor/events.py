@@ -34,8 +34,8 @@ class Appendable:
     """A file to which complete records are appended.
 
     ``append`` returns after the write system call: a killed process loses no record, a host that
-    loses power may. If the file is renamed or deleted meanwhile, a new one is begun under its name,
-    but not its folder if that is gone.
+    loses power may. If the file is renamed or deleted meanwhile, a new file of that name is
+    created. A folder that was removed is not created again: the record is lost.
     """
 
     def __init__(self, path: Path) -> None:

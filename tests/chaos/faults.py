@@ -368,7 +368,7 @@ def _first_on_path(folder: Path) -> str:
 
 
 def move_run(run: Run) -> None:
-    """The run directory is renamed: the run says so and fails; renamed back, it goes on."""
+    """The run directory is renamed: the run fails and names it; renamed back, the run resumes."""
     run.start(max_restarts=0)
     in_a_step(run, lambda run: run.strike("run directory renamed"))
     elsewhere = run.dir.rename(run.dir.with_name("elsewhere"))
