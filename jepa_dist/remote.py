@@ -62,7 +62,8 @@ class Remote:
             raise UserError(one_line(f"{self.told}: {what}: {reason:.300}")) from None
 
     def upload(self, source: IO[bytes], path: str) -> None:
-        """Copy an open file to ``path``, which appears whole or not at all."""
+        """Copy an open file to ``path``. Object stores show it when it is whole, ``file://`` at
+        once."""
         with self.filesystem.open(path, "wb") as target:
             while piece := source.read(_PIECE_BYTES):
                 target.write(piece)

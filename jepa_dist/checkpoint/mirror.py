@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,7 +69,7 @@ class Mirror(NoMirror):
         """
         try:
             opened = _Open(path)
-        except (OSError, UserError) as error:
+        except OSError as error:
             self._tell(f"{self._remote.told}: {path} was not uploaded: {error}")
             return
         with self._change:
@@ -111,23 +112,26 @@ class Mirror(NoMirror):
     def _upload(self, opened: _Open) -> None:
         remote, name = self._remote, opened.path.name
         with remote.doing(f"{name} was not uploaded"):
+            text = opened.files[MANIFEST].read()
+            contents = json.loads(text)  # of this run's own manifest
+            step = contents["step"]
             manifest = remote.below(name, MANIFEST)
             if remote.filesystem.exists(manifest):
-                if remote.filesystem.cat_file(manifest) == opened.text:
+                if remote.filesystem.cat_file(manifest) == text:
                     return
                 remote.filesystem.rm_file(manifest)
             remote.filesystem.makedirs(remote.below(name), exist_ok=True)
-            for file, source in opened.files.items():
-                remote.upload(source, remote.below(name, file))
-            remote.filesystem.pipe_file(manifest, opened.text)
-        self._healthy[opened.manifest.step] = opened.manifest.healthy
+            for file in contents["files"]:
+                remote.upload(opened.files[file], remote.below(name, file))
+            remote.filesystem.pipe_file(manifest, text)
+        self._healthy[step] = contents["healthy"]
         self._tell(f"{remote.told}: {name} uploaded")
         with remote.doing("an old copy was not deleted"):
             steps = _steps(remote)
-            later = {step for step in steps if step > opened.manifest.step}  # before a roll-back
-            health = {step: self._is_healthy(step, steps[step]) for step in steps.keys() - later}
-            for step in sorted({*later, *superseded_steps(health, self._keep)}):
-                self._delete(steps[step])
+            later = {other for other in steps if other > step}  # before a roll-back
+            health = {each: self._is_healthy(each, steps[each]) for each in steps.keys() - later}
+            for old in sorted({*later, *superseded_steps(health, self._keep)}):
+                self._delete(steps[old])
 
     def _is_healthy(self, step: int, name: str) -> bool:
         if step not in self._healthy:
@@ -155,23 +159,17 @@ def open_mirror(url: str | None, keep: RetentionPolicy) -> NoMirror:
 
 
 class _Open:
-    """A checkpoint whose files are open."""
+    """A checkpoint whose files are open. Reads nothing: the training thread makes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stack = contextlib.ExitStack()
-        try:
-            self.text = self._open(MANIFEST).read()
-            self.manifest = read_manifest(path)
+        with contextlib.ExitStack() as stack, os.scandir(path) as entries:
             self.files: Mapping[str, IO[bytes]] = {
-                name: self._open(name) for name in self.manifest.files
+                entry.name: stack.enter_context(open_regular(path / entry.name))
+                for entry in entries
+                if entry.is_file(follow_symlinks=False)
             }
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, name: str) -> IO[bytes]:
-        return self._stack.enter_context(open_regular(self.path / name))
+            self._stack = stack.pop_all()
 
     def close(self) -> None:
         """Close its files."""
