@@ -152,11 +152,13 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
             on_every_rank(lambda: find_initial(Path(initial).expanduser(), config), world)
             if rank == 0:
                 print(f"initial weights: {initial}")
+        keep = RetentionPolicy(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        mirror = open_mirror(config.checkpoint.mirror if rank == 0 else None, keep)
+        if start.checkpoint is not None and start.checkpoint.parent == run_dir / "checkpoints":
+            mirror.submit(start.checkpoint)  # an earlier upload may have been cut off
         if not start.is_finished:
             world.run_on_main(lambda: open_run_dir(run_dir, config, data))
-            keep = RetentionPolicy(config.checkpoint.keep_last, config.checkpoint.keep_every)
             checkpointer = Checkpointer(run_dir / "checkpoints", world, keep)
-            mirror = open_mirror(config.checkpoint.mirror if rank == 0 else None, keep)
             peers = Peers(run_dir, rank, world.run_on_main(lambda: uuid.uuid4().hex))
             if rank == 0:
                 peers.remove_old_reports()
@@ -237,10 +239,9 @@ def train(config: Config, data: Mapping[str, Any], mine: Statement) -> None:
                 compared = baselines.values() if outcome.finished else {}
                 reporter.finish(outcome.summary() | compared)
     stop_world()
-    if not start.is_finished:
-        mirror.close(_UPLOAD_SECONDS)
-        for line in mirror.take_messages():
-            print(line)
+    mirror.close(_UPLOAD_SECONDS)
+    for line in mirror.take_messages():
+        print(line)
     lock.release()
 
 

@@ -23,10 +23,11 @@ from jepa_dist.data.remote_shards import fetch_shards
 from jepa_dist.data.shards import find_shards, read_shard, write_shard
 from jepa_dist.errors import UserError
 from jepa_dist.remote import open_remote
+from tests.forked import run_module
 from tests.patience import patience, wait_until
 from tests.ranks import run_ranks
 from tests.test_resume import train
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import tiny_config, tiny_overrides, write_corpus
 from tests.trained_run import noisy_model, save_checkpoint
 
 KEEP = RetentionPolicy(last=2)
@@ -268,6 +269,23 @@ def test_a_run_goes_on_from_the_copy_bit_for_bit(tmp_path: Path) -> None:
     assert found["start"].step == 4
     for name, tensor in expected["state"].items():
         assert tensor.equal(found["state"][name]), name
+
+
+def test_a_start_uploads_what_an_earlier_one_did_not(tmp_path: Path) -> None:
+    """Also if the run is finished."""
+    write_corpus(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    changes = {"train__steps": 2, "run__dir": tmp_path / "run"}
+    words = [tmp_path / "config.yaml", *tiny_overrides(tmp_path, **changes)]
+    assert run_module("jepa_dist.train", *words).code == 0
+    copies = f"file://{tmp_path}/copies"
+    again = run_module("jepa_dist.train", *words, f"checkpoint.mirror={copies}")
+    assert again.code == 0, again.output
+    assert "finished already" in again.output
+    assert "step_00000002 uploaded" in again.output
+    assert verify(tmp_path / "copies/step_00000002") == []
+    last = run_module("jepa_dist.train", *words, f"checkpoint.mirror={copies}")
+    assert "uploaded" not in last.output
 
 
 @pytest.fixture
