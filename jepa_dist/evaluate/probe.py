@@ -180,7 +180,7 @@ def ridge_classifier(features_ND: Floats, labels_N: Labels, classes: int) -> Rid
         shrink_R = s_R**2 / (s_R**2 + penalty)
         residual_NK = y_NK - u_NR @ (shrink_R[:, None] * uy_RK)
         leverage_N = 1 / len(y_NK) + (u_NR**2 * shrink_R).sum(1)  # 1 / N: of the mean
-        return float((residual_NK / (1 - leverage_N[:, None])).__pow__(2).sum())
+        return float(np.square(residual_NK / (1 - leverage_N[:, None])).sum())
 
     penalty = min(_PENALTIES * float((s_R**2).mean()), key=loo_error)
     weights_DK = vt_RD.T @ ((s_R / (s_R**2 + penalty))[:, None] * uy_RK)

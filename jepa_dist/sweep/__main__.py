@@ -70,7 +70,7 @@ def _main() -> int:
         elif arguments.until_decided and not arguments.dry_run:
             return _run_until_decided(members, arguments)
         else:
-            return _run_all(members, arguments.dry_run, read_plan(arguments.file))
+            return _run_all(members, dry_run=arguments.dry_run, plan=read_plan(arguments.file))
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -117,7 +117,7 @@ def _pick(members: Sequence[Member], index: int) -> Member:
 # ---------------------------------------------------------------------------- running
 
 
-def _run_all(members: Sequence[Member], dry_run: bool, plan: EvaluationPlan | None = None) -> int:
+def _run_all(members: Sequence[Member], *, dry_run: bool, plan: EvaluationPlan | None) -> int:
     """Train and evaluate the members one after the other; finished ones exit immediately.
 
     Returns:
@@ -189,7 +189,7 @@ def _is_evaluated(member: Member, expected: Mapping[str, str]) -> bool:
 def _run_until_decided(members: Sequence[Member], arguments: argparse.Namespace) -> int:
     """Train the members, then one more seed at a time; return an exit code as ``_run_all``."""
     plan, margins = read_plan(arguments.file), read_margins(arguments.file)
-    code = _run_all(members, False, plan)
+    code = _run_all(members, dry_run=False, plan=plan)
     while code == 0:
         results = read_results(members, margins)
         seeds = len({member.seed for member in members})
@@ -202,7 +202,7 @@ def _run_until_decided(members: Sequence[Member], arguments: argparse.Namespace)
         print(f"{seeds} seeds, not decided: {', '.join(undecided)}; one more seed", flush=True)
         add_seed(members)
         trained, members = members, read_sweep(arguments.file, arguments.overrides)
-        code = _run_all(members[len(trained) :], False, plan)
+        code = _run_all(members[len(trained) :], dry_run=False, plan=plan)
     return code
 
 
