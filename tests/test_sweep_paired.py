@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jepa_dist.errors import UserError
 from jepa_dist.sweep.paired import (
     detectable_effect,
     equivalence_p,
@@ -169,3 +171,28 @@ def test_the_table_shows_all_that_was_tested() -> None:
     for value in ("-0.0203 to +0.0045", "0.162", "0.188"):
         assert value in row
     assert told[-1].startswith("next_state: -0.0079 +- 0.0048 over 6 pairs: undecided: ")
+
+
+def test_a_plot_shows_every_pair_and_its_interval(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from jepa_dist.sweep.plot import draw_sweep, write_plot
+
+    pairs = (-0.03, -0.02, 0.01, -0.04)
+    sweep = results({"val/bpb": 0.005}, helps=pairs, one_pair=(0.5,))
+    ax = draw_sweep(sweep).axes[0]
+    points = [line.get_xdata() for line in ax.lines if line.get_marker() == "o"]
+    (interval,) = (line.get_xdata() for line in ax.lines if line.get_linewidth() == 2.5)
+    assert points[0] == pytest.approx(pairs)
+    assert points[1] == pytest.approx([0.5])
+    assert interval == pytest.approx(mean_interval(pairs))
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["helps", "one_pair"]
+
+    write_plot(sweep, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for sweep_, name, problem in (
+        (sweep, "plot.gif", r"expected a name that ends in \.png or \.svg"),
+        (sweep, "missing/plot.png", "cannot be written: No such file or directory"),
+        (Results(["control"]), "plot.png", "no arm has a pair"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            write_plot(sweep_, tmp_path / name)

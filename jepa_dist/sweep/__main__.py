@@ -5,10 +5,11 @@
     jepa_dist sweep run FILE --until-decided [--max-pairs N]
                                            then add seeds until every arm has a verdict
     jepa_dist sweep evaluate FILE          evaluate finished members in the file's tasks
-    jepa_dist sweep results FILE           print the differences to the control
+    jepa_dist sweep results FILE [--plot OUT.png]
+                                           print (and draw) the differences to the control
     jepa_dist sweep member FILE INDEX      print one member's arguments for jepa_dist train
 
-FILE is a YAML file, or the name of a shipped one (jepa_debug, jepa_36m). Every command accepts
+FILE is a YAML file, or the name of a shipped one (jepa_debug, study, ...). Every command accepts
 KEY=VALUE at the end, applied to all members (data.train=..., train.steps=...); run.dir is the
 folder of the members' run directories. Relative paths are relative to the working directory (with
 python launch/sweep.py, to the root of the checkout). On SLURM: slurm/jepa_sweep.sh. The format of
@@ -21,6 +22,7 @@ FILE: docs/sweeps.md.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -42,7 +44,7 @@ from jepa_dist.sweep.members import (
     read_plan,
     read_sweep,
 )
-from jepa_dist.sweep.results import read_results
+from jepa_dist.sweep.results import Results, read_results
 from jepa_dist.sweep.verdicts import describe, undecided_arms
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -65,6 +67,8 @@ def _main() -> int:
         elif arguments.command == "results":
             results = read_results(members, read_margins(arguments.file))
             print(*describe(results), sep="\n")
+            if arguments.plot is not None:
+                _plot(results, arguments.plot)
         elif arguments.command == "evaluate":
             return _evaluate_all(members, read_plan(arguments.file), arguments.dry_run)
         elif arguments.until_decided and not arguments.dry_run:
@@ -95,6 +99,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-pairs", type=int, default=40, metavar="N", help="but not beyond N seeds (default 40)"
     )
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT", help="results: also draw the differences (.png, .svg)"
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.command == "member":
         index, *arguments.overrides = arguments.overrides or [""]
@@ -112,6 +119,18 @@ def _pick(members: Sequence[Member], index: int) -> Member:
     if index >= len(members):
         raise UserError(f"INDEX={index}: this sweep's members are 0..{len(members) - 1}")
     return members[index]
+
+
+def _plot(results: Results, path: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "--plot: matplotlib (the extra [report]) is not installed; fix: "
+            "python -m pip install 'matplotlib>=3.8' -c constraints.txt"
+        )
+    from jepa_dist.sweep.plot import write_plot
+
+    write_plot(results, path)
+    print(f"written: {path}")
 
 
 # ---------------------------------------------------------------------------- running

@@ -149,7 +149,7 @@ def describe(results: Results) -> list[str]:
         diverged = [arm for arm in results.arms if results.diverged_seeds(arm)]
         verdicts = [_verdict(results, arm, None) for arm in diverged]
         return ["no member is finished", *verdicts, *_left_out(results)]
-    metrics = _metrics(results.metric)
+    metrics = metrics_of_loss(results.metric)
     by_metric = {metric: evidence(results, metric) for metric in metrics}
     header = ["arm", "seeds", results.metric, "to control", f"best {results.metric}", "EMA"]
     rows = [[*header, "tokens/s"], *(_row(results, arm, by_metric) for arm in results.arms)]
@@ -169,7 +169,8 @@ def describe(results: Results) -> list[str]:
     return [*lines, *_left_out(results)]
 
 
-def _metrics(metric: str) -> tuple[str, str, str]:
+def metrics_of_loss(metric: str) -> tuple[str, str, str]:
+    """Return a validation metric of the final model, of the best point, and of the EMA."""
     return metric, f"best/{metric}", metric.replace("val/", "val/ema_")
 
 
