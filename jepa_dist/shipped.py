@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jepa_dist.errors import UserError
 
 _CONFIGS = Path(__file__).parent / "configs"
 _SWEEPS = _CONFIGS / "sweeps"
+_OVERRIDE = re.compile(r"[A-Za-z_]+(\.[A-Za-z_0-9]+)*=")
 
 
 def find_config(name: str | Path) -> Path:
@@ -37,6 +39,11 @@ def _find(name: str | Path, folder: Path, prefix: str) -> Path:
     if "\0" in str(path) or (path.exists() and not path.is_dir()):
         return path
     shipped = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if _OVERRIDE.match(str(path)) and path.suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"command line: {path}: expected a YAML file or one of {', '.join(shipped)} first, "
+            f"then KEY=VALUE; e.g. {next(iter(shipped))} {path}"
+        )
     for stem, file in shipped.items():
         if str(path) in (stem, file.name, f"{prefix}/{file.name}"):
             return file

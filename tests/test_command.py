@@ -91,6 +91,9 @@ def test_shipped_files_are_found_by_name(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_config("elsewhere/gpt_36m.yaml") == Path("elsewhere/gpt_36m.yaml")
     with pytest.raises(UserError, match=r"gpt_35m: no such file.* one of debug, gpt_1b, "):
         find_config("gpt_35m")
+    with pytest.raises(UserError, match=r"one of debug, .* then KEY=VALUE; e.g. debug seed=3"):
+        find_config("seed=3")
+    assert find_config("seed=3/run.yaml") == Path("seed=3/run.yaml")
     assert find_sweep("jepa_debug").samefile(REPOSITORY / "configs/sweeps/jepa_debug.yaml")
     with pytest.raises(UserError, match="one of jepa_36m, jepa_debug"):
         find_sweep("debug_jepa")
