@@ -20,12 +20,11 @@ from jepa_dist.data.shards import write_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
 from jepa_dist.evaluate import Validation
-from jepa_dist.evaluate.__main__ import find_windows
 from jepa_dist.evaluate.score import score
 from jepa_dist.evaluate.settings import EVALUATION
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.weights import find_weights, load_model
-from jepa_dist.evaluate.windows import Windows
+from jepa_dist.evaluate.windows import Windows, find_windows
 from jepa_dist.interop import parameter_golf
 from jepa_dist.interop.safetensors_io import Description, write_export
 from jepa_dist.model.gpt import Output

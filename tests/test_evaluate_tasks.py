@@ -243,8 +243,11 @@ def test_the_command(
     [
         (["--layer", "1"], "--layer: only with --probe"),
         (["--per-item", "x"], "--per-item: only with --tasks"),
-        (["--json", "x"], "--json: only with --tasks or --probe"),
-        (["--tasks", "x", "--sliding"], "--sliding: has no effect on --tasks and --probe"),
+        (["--json", "x"], "--json: only with --tasks, --probe or --quantize"),
+        (["--tasks", "x", "--sliding"], "--sliding: has no effect on --tasks, --probe and --quan"),
+        (["--quantize", "4", "--compare", "y"], "--compare: has no effect on --tasks, --probe and"),
+        (["--quantize", "4", "9"], "--quantize 9: expected numbers of bits, 2 to 8"),
+        (["--quantize", "batch.micro=2"], "--quantize: expected numbers of bits, 2 to 8"),
         (["--tasks", "x.jsonl"], "x.jsonl: cannot be read"),
         (["--probe", "x.jsonl", "--layer", "4"], "--layer 4: expected -1 (the final state) to 3"),
     ],

@@ -12,8 +12,8 @@ from torch import Tensor
 import jepa_dist
 from jepa_dist.config import Config
 from jepa_dist.errors import UserError
-from jepa_dist.evaluate.__main__ import find_windows
 from jepa_dist.evaluate.weights import find_initial
+from jepa_dist.evaluate.windows import find_windows
 from jepa_dist.inference.export import main as export_main
 from jepa_dist.interop.safetensors_io import gather
 from jepa_dist.parallel.world import start_world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,19 @@ from jepa_dist.build import build_gpt
 from jepa_dist.config import Config, QuantizationConfig
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.errors import UserError
-from jepa_dist.evaluate.__main__ import find_windows
+from jepa_dist.evaluate.__main__ import main as evaluate_main
+from jepa_dist.evaluate.quantized import evaluate_quantized, plan_quantization
 from jepa_dist.evaluate.score import score
-from jepa_dist.evaluate.settings import EVALUATION
+from jepa_dist.evaluate.settings import EVALUATION, QUANTIZED_EVALUATION
 from jepa_dist.evaluate.weights import check_comparable, find_weights, load_model, load_weights
+from jepa_dist.evaluate.windows import find_windows
 from jepa_dist.inference.artifact_export import export_artifact, plan_artifact, values_of
 from jepa_dist.inference.export import main as export_main
 from jepa_dist.inference.stored import read_stored
 from jepa_dist.interop.safetensors_io import Description
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.layers import MLP, Attention
+from jepa_dist.monitor.evaluation_file import read_evaluation
 from jepa_dist.parallel.world import start_world
 from jepa_dist.quantize.artifact import (
     find_artifact,
@@ -253,7 +257,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def export_and_evaluate(rank: int, world_size: int, config: Config, out: Path) -> list[float]:
-    """Both losses, and what they are after quantization to hardly any bits."""
+    """Losses before and after quantization to many and to few bits, from the artifacts and from
+    ``evaluate --quantize``."""
     world = start_world(config.parallel)
     stored = read_stored(Path(config.run.dir), None, "live")
     few = ["quantization.matrix_bits=4"]
@@ -273,7 +278,9 @@ def export_and_evaluate(rank: int, world_size: int, config: Config, out: Path) -
         load_weights(each, model)
         found = score(model, windows, phase=PHASE, micro=2, bytes_of=None, world=world)
         losses.append(found.loss)
-    return losses
+    config = QUANTIZED_EVALUATION.resolve(config, OVERRIDES)
+    results = evaluate_quantized(plan_quantization([8, 4], config), source, config, None, world)
+    return [*losses, *(one.loss for one in results), *(one.full_loss for one in results)]
 
 
 def test_one_rank_and_three_write_the_same_artifact(run: Config, tmp_path: Path) -> None:
@@ -284,7 +291,8 @@ def test_one_rank_and_three_write_the_same_artifact(run: Config, tmp_path: Path)
         files = [tmp_path / ranks / name / "model.jepaq" for ranks in ("one", "three")]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert all(losses == pytest.approx(one, abs=2e-6) for losses in three)
-    plain, many, few = one
+    plain, many, few, *without_artifact = one
+    assert without_artifact == pytest.approx([many, few, plain, plain], abs=1e-6)
     assert abs(many - plain) < 0.02 < abs(few - plain)
     artifact = read_artifact(tmp_path / "one/few/model.jepaq")
     matrix = artifact.parameters["blocks.0.mlp.fc.weight"]
@@ -292,6 +300,40 @@ def test_one_rank_and_three_write_the_same_artifact(run: Config, tmp_path: Path)
     assert 1 <= matrix.q_RC.abs().max() <= 7
     expected = QuantizationConfig(float16_elements=600, calibration_sequences=7, matrix_bits=4)
     assert artifact.description.config.quantization == expected
+
+
+def test_the_command_evaluates_every_width(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [run.run.dir, "--json", str(tmp_path / "out.json")]
+    evaluate_main([*arguments, "--quantize", "4", "6", "4", *OVERRIDES])
+    evaluation = read_evaluation(tmp_path / "out.json")
+    assert evaluation is not None
+    assert (evaluation.step, evaluation.tasks) == (20, {})
+    four, six = evaluation.quantized
+    assert (four.settings.matrix_bits, four.settings.float16_elements) == (4, 600)
+    assert four.full_loss == six.full_loss
+    assert abs(six.loss - six.full_loss) < abs(four.loss - four.full_loss)
+    gap = four.loss - four.full_loss
+    bits = gap / math.log(2)  # a token is a byte
+    assert evaluation.metrics()["quantized/4_bits/gap"] == pytest.approx(bits)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"full     {four.full_loss:.6f} nats per token, ")
+    assert lines[1].startswith(f"4 bits   {four.loss:.6f} nats per token, ")
+    assert lines[1].endswith(
+        f"; gap {gap:+.6f} nats per token, {bits:+.6f} bits per byte; "
+        f"{four.matrices} matrices quantized"
+    )
+
+
+def test_a_model_without_large_tensors_is_not_quantized(
+    run: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate_main([run.run.dir, "--quantize", "4"])
+    error = capsys.readouterr().err
+    assert "quantization.float16_elements=65536: no tensor of this model has more" in error
+    assert error.count("\n") == 1
 
 
 def test_live_and_averaged_weights_are_told_apart(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import yaml
 
-from jepa_dist.config import Config, to_dict, to_yaml
+from jepa_dist.config import Config, QuantizationConfig, to_dict, to_yaml
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.evaluation_file import (
     EVALUATION,
     Evaluation,
     ProbeResult,
+    QuantizedResult,
     TaskResult,
     write_evaluation,
 )
@@ -35,6 +36,7 @@ from jepa_dist.sweep.members import (
     read_margins,
     read_plan,
     read_sweep,
+    read_widths,
 )
 from jepa_dist.sweep.results import read_results
 from jepa_dist.sweep.verdicts import describe
@@ -623,12 +625,13 @@ def write_results(
     member: Member, plan: EvaluationPlan, accuracy: float, *, step: int = 10, layer: int = -1
 ) -> None:
     """Write the evaluation.json of a member."""
+    digests = plan.inputs(QuantizationConfig())
     task = TaskResult(
-        **{"digest": plan.inputs()["task/cloze"], "items": 100, "chance": 0.25, "cut": 0},
+        **{"digest": digests["task/cloze"], "items": 100, "chance": 0.25, "cut": 0},
         **{"accuracy": accuracy, "accuracy_per_byte": accuracy},
     )
     probe = ProbeResult(
-        **{"digest": plan.inputs()["linear_probe/package"].split()[0], "layer": layer},
+        **{"digest": digests["linear_probe/package"].split()[0], "layer": layer},
         **{"classes": 2, "train_documents": 70, "test_documents": 30, "cut": 0},
         **{"accuracy": accuracy / 2, "interval": (0.1, 0.9), "chance": 0.5},
         **{"effective_rank": 9 - accuracy, "mean_cosine": 0.1},
@@ -715,6 +718,106 @@ def test_members_are_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run"])
     assert sweep_main.main() == 0
     assert len(commands) == 1
+
+
+# ---------------------------------------------------------------------------- quantization
+
+
+def write_quantized(member: Member, gaps: Mapping[int, float], step: int = 10) -> None:
+    """Write the evaluation.json of a member: by number of bits, what quantization costs."""
+    settings = member.resolve().quantization
+    results = [
+        QuantizedResult(
+            **{"settings": settings.with_bits(bits), "matrices": 3, "validated_on": "b:0"},
+            **{"loss": 1.5 + gap, "full_loss": 1.5, "full_bits_per_byte": 2.0 + member.seed},
+            bits_per_byte=2.0 + member.seed + gap,
+        )
+        for bits, gap in gaps.items()
+    ]
+    evaluation = Evaluation(step=step, weights="live", quantized=results)
+    write_evaluation(member.run_dir / EVALUATION, evaluation)
+
+
+def quantized_members(folder: Path, seeds: list[int]) -> tuple[Path, list[Member]]:
+    arms = {name: ARMS[name] for name in ("control", "full")}
+    file = write_sweep(folder, seeds=seeds, arms=arms, evaluate={"quantize": [4, 6]})
+    return file, read_sweep(file, [f"run.dir={folder / 'runs'}"])
+
+
+QUANTIZED = [f"quantized/{bits}_bits/{end}" for bits in (4, 6) for end in ("val/bpb", "gap")]
+
+
+def test_gaps_are_paired(tmp_path: Path) -> None:
+    file, members = quantized_members(tmp_path, [1, 2, 3])
+    for member in members:
+        shrunk = {"control": 0.0, "full": 0.01 + member.seed / 1000}[member.arm]
+        write_run(member, {"val/bpb": 2.0 + member.seed})
+        four = {} if member.index == 5 else {4: 0.1 + member.seed / 100 - shrunk}
+        write_quantized(member, {**four, 6: 0.02})
+    results = read_results(members, {}, read_widths(file))
+    assert results.differences("full", "quantized/4_bits/gap") == pytest.approx((-0.011, -0.012))
+    assert results.differences("full", "quantized/6_bits/gap") == pytest.approx((0.0, 0.0, 0.0))
+    header, control, full, *lines = describe(results)
+    columns = ["4-bit", "val/bpb", "gap", "6-bit", "val/bpb", "gap"]
+    assert header.split("tokens/s")[1].split() == columns
+    assert control.split()[-4:] == ["4.1200", "0.1200", "4.0200", "0.0200"]
+    assert full.split()[-4:] == ["3.6035", "0.1035", "4.0200", "0.0200"]
+    start = next(n for n, line in enumerate(lines) if line.startswith("quantized/4_bits/gap "))
+    assert lines[start + 2].split()[:6] == ["full", "0.1035", "-0.0115", "+-", "0.0005", "2"]
+    assert lines[start + 2].endswith("better than the control")
+    assert [note.split(":")[0] for note in results.notes if "sweep evaluate" in note] == [
+        "full, seed 3"
+    ]
+    assert not any("quantized" in line for line in describe(read_results(members)))
+
+
+def test_gaps_of_other_settings_or_weights_are_not_known(tmp_path: Path) -> None:
+    file, members = quantized_members(tmp_path, [1])
+    for member in members:
+        write_run(member, {"val/bpb": 2.0})
+        write_quantized(member, {4: 0.1, 6: 0.02})
+    changed = ["quantization.float16_elements=1000", f"run.dir={tmp_path / 'runs'}"]
+    results = read_results(read_sweep(file, changed), {}, read_widths(file))
+    assert results.differences("full", "quantized/4_bits/gap") == ()
+    assert [note for note in results.notes if "evaluated" in note] == [
+        f"{arm}, seed 1: {', '.join(QUANTIZED)}: not evaluated, or otherwise than its control; "
+        "jepa_dist sweep evaluate FILE"
+        for arm in ("control", "full")
+    ]
+    write_quantized(members[1], {4: 0.1, 6: 0.02}, step=9)
+    results = read_results(members, {}, [6])
+    assert results.values("control", "quantized/6_bits/gap") == pytest.approx({1: 0.02})
+    assert results.values("full", "quantized/6_bits/gap") == {}
+
+
+def test_members_are_quantized_again_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, members = quantized_members(tmp_path, [1])
+    for member in members:
+        write_run(member, {"val/bpb": 2.0})
+        (member.run_dir / "status.json").write_text('{"state": "finished", "step": 10}')
+    write_quantized(members[0], {4: 0.1, 6: 0.02})
+
+    def dry_run(*changes: str) -> list[str]:
+        arguments = ["evaluate", str(file), f"run.dir={tmp_path / 'runs'}", "--dry-run", *changes]
+        monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+        assert sweep_main.main() == 0
+        return capsys.readouterr().out.splitlines()
+
+    (command,) = dry_run()
+    assert "/full-seed1 --quantize 4 6 quantization.embed_bits=8 " in command
+    assert "matrix_bits" not in command
+    commands = dry_run("quantization.float16_elements=1000")
+    assert len(commands) == 2
+    assert "quantization.float16_elements=1000 " in commands[0]
+
+
+def test_quantized_results_need_numbers_of_bits(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"names no numbers of bits; .*quantize: \[4, 6\]"):
+        read_widths(write_sweep(tmp_path))
+    (told, *_) = problems(tmp_path, evaluate={"quantize": [9]})
+    assert told.startswith("evaluate.quantize.0: ")
 
 
 def test_a_plan_whose_file_is_missing_is_refused(tmp_path: Path) -> None:

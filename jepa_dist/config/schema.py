@@ -722,6 +722,10 @@ class QuantizationConfig(Section):
         if self.loop_layer_bits == 1:
             yield "quantization.loop_layer_bits=1: must be 0 (matrix_bits) or 2 to 8"
 
+    def with_bits(self, matrix_bits: int) -> QuantizationConfig:
+        """Return the same settings with another ``matrix_bits``."""
+        return self.model_copy(update={"matrix_bits": matrix_bits})
+
 
 class Config(Section):
     """Everything that defines a run."""

@@ -1,7 +1,8 @@
 """Evaluate a trained model; also under torchrun.
 
 jepa_dist evaluate RUN [--sliding --stride 64] [--ema] [--compare OTHER] [KEY=VALUE ...]
-jepa_dist evaluate RUN [--tasks FILE ...] [--probe FILE ...] [--ema] [KEY=VALUE ...]
+jepa_dist evaluate RUN [--tasks FILE ...] [--probe FILE ...] [--quantize BITS ...] [--ema]
+                   [KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jepa_dist.command_line import Parser, program
-from jepa_dist.config import Config
 from jepa_dist.data.check import load_checked_tokenizer
-from jepa_dist.data.sources import find_sources
-from jepa_dist.evaluate.evidence import add_options, check_evidence, split_options
+from jepa_dist.evaluate.evidence import add_options, check_evidence, is_evidence, split_options
 from jepa_dist.evaluate.score import Score, add_scores, score
 from jepa_dist.evaluate.settings import EVALUATION
-from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.weights import (
     Source,
     check_comparable,
@@ -27,7 +25,7 @@ from jepa_dist.evaluate.weights import (
     load_model,
     load_weights,
 )
-from jepa_dist.evaluate.windows import Windows
+from jepa_dist.evaluate.windows import Windows, find_windows
 from jepa_dist.interop.safetensors_io import Weights
 from jepa_dist.parallel.world import start_world, stop_world
 from jepa_dist.process.dist_env import (
@@ -58,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         other = None if arguments.compare is None else find_weights(arguments.compare, weights)
         if other is not None:
             check_comparable(source, other)
-        config = EVALUATION.resolve(source.description.config, arguments.overrides)
-        if arguments.tasks or arguments.probe:
-            evidence = check_evidence(arguments, source, config)
+        if is_evidence(arguments):
+            evidence = check_evidence(arguments, source)
         else:
+            config = EVALUATION.resolve(source.description.config, arguments.overrides)
             tokenizer = load_checked_tokenizer(config, ("val",))
             windows = find_windows(config, arguments.stride)
-    if arguments.tasks or arguments.probe:
+    if is_evidence(arguments):
         with exit_on_rank_error(rank):
-            evidence.run(start_world(config.parallel))
+            evidence.run(start_world(evidence.config.parallel))
         stop_world()
         return
     with exit_on_rank_error(rank):
@@ -105,8 +103,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ``stride`` is None unless windows are to overlap."""
     parser = Parser(
         prog=program("jepa_dist.evaluate"),
-        description="Loss and bits per byte of a trained model, or its accuracy in tasks and of "
-        "linear probes; also under torchrun.",
+        description="Loss and bits per byte of a trained model; or its accuracy in tasks and of "
+        "linear probes, and what quantization costs; also under torchrun.",
     )
     parser.add_argument(
         "path", type=Path, help="run directory, an exported model, or a quantized artifact"
@@ -141,25 +139,6 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.sliding and arguments.stride is None:
         arguments.stride = _DEFAULT_STRIDE
     return arguments
-
-
-def find_windows(config: Config, stride: int | None) -> dict[str, Windows]:
-    """What to evaluate on, by source; windows overlap if there is a ``stride``.
-
-    Raises:
-        UserError: no shards, damaged ones, less than one window, or a stride out of range.
-    """
-    length = config.model.seq_len
-    stride = length if stride is None else stride
-    return {
-        source.name: Windows(
-            TokenStream(source.paths, config.model.vocab_size),
-            length,
-            stride,
-            config.eval.sequences,
-        )
-        for source in find_sources(config, "val")
-    }
 
 
 def report(

@@ -1,4 +1,5 @@
-"""``jepa_dist evaluate RUN --tasks FILE ... --probe FILE ...``: evidence beyond bits per byte."""
+"""``jepa_dist evaluate RUN --tasks FILE ... --probe FILE ... --quantize BITS ...``: evidence beyond
+bits per byte."""
 
 from __future__ import annotations
 
@@ -14,19 +15,29 @@ from jepa_dist.errors import UserError
 from jepa_dist.evaluate.passes import Passes
 from jepa_dist.evaluate.probe import check_documents, probe
 from jepa_dist.evaluate.probe import describe as describe_probes
+from jepa_dist.evaluate.quantized import QuantizationPlan, evaluate_quantized, plan_quantization
+from jepa_dist.evaluate.quantized import describe as describe_quantized
+from jepa_dist.evaluate.settings import EVALUATION, QUANTIZED_EVALUATION
 from jepa_dist.evaluate.task_file import TaskFile, check_names, check_tasks
 from jepa_dist.evaluate.tasks import describe as describe_tasks
 from jepa_dist.evaluate.tasks import score_task
 from jepa_dist.evaluate.weights import Source, load_model
-from jepa_dist.monitor.evaluation_file import Evaluation, TaskResult, write_evaluation
+from jepa_dist.monitor.evaluation_file import (
+    Evaluation,
+    ProbeResult,
+    QuantizedResult,
+    TaskResult,
+    write_evaluation,
+)
 from jepa_dist.parallel.world import World
 
 _ONLY_OTHERWISE = ("sliding", "stride", "compare")
+_WIDTHS = tuple(map(str, range(2, 9)))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of tasks and probes to the parser of ``jepa_dist evaluate``."""
-    group = parser.add_argument_group("tasks and probes, in place of bits per byte")
+    """Add the options for further evidence to the parser of ``jepa_dist evaluate``."""
+    group = parser.add_argument_group("in place of bits per byte")
     add = group.add_argument
     for option, help_text in (
         ("--tasks", "likelihood tasks: JSON Lines with context, choices and answer"),
@@ -35,26 +46,47 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         files: dict[str, Any] = {"nargs": "+", "type": Path, "metavar": "FILE"}
         add(option, action="extend", default=[], help=help_text, **files)
     add("--layer", type=int, help="block whose states to probe (default -1: the final state)")
+    add(
+        "--quantize",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="BITS",
+        help="what quantization to so many bits (2 to 8) costs, as export --format artifact does "
+        "it; KEY=VALUE may also set quantization.* and data.train",
+    )
     add("--per-item", type=Path, metavar="OUT", help="write the scores of each item of the tasks")
     add("--json", type=Path, metavar="OUT", help="write the results to this file, too")
 
 
+def is_evidence(arguments: argparse.Namespace) -> bool:
+    """Return whether the command line asks for anything of this module."""
+    return bool(arguments.tasks or arguments.probe or arguments.quantize)
+
+
 def split_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Take KEY=VALUE out of the lists of files, and refuse options without effect."""
+    """Take KEY=VALUE out of the lists, read the numbers of bits, refuse options without effect."""
     for name in ("tasks", "probe"):
         given: list[Path] = getattr(arguments, name)
         overrides = [str(path) for path in given if "=" in str(path) and not path.exists()]
         arguments.overrides += overrides
         setattr(arguments, name, [path for path in given if str(path) not in overrides])
-    if arguments.tasks or arguments.probe:
+    arguments.overrides += [item for item in arguments.quantize if "=" in item]
+    widths = [item for item in arguments.quantize if "=" not in item]
+    wrong = [item for item in widths if item not in _WIDTHS]
+    if wrong or (arguments.quantize and not widths):
+        shown = f" {wrong[0]}" if wrong else ""
+        parser.error(f"--quantize{shown}: expected numbers of bits, 2 to 8")
+    arguments.quantize = [int(item) for item in widths]
+    if is_evidence(arguments):
         without = [name for name in _ONLY_OTHERWISE if getattr(arguments, name)]
         if without:
-            parser.error(f"--{without[0]}: has no effect on --tasks and --probe")
+            parser.error(f"--{without[0]}: has no effect on --tasks, --probe and --quantize")
     for name, needed in (("layer", "probe"), ("per_item", "tasks")):
         if getattr(arguments, name) is not None and not getattr(arguments, needed):
             parser.error(f"--{name.replace('_', '-')}: only with --{needed}")
-    if arguments.json is not None and not (arguments.tasks or arguments.probe):
-        parser.error("--json: only with --tasks or --probe")
+    if arguments.json is not None and not is_evidence(arguments):
+        parser.error("--json: only with --tasks, --probe or --quantize")
 
 
 @dataclass(frozen=True)
@@ -63,10 +95,12 @@ class Evidence:
 
     source: Source
     config: Config
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None only if there are no tasks and no probes."""
     tasks: list[TaskFile]
     probes: list[TaskFile]
     layer: int
+    quantization: QuantizationPlan | None
     per_item: Path | None
     json: Path | None
 
@@ -76,6 +110,24 @@ class Evidence:
         Raises:
             UserError: a file cannot be written.
         """
+        tasks, probes = self._score_texts(world)
+        evaluation = Evaluation(
+            step=self.source.description.step,
+            weights=self.source.description.weights,
+            tasks=tasks,
+            probes=probes,
+            quantized=self._score_quantized(world),
+        )
+        if world.is_main:
+            lines = [*describe_tasks(evaluation.tasks), *describe_probes(evaluation.probes)]
+            print(*lines, *describe_quantized(evaluation.quantized), sep="\n")
+            if self.json is not None:
+                write_evaluation(self.json, evaluation)
+
+    def _score_texts(self, world: World) -> tuple[dict[str, TaskResult], dict[str, ProbeResult]]:
+        """Return the results of tasks and probes, which share a model."""
+        if self.tokenizer is None or not (self.tasks or self.probes):
+            return {}, {}
         passes = Passes(
             model=load_model(self.source, self.config.parallel, world),
             config=self.config,
@@ -84,46 +136,46 @@ class Evidence:
             rank=world.rank,
             world_size=world.world_size,
         )
-        evaluation = Evaluation(
-            step=self.source.description.step,
-            weights=self.source.description.weights,
-            tasks=self._score_tasks(passes, world),
-            probes={
-                each.name: probe(each, self.tokenizer, passes, self.layer) for each in self.probes
-            },
-        )
-        if world.is_main:
-            lines = [*describe_tasks(evaluation.tasks), *describe_probes(evaluation.probes)]
-            print(*lines, sep="\n")
-            if self.json is not None:
-                write_evaluation(self.json, evaluation)
+        tasks = self._score_tasks(passes, self.tokenizer, world)
+        return tasks, {
+            each.name: probe(each, self.tokenizer, passes, self.layer) for each in self.probes
+        }
 
-    def _score_tasks(self, passes: Passes, world: World) -> dict[str, TaskResult]:
+    def _score_tasks(
+        self, passes: Passes, tokenizer: Tokenizer, world: World
+    ) -> dict[str, TaskResult]:
         """Score the tasks; rank 0 writes what ``--per-item`` asks for."""
         if self.per_item is None or not world.is_main:
-            return {task.name: score_task(task, self.tokenizer, passes) for task in self.tasks}
+            return {task.name: score_task(task, tokenizer, passes) for task in self.tasks}
         try:
             with open(self.per_item, "w", encoding="utf-8") as file:
-                return {
-                    task.name: score_task(task, self.tokenizer, passes, file) for task in self.tasks
-                }
+                return {task.name: score_task(task, tokenizer, passes, file) for task in self.tasks}
         except OSError as error:
             raise UserError(f"--per-item {self.per_item}: {error.strerror}") from None
 
+    def _score_quantized(self, world: World) -> list[QuantizedResult]:
+        if self.quantization is None:
+            return []
+        bytes_of = None if self.tokenizer is None else self.tokenizer.byte_counter()
+        return evaluate_quantized(self.quantization, self.source, self.config, bytes_of, world)
 
-def check_evidence(arguments: argparse.Namespace, source: Source, config: Config) -> Evidence:
+
+def check_evidence(arguments: argparse.Namespace, source: Source) -> Evidence:
     """Read all files that are named, and check them against the model.
 
     Args:
         arguments: The command line, as ``split_options`` left it.
         source: The model.
-        config: What ``EVALUATION`` resolved.
 
     Raises:
-        UserError: a bad line, a choice too long for the model, no such layer, or no tokenizer.
+        UserError: invalid settings, a bad line, a choice too long for the model, no such layer, no
+            tokenizer, no data, or nothing to quantize.
     """
-    tokenizer = load_checked_tokenizer(config, ())
-    if tokenizer is None:
+    relevant = QUANTIZED_EVALUATION if arguments.quantize else EVALUATION
+    config = relevant.resolve(source.description.config, arguments.overrides)
+    has_texts = bool(arguments.tasks or arguments.probe)
+    tokenizer = load_checked_tokenizer(config, ("val",) if arguments.quantize else ())
+    if tokenizer is None and has_texts:
         raise UserError(
             "data.tokenizer=null: tasks and probes are text; name the tokenizer of the run "
             "(data.tokenizer=...)"
@@ -134,13 +186,15 @@ def check_evidence(arguments: argparse.Namespace, source: Source, config: Config
         raise UserError(f"--layer {layer}: expected -1 (the final state) to {blocks - 1}")
     probes = [check_documents(path) for path in arguments.probe]
     check_names(probes, "--probe")
+    length = config.model.seq_len
     return Evidence(
         source=source,
         config=config,
         tokenizer=tokenizer,
-        tasks=check_tasks(arguments.tasks, tokenizer, config.model.seq_len),
+        tasks=[] if tokenizer is None else check_tasks(arguments.tasks, tokenizer, length),
         probes=probes,
         layer=layer,
+        quantization=plan_quantization(arguments.quantize, config) if arguments.quantize else None,
         per_item=arguments.per_item,
         json=arguments.json,
     )

@@ -69,3 +69,7 @@ EVALUATION = Relevant(
 CALIBRATION = Relevant(
     "a quantized artifact", ("data.train", "batch.micro", "quantization.", "parallel.")
 )
+QUANTIZED_EVALUATION = Relevant(
+    "an evaluation after quantization",
+    tuple(dict.fromkeys((*EVALUATION.changeable, *CALIBRATION.changeable))),
+)

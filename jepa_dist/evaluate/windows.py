@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jepa_dist.config import Config
+from jepa_dist.data.sources import find_sources
 from jepa_dist.errors import UserError
 from jepa_dist.evaluate.stream import TokenStream
 
@@ -85,3 +87,22 @@ class Windows:
     def _context(self) -> int:
         """Positions at a window's beginning that the one before it has scored."""
         return self.seq_len - self.stride
+
+
+def find_windows(config: Config, stride: int | None) -> dict[str, Windows]:
+    """What to evaluate on, by source; windows overlap if there is a ``stride``.
+
+    Raises:
+        UserError: no shards, damaged ones, less than one window, or a stride out of range.
+    """
+    length = config.model.seq_len
+    stride = length if stride is None else stride
+    return {
+        source.name: Windows(
+            TokenStream(source.paths, config.model.vocab_size),
+            length,
+            stride,
+            config.eval.sequences,
+        )
+        for source in find_sources(config, "val")
+    }

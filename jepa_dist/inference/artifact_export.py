@@ -13,10 +13,8 @@ from torch import Tensor
 
 from jepa_dist.build import build_gpt
 from jepa_dist.config import Config
-from jepa_dist.data.sources import find_split
+from jepa_dist.evaluate.quantized import read_calibration
 from jepa_dist.evaluate.settings import CALIBRATION
-from jepa_dist.evaluate.stream import TokenStream
-from jepa_dist.evaluate.windows import Windows
 from jepa_dist.inference.stored import Stored
 from jepa_dist.parallel.shard import InitialValue
 from jepa_dist.parallel.world import World
@@ -44,17 +42,7 @@ def plan_artifact(stored: Stored, overrides: Sequence[str]) -> Plan:
     """
     brotli()
     config = CALIBRATION.resolve(stored.description.config, overrides)
-    return Plan(stored, config, _calibration_tokens(config))
-
-
-def _calibration_tokens(config: Config) -> npt.NDArray[np.int64]:
-    """Sequences evenly spread over the training data; all of them where there are too few."""
-    stream = TokenStream(find_split(config, "train"), config.model.vocab_size)
-    windows = Windows(stream, config.model.seq_len, config.model.seq_len)
-    count = min(config.quantization.calibration_sequences, len(windows))
-    places = [index * len(windows) // count for index in range(count)]
-    rows = [windows.read(range(place, place + 1), 1).tokens for place in places]
-    return np.concatenate(rows)[:, :-1]
+    return Plan(stored, config, read_calibration(config))
 
 
 def export_artifact(plan: Plan, out: Path, world: World) -> str:

@@ -1,4 +1,5 @@
-"""The format of ``evaluation.json``: accuracy in likelihood tasks and of a linear probe."""
+"""The format of ``evaluation.json``: accuracy in likelihood tasks and of a linear probe, and what
+quantization costs."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from jepa_dist.config import QuantizationConfig
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.files import MIB, open_regular, read_bytes, write_atomically
 
@@ -68,6 +70,38 @@ class ProbeResult(_Strict):
     """Over all pairs of these states: anisotropy."""
 
 
+class QuantizedResult(_Strict):
+    """What a model achieves on its validation set after quantization, and before."""
+
+    settings: QuantizationConfig
+    """``matrix_bits`` is the width; there is one result for each."""
+    matrices: Annotated[int, Field(ge=1)]
+    """Number of matrices that are quantized."""
+    validated_on: str
+    """What identifies the validation set, as ``val/set`` in metrics.jsonl."""
+    loss: float
+    """After quantization, nats per token."""
+    full_loss: float
+    """Before, computed in the same way."""
+    bits_per_byte: float | None
+    """After quantization; None without a tokenizer that counts bytes."""
+    full_bits_per_byte: float | None
+
+    @property
+    def name(self) -> str:
+        """Beginning of its metrics' names."""
+        return quantized_name(self.settings.matrix_bits)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the loss after quantization and by how much it is larger than before, by metric
+        name: in bits per byte if both are known, else in nats per token."""
+        if self.bits_per_byte is None or self.full_bits_per_byte is None:
+            kind, value, before = "val/loss", self.loss, self.full_loss
+        else:
+            kind, value, before = "val/bpb", self.bits_per_byte, self.full_bits_per_byte
+        return {f"{self.name}/{kind}": value, f"{self.name}/gap": value - before}
+
+
 class Evaluation(_Strict):
     """The file."""
 
@@ -77,6 +111,7 @@ class Evaluation(_Strict):
     weights: Literal["live", "ema"]
     tasks: dict[Name, TaskResult] = Field(default_factory=dict)
     probes: dict[Name, ProbeResult] = Field(default_factory=dict)
+    quantized: list[QuantizedResult] = Field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Return all results by metric name."""
@@ -89,18 +124,36 @@ class Evaluation(_Strict):
             if probe.effective_rank is not None and probe.mean_cosine is not None:
                 found[f"states/{name}/effective_rank"] = probe.effective_rank
                 found[f"states/{name}/mean_cosine"] = probe.mean_cosine
+        for quantized in self.quantized:
+            found |= quantized.metrics()
         return found
 
     def inputs(self) -> dict[str, str]:
-        """Return the file (and layer) of each task and probe, by metric name."""
+        """Return the file (and layer) of each task and probe, and the settings of each
+        quantization, by the beginning of the metrics' names."""
         found = {f"task/{name}": one.digest for name, one in self.tasks.items()}
         probes = self.probes.items()
-        return found | {f"linear_probe/{name}": f"{one.digest} {one.layer}" for name, one in probes}
+        found |= {f"linear_probe/{name}": f"{one.digest} {one.layer}" for name, one in probes}
+        return found | {one.name: quantized_input(one.settings) for one in self.quantized}
 
     def input_of(self, metric: str) -> str | None:
-        """Return the entry of ``inputs`` that a metric of ``metrics`` was computed on."""
+        """Return what a metric of ``metrics`` was computed on: its entry of ``inputs``, and the
+        validation set after quantization."""
         kind, name = metric.split("/")[:2]
+        for one in self.quantized:
+            if f"{kind}/{name}" == one.name:
+                return f"{self.inputs()[one.name]} {one.validated_on}"
         return self.inputs().get(f"linear_probe/{name}" if kind == "states" else f"{kind}/{name}")
+
+
+def quantized_name(bits: int) -> str:
+    """Return the beginning of the names of the metrics after quantization to ``bits``."""
+    return f"quantized/{bits}_bits"
+
+
+def quantized_input(settings: QuantizationConfig) -> str:
+    """Return the entry of ``Evaluation.inputs`` for a quantization with these settings."""
+    return settings.model_dump_json()
 
 
 def digest_of(path: Path) -> str:

@@ -5,7 +5,7 @@
     jepa_dist sweep run FILE --until-decided [--max-pairs N]
                                            then add seeds until every arm has a verdict
     jepa_dist sweep evaluate FILE          evaluate finished members in the file's tasks
-    jepa_dist sweep results FILE [--plot OUT.png]
+    jepa_dist sweep results FILE [--quantized] [--plot OUT.png]
                                            print (and draw) the differences to the control
     jepa_dist sweep member FILE INDEX      print one member's arguments for jepa_dist train
 
@@ -43,6 +43,7 @@ from jepa_dist.sweep.members import (
     read_margins,
     read_plan,
     read_sweep,
+    read_widths,
 )
 from jepa_dist.sweep.results import Results, read_results
 from jepa_dist.sweep.verdicts import describe, undecided_arms
@@ -65,7 +66,8 @@ def _main() -> int:
         elif arguments.command == "member":
             print(*_pick(members, arguments.index).arguments, sep="\n")
         elif arguments.command == "results":
-            results = read_results(members, read_margins(arguments.file))
+            widths = read_widths(arguments.file) if arguments.quantized else []
+            results = read_results(members, read_margins(arguments.file), widths)
             print(*describe(results), sep="\n")
             if arguments.plot is not None:
                 _plot(results, arguments.plot)
@@ -93,6 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("file", type=Path, metavar="FILE", help="e.g. jepa_debug")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all members")
     parser.add_argument("--dry-run", action="store_true", help="run: print the commands only")
+    parser.add_argument("--quantized", action="store_true", help="results: after quantization, too")
     parser.add_argument(
         "--until-decided", action="store_true", help="run: add seeds until every arm is decided"
     )
@@ -174,15 +177,19 @@ def _evaluate_all(members: Sequence[Member], plan: EvaluationPlan | None, dry_ru
         0 if all could be evaluated, 1 if at least one failed, 128 + n if stopped by signal n.
 
     Raises:
-        UserError: the sweep has no tasks and no probe.
+        UserError: the sweep has nothing to evaluate.
     """
     if plan is None:
-        raise UserError("evaluate: the sweep's file has no section evaluate with tasks or probe")
-    expected, failed = plan.inputs(), False
+        raise UserError(
+            "evaluate: the sweep's file has no section evaluate with tasks, probe or quantize"
+        )
+    failed = False
     for member in members:
-        if _state(member) != "finished" or _is_evaluated(member, expected):
+        settings = member.resolve().quantization
+        if _state(member) != "finished" or _is_evaluated(member, plan.inputs(settings)):
             continue
-        command = [sys.executable, "-m", "jepa_dist.evaluate", *plan.arguments(member.run_dir)]
+        arguments = plan.arguments(member.run_dir, settings)
+        command = [sys.executable, "-m", "jepa_dist.evaluate", *arguments]
         if dry_run:
             print(shlex.join(command))
             continue

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from jepa_dist.config import (
     ENVIRONMENT,
     Config,
+    QuantizationConfig,
     as_override,
     flatten,
     load,
@@ -32,7 +33,12 @@ from jepa_dist.config import (
 from jepa_dist.config.kinds import LAYOUT, MEASURING, WATCHING
 from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.files import MIB, read_json, write_atomically
-from jepa_dist.monitor.evaluation_file import EVALUATION, digest_of
+from jepa_dist.monitor.evaluation_file import (
+    EVALUATION,
+    digest_of,
+    quantized_input,
+    quantized_name,
+)
 from jepa_dist.shipped import find_sweep
 
 CONTROL = "control"
@@ -110,9 +116,19 @@ class EvaluationPlan(BaseModel):
     """Files of labeled documents for linear probes."""
     layer: Annotated[int, Field(ge=-1)] = -1
     """Block whose states are probed; -1: the final state."""
+    quantize: list[Annotated[int, Field(ge=2, le=8)]] = []
+    """Numbers of bits (``quantization.matrix_bits``) to evaluate after quantization to."""
 
-    def inputs(self) -> dict[str, str]:
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to evaluate."""
+        return not (self.tasks or self.probe or self.quantize)
+
+    def inputs(self, settings: QuantizationConfig) -> dict[str, str]:
         """Return what ``Evaluation.inputs`` of an up-to-date ``evaluation.json`` returns.
+
+        Args:
+            settings: The member's section ``quantization``.
 
         Raises:
             UserError: a file cannot be read.
@@ -120,17 +136,35 @@ class EvaluationPlan(BaseModel):
         found = {f"task/{path.stem}": digest_of(path) for path in map(Path, self.tasks)}
         for path in map(Path, self.probe):
             found[f"linear_probe/{path.stem}"] = f"{digest_of(path)} {self.layer}"
-        return found
+        return found | quantized_inputs(self.quantize, settings)
 
-    def arguments(self, run_dir: Path) -> list[str]:
-        """Return the arguments of ``jepa_dist.evaluate`` for one member."""
+    def arguments(self, run_dir: Path, settings: QuantizationConfig) -> list[str]:
+        """Return the arguments of ``jepa_dist.evaluate`` for one member.
+
+        Args:
+            run_dir: The member's.
+            settings: Its section ``quantization``, which may have changed since it was trained.
+        """
         layer = ["--layer", str(self.layer)] * bool(self.probe)
+        widths = ["--quantize", *map(str, self.quantize), *_as_overrides(settings)]
         return [
             str(run_dir),
             *(["--tasks", *self.tasks] * bool(self.tasks)),
             *(["--probe", *self.probe, *layer] * bool(self.probe)),
+            *(widths * bool(self.quantize)),
             *("--json", str(run_dir / EVALUATION)),
         ]
+
+
+def quantized_inputs(bits: Iterable[int], settings: QuantizationConfig) -> dict[str, str]:
+    """Return the entries of ``Evaluation.inputs`` of quantizations to so many bits."""
+    return {quantized_name(each): quantized_input(settings.with_bits(each)) for each in bits}
+
+
+def _as_overrides(settings: QuantizationConfig) -> list[str]:
+    """Return the settings, but for the bits that are asked for, as KEY=VALUE."""
+    values = settings.model_dump(exclude={"matrix_bits"})
+    return [as_override(f"quantization.{key}", value) for key, value in values.items()]
 
 
 class _SweepFile(BaseModel):
@@ -203,10 +237,26 @@ def read_plan(path: Path) -> EvaluationPlan | None:
         UserError: as ``read_sweep``, or a file of the section cannot be read.
     """
     plan = _parse(find_sweep(path)).evaluate
-    if plan is None or not (plan.tasks or plan.probe):
+    if plan is None or plan.is_empty:
         return None
-    plan.inputs()
+    plan.inputs(QuantizationConfig())
     return plan
+
+
+def read_widths(path: Path) -> list[int]:
+    """Return the numbers of bits that a sweep's members are quantized to.
+
+    Raises:
+        UserError: as ``read_sweep``, or the file names none.
+    """
+    path = find_sweep(path)
+    plan = _parse(path).evaluate
+    if plan is None or not plan.quantize:
+        raise UserError(
+            f"results --quantized: {path} names no numbers of bits; add them to its section "
+            "evaluate (quantize: [4, 6]), then: jepa_dist sweep evaluate FILE"
+        )
+    return plan.quantize
 
 
 def add_seed(members: Sequence[Member]) -> None:

@@ -9,7 +9,7 @@ differences show: ``verdicts.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,15 @@ from jepa_dist.config import flatten, load
 from jepa_dist.config.kinds import LAYOUT, WATCHING
 from jepa_dist.errors import UserError
 from jepa_dist.files import MIB, check_regular, read_json
-from jepa_dist.monitor.evaluation_file import EVALUATION, read_evaluation
+from jepa_dist.monitor.evaluation_file import (
+    EVALUATION,
+    quantized_input,
+    quantized_name,
+    read_evaluation,
+)
 from jepa_dist.monitor.history import StartRecord, lasting, read_starts
 from jepa_dist.monitor.metrics_file import HELD_BYTES, METRICS, number, read_records
-from jepa_dist.sweep.members import CONTROL, Member, Settings, settings_of
+from jepa_dist.sweep.members import CONTROL, Member, Settings, quantized_inputs, settings_of
 
 _DATA_BYTES = 64 * MIB
 _METRICS = ("val/bpb", "val/loss")
@@ -45,6 +50,8 @@ class Results:
     """Messages about members that count, but whose settings are not fully known."""
     margins: Mapping[str, float] = field(default_factory=dict)
     """By metric: differences within +- this are declared to be of no importance."""
+    widths: Sequence[int] = ()
+    """Numbers of bits after quantization to which results are asked for."""
 
     @property
     def metric(self) -> str:
@@ -69,6 +76,13 @@ class Results:
         found = dict.fromkeys(names)
         return [name for name in found if not self._is_repeated(name)]
 
+    @property
+    def quantized(self) -> list[str]:
+        """Names of the metrics after quantization that are asked for, two for each width: the loss,
+        and by how much it is larger than before."""
+        names = map(quantized_name, self.widths)
+        return [f"{name}/{end}" for name in names for end in (self.metric, "gap")]
+
     def _is_repeated(self, name: str) -> bool:
         """Return whether an accuracy per byte is that by the sum in every member: choices of equal
         length."""
@@ -86,19 +100,24 @@ class _DivergedError(Exception):
     """A member has no result because its loss did not stay finite."""
 
 
-def read_results(members: Iterable[Member], margins: Mapping[str, float] | None = None) -> Results:
+def read_results(
+    members: Iterable[Member],
+    margins: Mapping[str, float] | None = None,
+    widths: Sequence[int] = (),
+) -> Results:
     """Read the results from the members' run directories.
 
     Args:
         members: All members of the sweep.
         margins: The sweep's ``equivalence_margin``.
+        widths: Numbers of bits after quantization to which results are asked for.
     """
     members = list(members)
     arms = list(dict.fromkeys(member.arm for member in members))
-    results = Results(arms, margins=margins or {})
+    results = Results(arms, margins=margins or {}, widths=tuple(dict.fromkeys(widths)))
     for member in members:
         try:
-            results.records[member.arm, member.seed] = _read(member)
+            results.records[member.arm, member.seed] = _read(member, results.widths)
         except UserError as error:
             results.left_out += error.problems
         except _DivergedError as error:
@@ -108,7 +127,7 @@ def read_results(members: Iterable[Member], margins: Mapping[str, float] | None 
     return results
 
 
-def _read(member: Member) -> Record:
+def _read(member: Member, widths: Sequence[int]) -> Record:
     """Return the closing record of a finished member.
 
     Raises:
@@ -138,13 +157,14 @@ def _read(member: Member) -> Record:
         raise _DivergedError(f"its last validation loss is {loss}")
     facts = [start.facts for start in starts if start.facts is not None]
     record = last | _best(records)
-    return record | _evaluation(member, last) | {"data": _data(run_dir), "facts": facts}
+    return record | _evaluation(member, last, widths) | {"data": _data(run_dir), "facts": facts}
 
 
-def _evaluation(member: Member, last: Record) -> Record:
+def _evaluation(member: Member, last: Record, widths: Sequence[int]) -> Record:
     """Return the results in ``evaluation.json``, and what each was computed on.
 
-    A damaged file counts as a missing one: ``sweep evaluate`` replaces it.
+    A damaged file counts as a missing one: ``sweep evaluate`` replaces it. Of quantization, only
+    results of ``widths`` with the settings of the sweep are returned.
     """
     try:
         evaluation = read_evaluation(member.run_dir / EVALUATION)
@@ -152,6 +172,11 @@ def _evaluation(member: Member, last: Record) -> Record:
         evaluation = None
     if evaluation is None or evaluation.step != last["step"]:
         return {_EVALUATED_ON: {}}
+    asked = quantized_inputs(widths, member.resolve().quantization)
+    quantized = [
+        one for one in evaluation.quantized if asked.get(one.name) == quantized_input(one.settings)
+    ]
+    evaluation = evaluation.model_copy(update={"quantized": quantized})
     metrics = evaluation.metrics()
     return metrics | {_EVALUATED_ON: {name: evaluation.input_of(name) for name in metrics}}
 
@@ -232,7 +257,7 @@ def _leave_out_unpaired(results: Results, declared: Mapping[str, frozenset[str]]
 
 def _drop_evaluated_otherwise(results: Results) -> None:
     """Drop metrics that were computed on another file or layer than the control's."""
-    names = results.evaluated
+    names = dict.fromkeys([*results.evaluated, *results.quantized])
     for (arm, seed), record in results.records.items():
         control = results.records.get((CONTROL, seed), record)
         on, theirs = record[_EVALUATED_ON], control[_EVALUATED_ON]
@@ -243,7 +268,7 @@ def _drop_evaluated_otherwise(results: Results) -> None:
         if other or missing:
             listed = ", ".join([*other, *missing])
             results.notes.append(
-                f"{arm}, seed {seed}: {listed}: not evaluated, or not on the file of its control; "
+                f"{arm}, seed {seed}: {listed}: not evaluated, or otherwise than its control; "
                 "jepa_dist sweep evaluate FILE"
             )
 

@@ -5,8 +5,9 @@ correction over the arms; *equivalent* if the sweep declares a margin for the me
 one-sided tests at 5 % show that the difference lies within it; else *undecided*. An arm that
 diverged at a seed where the control did not is worse, whatever its other seeds show.
 
-That verdict is on the loss. Accuracies, and the rank and anisotropy of the states, have a table and
-verdicts of their own, corrected over the arms, not over the metrics.
+That verdict is on the loss. Accuracies, the rank and anisotropy of the states, and loss and gap
+after quantization have a table and verdicts of their own, corrected over the arms, not over the
+metrics.
 """
 
 from __future__ import annotations
@@ -152,13 +153,18 @@ def describe(results: Results) -> list[str]:
     metrics = metrics_of_loss(results.metric)
     by_metric = {metric: evidence(results, metric) for metric in metrics}
     header = ["arm", "seeds", results.metric, "to control", f"best {results.metric}", "EMA"]
-    rows = [[*header, "tokens/s"], *(_row(results, arm, by_metric) for arm in results.arms)]
+    header.append("tokens/s")
+    for bits in results.widths:
+        header += [f"{bits}-bit {results.metric}", "gap"]
+    rows = [header, *(_row(results, arm, by_metric) for arm in results.arms)]
     lines = [
         *_align(rows),
         "",
         "seeds: finished; to control, best, EMA: mean difference to the control over paired seeds",
         "+- its standard error (best: the lowest validation along the run); tokens/s: mean.",
     ]
+    if results.widths:
+        lines.append("N-bit, gap: after quantization, and how much is lost by it; means.")
     for metric, found in by_metric.items():
         lines += _evidence_table(metric, found)
     arms = [arm for arm in results.arms if arm != CONTROL or results.diverged_seeds(arm)]
@@ -182,6 +188,7 @@ def _row(results: Results, arm: str, by_metric: Mapping[str, Mapping[str, Eviden
         _mean(values, ".4f"),
         *(str(found[arm]) if arm in found else "" for found in by_metric.values()),
         _mean(results.values(arm, "tokens_per_second"), ",.0f"),
+        *(_mean(results.values(arm, name), ".4f") for name in results.quantized),
     ]
 
 
