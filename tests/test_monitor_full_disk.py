@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing import event_file_loader
 
 from jepa_dist.monitor.events import Appendable
+from jepa_dist.monitor.run_dir import RunStatus, read_status, write_run_dir
 from jepa_dist.monitor.writer import MetricsWriter
 from tests.commands import TRAIN, Command
 from tests.tiny import tiny_overrides, write_corpus
@@ -125,12 +127,42 @@ def test_a_run_directory_that_is_moved_away_is_told_and_not_made_again(tmp_path:
     for step in (2, 3):
         writer.write({"step": step, "loss": 1.0})
     assert len(told) == 1
-    assert "(No such file or directory)" in told[0]
+    assert f"(No such file or directory: {tmp_path / 'run'}" in told[0]
     assert not (tmp_path / "run").exists()
     (tmp_path / "elsewhere").rename(tmp_path / "run")
     writer.write({"step": 4, "loss": 1.0})
     writer.close()
     assert steps_in(tmp_path / "run/metrics.jsonl") == [1, 4]
+
+
+def test_tensorboard_s_folder_is_created_again(tmp_path: Path) -> None:
+    board = tmp_path / "run" / "tensorboard"
+    writer = MetricsWriter(board.parent)
+    writer.write({"step": 1, "loss": 1.0})
+    shutil.rmtree(board)
+    writer.write({"step": 2, "loss": 1.0})
+    writer.close()
+    (path,) = board.iterdir()
+    version, purge, event = event_file_loader.LegacyEventFileLoader(str(path)).Load()
+    assert version.file_version == "brain.Event:2"
+    assert (purge.step, event.step) == (1, 2)
+
+
+def test_the_status_needs_the_run_directory_alone(tmp_path: Path) -> None:
+    told: list[str] = []
+    run = tmp_path / "run"
+    write_run_dir(run, {})
+    status = RunStatus(run, told.append)
+    (run / "logs").rmdir()
+    (run / "logs").write_text("a file")
+    status.update(state="running", step=1)
+    assert read_status(run)["step"] == 1
+    shutil.rmtree(run)
+    for step in (2, 3):
+        status.update(step=step)
+    assert len(told) == 1
+    assert f"(No such file or directory: {run}" in told[0]
+    assert not run.exists()
 
 
 @pytest.mark.slow

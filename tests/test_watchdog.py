@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jepa_dist.monitor.watchdog import Heartbeat, diagnose
+from jepa_dist.monitor.step_timer import Place
+from jepa_dist.monitor.watchdog import Heartbeat, Watchdog, diagnose, read_heartbeats
 from tests.commands import Command
 from tests.test_train_command import UNDER_TORCHRUN, has_logged, settings
 from tests.tiny import write_corpus
@@ -46,6 +47,25 @@ def test_a_rank_that_never_came() -> None:
 
 def test_everybody_waits() -> None:
     assert diagnose(beats(), later(beats()), 3) == ["all ranks are at step 12 in forward"]
+
+
+def test_heartbeats_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place(1, 2, "forward")
+    watchdog = Watchdog(tmp_path, 0, 1, lambda: place, late_seconds=60)
+    folder = tmp_path / "heartbeats"
+    for _ in range(2):
+        folder.write_text("a file")
+        for _ in range(2):
+            watchdog._tick()
+        told = f"warning: heartbeats cannot be written (File exists: {folder})"
+        assert capsys.readouterr().err.count(told) == 1
+        folder.unlink()
+        watchdog._tick()
+        assert read_heartbeats(folder, 1)[0].step == 2
+        (folder / "rank_0.json").unlink()
+        folder.rmdir()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import io
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,15 @@ class Appendable:
     ``append`` returns after the write system call: a killed process loses no record, a host that
     loses power may. If the file is renamed or deleted meanwhile, a new file of that name is
     created. A folder that was removed is not created again: the record is lost.
+
+    Args:
+        path: The file.
+        header: Begins a new file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, header: Callable[[], bytes] = bytes) -> None:
         self._path = path
+        self._header = header
         self._file: io.FileIO | None = None
 
     def append(self, record: bytes) -> None:
@@ -55,6 +60,8 @@ class Appendable:
             self._file.close()
             self._file = open_to_append(self._path)
         end = os.fstat(self._file.fileno()).st_size
+        if end == 0:
+            record = self._header() + record
         try:
             if self._file.write(record) != len(record):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -86,9 +93,9 @@ class EventFile:
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
-        self._file = Appendable(folder / name)
+        self._folder = folder
+        self._file = Appendable(folder / name, self._header)
         self._purge_step = purge_step
-        self._has_header = False
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add scalars, by tag."""
@@ -123,14 +130,15 @@ class EventFile:
         self._file.close()
 
     def _add(self, what: Summary, step: int) -> None:
-        header = b""
-        if not self._has_header:
-            version = Event(wall_time=time.time(), file_version="brain.Event:2")
-            start = SessionLog(status=SessionLog.START)
-            purge = Event(wall_time=time.time(), step=self._purge_step, session_log=start)
-            header = _framed(version) + _framed(purge)
-        self._file.append(header + _framed(Event(wall_time=time.time(), step=step, summary=what)))
-        self._has_header = True
+        if self._folder.parent.exists():
+            self._folder.mkdir(exist_ok=True)  # it may have been removed
+        self._file.append(_framed(Event(wall_time=time.time(), step=step, summary=what)))
+
+    def _header(self) -> bytes:
+        version = Event(wall_time=time.time(), file_version="brain.Event:2")
+        start = SessionLog(status=SessionLog.START)
+        purge = Event(wall_time=time.time(), step=self._purge_step, session_log=start)
+        return _framed(version) + _framed(purge)
 
 
 def _framed(event: Event) -> bytes:

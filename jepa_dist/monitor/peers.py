@@ -48,7 +48,7 @@ class Peers:
         partial = self._report.with_suffix(f".{self._rank}.partial")
         report = {"rank": rank, "host": socket.gethostname(), "reason": reason}
         with suppress(OSError):  # without a report, torchrun terminates the others
-            self._report.parent.mkdir(parents=True, exist_ok=True)
+            self._report.parent.mkdir(exist_ok=True)
             partial.write_text(json.dumps(report), encoding="utf-8")
             if not self._report.exists():
                 partial.replace(self._report)

@@ -110,9 +110,10 @@ class RunStatus:
         try:
             _write_status(self._run_dir, self._facts)
             self._is_failing = False
-        except UserError as error:  # must not end training
+        except OSError as error:  # must not end training
             if not self._is_failing:
-                self._warn(f"status.json is not up to date: {error}")
+                place = error.filename or self._run_dir
+                self._warn(f"status.json is not up to date ({error.strerror}: {place})")
             self._is_failing = True
 
 
@@ -120,7 +121,7 @@ def _write_status(run_dir: Path, facts: Mapping[str, Any]) -> None:
     checkpoint = newest_checkpoint(run_dir)
     saved = checkpoint is not None and checkpoint == facts["step"]
     status = {**facts, "checkpoint": checkpoint, "saved": saved, "updated": time.time()}
-    write_run_dir(run_dir, {"status.json": json.dumps(status) + "\n"})
+    write_atomically(run_dir / "status.json", json.dumps(status) + "\n")
 
 
 def newest_checkpoint(run_dir: Path) -> int | None:
@@ -178,7 +179,9 @@ class _LogFile(logging.FileHandler):
         Raises:
             OSError: it cannot be opened, or is not a regular file.
         """
-        file = open_to_append(Path(self.baseFilename))
+        path = Path(self.baseFilename)
+        path.parent.mkdir(exist_ok=True)  # it may have been removed, but not the run directory
+        file = open_to_append(path)
         return io.TextIOWrapper(
             io.BufferedWriter(file), encoding=self.encoding, errors=self.errors, write_through=True
         )

@@ -85,6 +85,7 @@ class Watchdog:
         self._since = time.monotonic()
         self._seen = place()
         self._has_warned = False
+        self._is_unwritable = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -123,10 +124,26 @@ class Watchdog:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        with suppress(OSError):  # a full disk must not end the watchdog
+        try:
             self._folder.mkdir(exist_ok=True)
             text = json.dumps(asdict(beat))
             write_atomically(self._folder / f"rank_{self._rank}.json", text)
+            self._is_unwritable = False
+        except OSError as error:  # a full disk must not end the watchdog
+            self._report_unwritable(error)
+
+    def _report_unwritable(self, error: OSError) -> None:
+        """Warn once, until a heartbeat can be written again."""
+        if self._is_unwritable:
+            return
+        self._is_unwritable = True
+        text = (
+            f"heartbeats cannot be written ({error.strerror}: {self._folder}): until they can be, "
+            "a rank that hangs is not named, and a failure is not reported to other hosts"
+        )
+        log.warning("%s", text)
+        if self._rank == 0:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _report_hang(self, seconds: float) -> None:
         before = read_heartbeats(self._folder, self._world_size)

@@ -34,6 +34,7 @@ class MetricsWriter:
         self, run_dir: Path, step: int = 0, warn: Callable[[str], None] = lambda text: None
     ) -> None:
         self._warn = warn
+        self._run_dir = run_dir
         self._missing = 0
         self._file = Appendable(run_dir / METRICS)
         self._board = EventFile(run_dir / "tensorboard", purge_step=step + 1)
@@ -102,9 +103,11 @@ class MetricsWriter:
                 write()
             except OSError as error:
                 if self._missing == 0:
+                    place = error.filename or self._run_dir
                     self._warn(
-                        f"metrics cannot be written ({error.strerror}); training continues without "
-                        "them; free disk space for run.dir, or make it writable again"
+                        f"metrics cannot be written ({error.strerror}: {place}); training "
+                        "continues without them; free disk space for run.dir, or make it writable "
+                        "again"
                     )
                 self._missing += 1
         if self._missing == before > 0:
