@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jepa_dist.checkpoint import folder as folders
+from jepa_dist.errors import UserError
 from jepa_dist.run.lock import RunLock
 
 
@@ -63,3 +64,16 @@ def test_a_lock_that_leads_nowhere_is_taken_over(
     assert "taken over" in message
     lock.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_created_again_but_not_the_run_directory(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    gone = pytest.raises(UserError, match="a folder above it, was removed or renamed")
+    with gone, folders.writing(folder):
+        folders.make_staging(folder, 1)
+    assert not folder.parent.exists()
+    folder.parent.mkdir()
+    staging, messages = folders.make_staging(folder, 1)
+    assert staging.is_dir()
+    assert messages == [f"{folder}: was removed while the run used it; created again"]
+    assert folders.make_staging(folder, 2)[1] == []

@@ -6,6 +6,7 @@ deleted, its name starts with a dot, so that a crash never leaves a partial one 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -98,17 +99,25 @@ def make_folder(folder: Path) -> list[str]:
     return messages
 
 
-def make_staging(folder: Path, step: int) -> Path:
+def make_staging(folder: Path, step: int) -> tuple[Path, list[str]]:
     """Create and return a folder to write the checkpoint of ``step`` into.
 
     Its name is unique: orphan processes of an earlier start of the run cannot write into it.
 
+    Returns:
+        The staging folder, and a message if the folder of checkpoints was missing. It is created
+        again unless the run directory is missing, too.
+
     Raises:
         OSError: it cannot be created.
     """
+    messages = []
+    if not folder.exists():
+        folder.mkdir()
+        messages.append(f"{folder}: was removed while the run used it; created again")
     staging = folder / f"{_STAGING}{name_of(step)}-{uuid4().hex[:8]}"
     staging.mkdir()
-    return staging
+    return staging, messages
 
 
 def publish(staging: Path, step: int) -> tuple[Path, list[str]]:
@@ -180,7 +189,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or path
+        advice = (
+            "it, or a folder above it, was removed or renamed while the run used it"
+            if error.errno == errno.ENOENT
+            else "free disk space or name another folder (earlier checkpoints are unchanged)"
+        )
         raise UserError(
-            f"{place}: cannot be written: {error.strerror or error}; free disk space or name "
-            "another folder (earlier checkpoints are unchanged)"
+            f"{place}: cannot be written: {error.strerror or error}; {advice}"
         ) from None

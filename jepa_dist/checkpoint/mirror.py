@@ -206,7 +206,7 @@ def fetch_newest(url: str, folder: Path) -> list[str]:
     for step in sorted(steps, reverse=True):
         with folders.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            staging = folders.make_staging(folder, step)
+            staging, _ = folders.make_staging(folder, step)
         try:
             with folders.writing(staging):
                 manifest = _fetch(remote, steps[step], staging)

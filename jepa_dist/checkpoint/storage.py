@@ -106,6 +106,7 @@ class ShardWriter(StorageWriter):
         self._after = after
         self._world_size = 1
         self._staging: Path | None = None
+        self._messages: list[str] = []
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Do nothing: a writer is used once."""
@@ -120,7 +121,7 @@ class ShardWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Create the staging folder and assign a file to every rank; called on rank 0."""
         with folders.writing(self._folder):
-            self._staging = folders.make_staging(self._folder, self._step)
+            self._staging, self._messages = folders.make_staging(self._folder, self._step)
         self._world_size = len(plans)
         return [
             replace(plan, storage_data=str(self._staging / f"shard_{rank:05d}.safetensors"))
@@ -161,7 +162,8 @@ class ShardWriter(StorageWriter):
             folders.write_text(staging / MANIFEST, manifest.seal())
             path, messages = folders.publish(staging, self._step)
         self._staging = None
-        metadata.storage_data = Published(path, manifest.bytes, [*messages, *self._after(path)])
+        messages = [*self._messages, *messages, *self._after(path)]
+        metadata.storage_data = Published(path, manifest.bytes, messages)
 
     def discard(self) -> None:
         """Delete the staging folder after a failure, on the rank that created it."""
