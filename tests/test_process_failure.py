@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.watchdog import Watchdog
@@ -62,6 +64,34 @@ def test_an_error_in_the_watchdog_ends_the_rank(
     assert exits == [code]
     assert noted == [str(error)]
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (UserError("x: is wrong"), r"x: is wrong"),
+        (ValueError("bad"), r"Traceback[\s\S]+in fail\n[\s\S]+ValueError: bad\n"),
+    ],
+)
+def test_torchrun_shows_a_traceback_unless_the_user_can_fix_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    exits: list[int],
+    error: Exception,
+    shown: str,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit), exit_on_rank_error(0):
+        fail()
+    info = ProcessFailure(0, 1, exits[0], str(tmp_path / "error.json")).message["extraInfo"]
+    assert re.fullmatch(shown, info["py_callstack"])
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
+    with pytest.raises(SystemExit), exit_on_rank_error(0):
+        fail()
+    assert exits[0] == exits[1]
 
 
 def test_errors_in_threads_of_libraries_do_not(exits: list[int]) -> None:

@@ -7,6 +7,7 @@ notices and terminates them.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from traceback import format_exception
 from typing import NoReturn
 
 from jepa_dist.command_line import UNFORESEEN, errors_in_one_line
@@ -242,11 +244,16 @@ def _is_broken_collective(error: Exception) -> bool:
 
 
 def _record_for_torchrun(error: BaseException) -> None:
-    """Let torchrun's closing summary show this rank's error."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
+    """Let torchrun's closing summary show this rank's error: its traceback, or the problems of a
+    ``UserError``."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    shown = str(error) if isinstance(error, UserError) else "".join(format_exception(error))
+    details = {"py_callstack": shown, "timestamp": str(int(time.time()))}
+    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
+    with suppress(OSError):  # no room for temporary files, for one
+        path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+        path.write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def _exit_now(code: int) -> NoReturn:
