@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import pickle
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from torch._C._distributed_c10d import HashStore, TCPStore
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousHandler,
@@ -24,6 +26,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from jepa_dist.parallel.meeting import launcher_store
+from jepa_dist.process.agent import print_without_traceback
 from jepa_dist.process.dist_env import listen_on_loopback
 from jepa_dist.process.rendezvous import CheckedBackend
 from tests.commands import listening
@@ -77,6 +80,32 @@ def test_loopback_gives_each_start_a_store_on_loopback() -> None:
     assert not write_as_a_rank(again, "fresh").check(["stale"])
     assert handler.num_nodes_waiting() == 0
     assert handler.shutdown()
+
+
+def test_signals_that_torchrun_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup
+    try:
+        handler_of("loopback")
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+    assert os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGQUIT,SIGUSR1"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (SignalException("x", signal.SIGTERM), "the ranks were stopped (SIGTERM)"),
+        (RendezvousConnectionError("no store"), "no store"),
+        (ValueError("bad"), "ValueError: bad"),
+    ],
+)
+def test_torchrun_s_own_ends_have_no_traceback(
+    error: Exception, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_without_traceback(type(error), error, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(told)
 
 
 def test_loopback_is_for_one_host() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import TracebackType
 
 # When the agent that hosts the rendezvous store exits first, torch's C++ code prints a stack trace
 # for each connection on the other hosts. The variable is read when torch is imported; the ranks
@@ -22,23 +23,42 @@ def main() -> int:
     wanted = os.environ.get(_LOG_LEVEL)
     os.environ[_LOG_LEVEL] = wanted or "ERROR"
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
 
     if wanted is None:
         del os.environ[_LOG_LEVEL]
     try:
         run.main()
-    except (ChildFailedError, RendezvousError) as error:
+    except Exception as error:
+        code = report(error)
+        if code is None:
+            raise
+        return code
+    return 0
+
+
+def report(error: BaseException) -> int | None:
+    """Print an error by which torchrun ends as usual; return the exit code, None for others."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    if isinstance(error, ChildFailedError | RendezvousError):
         print(error, file=sys.stderr)
         return 1
-    except SignalException as error:
+    if isinstance(error, SignalException):
         name = signal.Signals(error.sigval).name
         host = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
         print(f"{host}: the ranks were stopped ({name})", file=sys.stderr)
         return 128 + error.sigval
-    return 0
+    return None
+
+
+def print_without_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print an uncaught error, as ``sys.excepthook`` of a torchrun that this package extends."""
+    if report(error) is None:
+        sys.__excepthook__(kind, error, trace)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ these two by the entry points ``torchrun.handlers`` in pyproject.toml:
 * ``--rdzv-backend=loopback``: all ranks are on this host, and nothing listens beyond 127.0.0.1.
 * ``--rdzv-backend=bound``: c10d's rendezvous. The stores listen at ``--local-addr``, and a state
   that names anything but the classes of a rendezvous is rejected before it is unpickled.
+
+Both run in torchrun's process, where they also see to its signals and its last message.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -40,6 +44,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
+from jepa_dist.process.agent import print_without_traceback
+from jepa_dist.process.signals import OF_TERMINALS
 from jepa_dist.process.store import LOOPBACK, is_own_address, listening_store
 
 Creator = Callable[[RendezvousParameters], RendezvousHandler]
@@ -48,6 +54,7 @@ _TIMEOUT = timedelta(minutes=5)
 # About 200 bytes per host.
 _MOST_STATE_BYTES = 1 << 24
 _STATE_MODULE = "torch.distributed.elastic.rendezvous.dynamic_rendezvous"
+_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _STATE_CLASSES = {
     *((_STATE_MODULE, name) for name in ("_RendezvousState", "_NodeDesc")),
     *(("datetime", name) for name in ("datetime", "timedelta", "timezone")),
@@ -59,6 +66,7 @@ def loopback() -> Creator:
     if "--rdzv-backend=loopback" in sys.argv:
         # torchrun warns about all backends but its own, unless they are given an endpoint.
         logging.getLogger("torch.distributed.run").addFilter(_is_not_about_endpoint)
+        sys.excepthook = print_without_traceback
     return LoopbackRendezvous
 
 
@@ -69,6 +77,20 @@ def bound() -> Creator:
 
 def _is_not_about_endpoint(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("master_addr is only used for static rdzv_backend")
+
+
+def set_signals() -> None:
+    """Choose the signals that torchrun forwards to its ranks before it exits.
+
+    SIGUSR1 is one of them: by default it ends torchrun immediately, and thereby its ranks. Those
+    that nohup ignores are none: torchrun would handle them again.
+    """
+    if _SIGNALS not in os.environ:  # not in torchrun
+        return
+    names = [name.strip() for name in os.environ[_SIGNALS].split(",")]
+    ignored = [number.name for number in OF_TERMINALS if signal.getsignal(number) is signal.SIG_IGN]
+    wanted = dict.fromkeys([*names, signal.SIGUSR1.name])
+    os.environ[_SIGNALS] = ",".join(name for name in wanted if name not in ignored)
 
 
 class LoopbackRendezvous(RendezvousHandler):
@@ -87,6 +109,7 @@ class LoopbackRendezvous(RendezvousHandler):
                 f"--rdzv-backend=loopback: --nnodes allows {params.max_nodes} hosts; expected 1; "
                 "start several hosts by launch/multinode.sh"
             )
+        set_signals()
         self._run_id = params.run_id
         self._store: TCPStore | None = None
         self._is_closed = False
@@ -208,6 +231,7 @@ def _bound_rendezvous(params: RendezvousParameters) -> RendezvousHandler:
             "--rdzv-backend=bound: --local-addr is missing; expected the address of this host's "
             "interface to the others (launch/multinode.sh finds it)"
         )
+    set_signals()
     store = _store_of_agents(params, params.local_addr)
     seconds = [params.get_as_int(f"{name}_timeout") for name in ("join", "last_call", "close")]
     limits = [None if each is None else timedelta(seconds=each) for each in seconds]

@@ -21,7 +21,7 @@ EXIT_GRACE_OVER = 4
 _IMPATIENT = (signal.SIGINT, signal.SIGQUIT)
 
 # They stay ignored if nohup (or a shell, for a background job) has set them to be ignored.
-_OF_TERMINALS = (signal.SIGHUP, signal.SIGQUIT)
+OF_TERMINALS = (signal.SIGHUP, signal.SIGQUIT)
 
 # One request may arrive twice: SLURM signals every process of a step, and torchrun forwards signals
 # to its ranks.
@@ -65,7 +65,7 @@ class StopRequest:
         self._outbox = outbox  # keeps it open
         for number in STOP_SIGNALS:
             is_ignored = signal.getsignal(number) is signal.SIG_IGN
-            if not (is_ignored and number in _OF_TERMINALS):
+            if not (is_ignored and number in OF_TERMINALS):
                 signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
         is_listening = threading.Event()
