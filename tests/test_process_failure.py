@@ -94,6 +94,46 @@ def test_torchrun_shows_a_traceback_unless_the_user_can_fix_it(
     assert exits[0] == exits[1]
 
 
+READ_ERROR = (
+    "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:2218: Connection reset by peer. "
+    "This is typically caused by a remote worker hanging"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (RuntimeError("can't start new thread"), 2, "limit of processes and threads (ulimit -u"),
+        (OSError(24, "Too many open files", "/x"), 2, "limit of open files (ulimit -n) is reached"),
+        (MemoryError(), 2, "out of memory: the limit of memory"),
+        (RuntimeError(READ_ERROR), 1, "2218: Connection reset by peer; traceback: RUN/logs)"),
+    ],
+)
+def test_limits_and_lost_ranks_are_told_in_a_line(
+    exits: list[int],
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    told: str,
+) -> None:
+    with pytest.raises(SystemExit), exit_on_rank_error(3):
+        raise error
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("[rank 3] error: ")
+    assert told in line
+    assert exits == [code]
+
+
+def test_a_failure_is_noted_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    noted: list[str] = []
+    failure.call_with_limit(noted.append, "why")
+    assert noted == ["why"]
+
+
 def test_errors_in_threads_of_libraries_do_not(exits: list[int]) -> None:
     seen: list[str] = []
     before = threading.excepthook

@@ -198,7 +198,14 @@ def _no_room(error: Exception) -> UserError:
     return UserError(
         f"data loader: {reason}: processes exchange batches in /dev/shm ({free >> 10} KiB free) "
         f"and have sockets in {tempfile.gettempdir()}; give them more room (docker --shm-size, "
-        "TMPDIR), or set data.workers=0"
+        "TMPDIR) or more files (ulimit -n), or set data.workers=0"
+    )
+
+
+def _died(error: Exception) -> UserError:
+    return UserError(
+        f"a data loader process died ({error}): perhaps killed for want of memory, or of "
+        "shared memory (/dev/shm); give the job more, or lower data.workers"
     )
 
 
@@ -319,10 +326,7 @@ class TrainLoader:
                 raise
             for path in self._paths:
                 read_count(path)  # a shard cut short while it is mapped is a bus error
-            raise UserError(
-                f"a data loader process died ({error}): perhaps killed for want of memory, or of "
-                "shared memory (/dev/shm); give the job more, or lower data.workers"
-            ) from error
+            raise _died(error) from error
         if isinstance(item, UserError):
             self.close()  # the batches of the other processes would follow out of order
             raise item
@@ -389,6 +393,10 @@ def _naming_full_storage() -> Iterator[None]:
         if error.filename is not None:
             raise
         raise _no_room(error) from None
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise _died(error) from error
 
 
 @contextlib.contextmanager

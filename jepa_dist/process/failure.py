@@ -39,6 +39,23 @@ _BROKEN_LIBRARY = re.compile(
     r"ELF file data encoding|object file has no|failed to map segment|ELF load command)"
 )
 
+# In the messages of gloo's errors, which have no class of their own.
+_GLOO = "/gloo/transport/"
+
+# Limits of the system, by what is said when one is reached.
+_THREADS = "the limit of processes and threads (ulimit -u, or the container's), or of memory"
+_FILES = "the limit of open files (ulimit -n)"
+_MEMORY = "the limit of memory (ulimit -v, the container's or the host's)"
+_LIMITS = {
+    "can't start new thread": _THREADS,
+    "Resource temporarily unavailable": _THREADS,
+    "Too many open files": _FILES,
+    "Cannot allocate memory": _MEMORY,
+    "can't allocate memory": _MEMORY,
+    "std::bad_alloc": _MEMORY,
+    "Killed signal terminated program": _MEMORY,  # of the compiler
+}
+
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 log = logging.getLogger(__name__)
@@ -130,24 +147,22 @@ def exit_on_rank_error(
 
 
 def _exit_alone(error: Exception, rank: int) -> NoReturn:
-    """Print an error that only this rank has raised, and exit."""
-    _record_for_torchrun(error)
+    """Print an error that only this rank has raised, and exit.
+
+    Its traceback is printed unless one line says what to do; the log has it in any case.
+    """
     if isinstance(error, UserError):
         log.error("%s", error)
-        _print_problems(error, prefix=f"[rank {rank}] ")
-        _exit_now(error.exit_code)
-    log.error("failed", exc_info=error)
-    if (broken := _broken_library(error)) is not None:
-        _print_problems(broken, prefix=f"[rank {rank}] ")
-        _exit_now(broken.exit_code)
+        known: UserError | None = error
+    else:
+        log.error("failed", exc_info=error)
+        known = _broken_library(error) or _reached_limit(error) or _broken_collective(error)
+    _record_for_torchrun(known or error)
+    if known is not None:
+        _print_problems(known, prefix=f"[rank {rank}] ")
+        _exit_now(known.exit_code)
     print(f"[rank {rank}] failed:", file=sys.stderr)
     traceback.print_exception(error)
-    if _is_broken_collective(error):
-        print(
-            f"[rank {rank}] a collective failed, most likely because another rank exited "
-            "first; see that rank's message",
-            file=sys.stderr,
-        )
     _exit_now(EXIT_FAILURE)
 
 
@@ -194,15 +209,22 @@ def _note(error: BaseException, on_failure: Callable[[str], None] | None) -> Non
 
 
 def call_with_limit(note: Callable[[str], None], reason: str) -> None:
-    """Call ``note`` in a thread and wait a few seconds at most, in case the file system hangs."""
+    """Call ``note`` in a thread and wait a few seconds at most, in case the file system hangs.
+
+    If no thread can be started, it is called directly.
+    """
 
     def call() -> None:
         with suppress(Exception):
             note(reason)
 
     thread = threading.Thread(target=call, name="note", daemon=True)
-    thread.start()
-    thread.join(_NOTE_SECONDS)
+    try:
+        thread.start()
+    except RuntimeError:
+        call()
+    else:
+        thread.join(_NOTE_SECONDS)
 
 
 def _broken_library(error: BaseException) -> UserError | None:
@@ -211,17 +233,56 @@ def _broken_library(error: BaseException) -> UserError | None:
     A process that is killed while it compiles may leave one in the cache of compiled graphs, and
     every later start loads it.
     """
-    seen: BaseException | None = error
-    while seen is not None:
-        if found := _BROKEN_LIBRARY.search(str(seen)):
+    for text in _texts(error):
+        if found := _BROKEN_LIBRARY.search(text):
             folder = os.path.dirname(found[1])
             return UserError(
                 f"{found[1]}: incomplete library ({found[0].rpartition(': ')[2]}): a process was "
                 "killed while it compiled, or the disk was full; delete this file's folder "
                 f"({folder}) or all of the compiler's cache (TORCHINDUCTOR_CACHE_DIR)"
             )
-        seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _reached_limit(error: BaseException) -> UserError | None:
+    """Return an error that names the limit of the system that was reached, if one was."""
+    if isinstance(error, MemoryError):
+        return UserError(f"out of memory: {_MEMORY} is reached; raise it, or use less")
+    for text in _texts(error):
+        for said, limit in _LIMITS.items():
+            if said in text:
+                return UserError(f"{said}: {limit} is reached; raise it (traceback: RUN/logs)")
+    return None
+
+
+class _LostConnectionError(UserError):
+    """A collective that failed because a connection to another rank broke."""
+
+    exit_code = EXIT_FAILURE
+
+
+def _broken_collective(error: Exception) -> UserError | None:
+    """Return an error in one line if ``error`` says that a connection to another rank broke."""
+    if "torch.distributed" not in sys.modules:
+        return None
+    import torch.distributed as dist
+
+    first = str(error).partition("\n")[0]
+    if not isinstance(error, dist.DistError) and _GLOO not in first:
+        return None
+    what = first.rpartition(_GLOO)[2].partition(". ")[0]
+    return _LostConnectionError(
+        "a collective failed, most likely because another rank exited first; see that rank's "
+        f"message ({what:.200}; traceback: RUN/logs)"
+    )
+
+
+def _texts(error: BaseException) -> Iterator[str]:
+    """Yield the message of an error and of those that it came from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield str(seen)
+        seen = seen.__cause__ or seen.__context__
 
 
 def _print_problems(error: UserError, prefix: str) -> None:
@@ -235,12 +296,6 @@ def _has_process_group() -> bool:
     import torch.distributed as dist
 
     return dist.is_initialized()
-
-
-def _is_broken_collective(error: Exception) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
 
 
 def _record_for_torchrun(error: BaseException) -> None:
