@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -434,3 +435,21 @@ def test_batches_and_their_digests_hold_ids_above_16_bits() -> None:
     alone = [make_batch(ids[i : i + 1], range(5 + i, 6 + i), 1).digest for i in range(3)]
     assert sent.digest == batch.digest == sum(alone) % 2**64
     assert make_batch(ids % 2**16, range(5, 8), 4).digest != batch.digest
+
+
+class Unsendable(TokenDataset):
+    """Lets a loader process yield what cannot be pickled."""
+
+    def read(self, ids: Any) -> NoReturn:
+        error = UserError("x")
+        error.__dict__["unsendable"] = lambda: None
+        raise error
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("no_process_left")
+def test_a_batch_that_cannot_be_sent_is_an_error_not_a_hang(paths: list[Path]) -> None:
+    dataset = Unsendable(paths, SEQ_LEN, VOCAB)
+    loader = TrainLoader(dataset, BatchLayout(12, 4, 0, 1), seed=7, workers=1)
+    with pytest.raises(UserError, match="a data loader process died"):
+        next(loader)

@@ -13,6 +13,8 @@ import functools
 import hashlib
 import itertools
 import multiprocessing
+import multiprocessing.queues
+import os
 import shutil
 import sys
 import tempfile
@@ -418,3 +420,11 @@ def _quiet_start() -> Iterator[None]:
 
 def _begin_worker(_: int) -> None:
     become_helper(outlast_sigterm=_GRACE_SECONDS)
+    # By default a batch that cannot be sent is dropped, and the rank waits for it for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: Exception, _: Any) -> None:
+    """End this process after an error in the thread that sends its batches."""
+    print(f"error: data loader: a batch cannot be sent: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
