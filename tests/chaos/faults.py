@@ -24,6 +24,7 @@ from tests.chaos.harness import (
     RANKS,
     SAVE_EVERY,
     STEPS,
+    MissedError,
     Run,
     SkippedError,
     free_port,
@@ -61,6 +62,13 @@ def in_evaluation(run: Run, strike: Fault) -> None:
     strike(run)
 
 
+def in_the_optimizer(run: Run, strike: Fault) -> None:
+    """A rank says that its optimizer is at work: most memory is in use then."""
+    run.wait_for_step(2, _LAST)
+    run.wait_for_phase(run.pick_rank(), "optimizer")
+    strike(run)
+
+
 def in_a_data_wait(run: Run, strike: Fault) -> None:
     """The loader of a rank stands still until the rank waits for it."""
     run.wait_for_step(2, _LAST)
@@ -90,6 +98,7 @@ MOMENTS = {
     "while it starts": while_it_starts,
     "in a step": in_a_step,
     "in evaluation": in_evaluation,
+    "in the optimizer": in_the_optimizer,
     "in a data wait": in_a_data_wait,
     **{name: at(moment) for name, moment in SAVING.items()},
 }
@@ -198,6 +207,149 @@ def ask_to_stop(run: Run) -> None:
     assert run.starts[-1]["step"] == status["step"], "work was lost although it was saved"
 
 
+def storm_of_signals(run: Run) -> None:
+    """Signals to random ranks and to torchrun until all have stopped: one checkpoint."""
+    run.start(max_restarts=0)
+    run.wait_for_step(1, _LAST)
+    began = time.monotonic()
+    processes = {"torchrun": run.agents()[0]}
+    processes |= {f"rank {rank}": process for rank, process in run.ranks().items()}
+    sent = 0
+    run.strike("a storm of signals")
+    while run.agents() and time.monotonic() - began < LONG:
+        # Two seconds after the first signal, SIGINT means to exit at once.
+        is_early = time.monotonic() - began < 1.5
+        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP] + [signal.SIGINT] * is_early
+        with suppress(psutil.NoSuchProcess):
+            run.random.choice(list(processes.values())).send_signal(run.random.choice(numbers))
+            sent += 1
+        time.sleep(run.random.uniform(0, 0.2))
+    run.details.append(f"{sent} signals")
+    _see_it_stopped(run)
+
+
+def press_twice(run: Run) -> None:
+    """Ctrl-C, and once more while the run saves."""
+    run.start(max_restarts=0)
+    in_a_step(run, lambda run: run.strike("Ctrl-C twice"))
+    run.press(signal.SIGINT)
+    time.sleep(run.random.uniform(0.05, 1))
+    with suppress(ProcessLookupError, IndexError):
+        run.press(signal.SIGINT)
+    _see_it_stopped(run)
+
+
+def close_terminal(run: Run) -> None:
+    """SIGHUP: a checkpoint, then the same command goes on."""
+    run.start(max_restarts=0)
+    in_a_step(run, lambda run: run.strike("SIGHUP"))
+    run.press(signal.SIGHUP)
+    _see_it_stopped(run)
+
+
+def close_terminal_under_nohup(run: Run) -> None:
+    """SIGHUP to a run that nohup has started changes nothing."""
+    run.under = ["nohup"]
+    run.start(max_restarts=0)
+    in_a_step(run, lambda run: run.strike("SIGHUP under nohup", restarts=False))
+    run.press(signal.SIGHUP)
+    run.wait_for_end()
+    assert len(run.starts) == 1, "the run stopped with its terminal"
+
+
+def _see_it_stopped(run: Run) -> None:
+    ended = run.wait_for_end()
+    status = run.status
+    assert (status["state"], status["saved"]) == ("stopped", True), status
+    assert "Traceback" not in ended.output, "a traceback, although all is well"
+    run.start()
+    run.wait_for(lambda: len(run.starts) == 2)
+    assert run.starts[-1]["step"] == status["step"], "work was lost although it was saved"
+
+
+def suspend(run: Run, seconds: float = 120) -> None:
+    """Everything stands still for longer than collectives may take, and the clock jumps."""
+    run.changes["parallel__timeout_seconds"] = min(60.0, seconds / 2)
+    jump = run.dir.parent / "clock_jump"
+    run.environ |= {"PYTHONPATH": _first_on_path(_CLOCK), "CHAOS_CLOCK_JUMP": str(jump)}
+    run.start(max_restarts=0)
+    in_a_step(run, lambda run: run.strike(f"suspended for {seconds:g} s", restarts=False))
+    with run.suspended():
+        time.sleep(seconds)
+        jump.write_text("86400")
+    run.wait_for_end()
+    assert len(run.starts) == 1, "the suspension cost a restart"
+
+
+def kill_loader(run: Run) -> None:
+    """kill -9 of a process that loads data: its rank says so, and torchrun starts all again."""
+    run.start()
+    run.wait_for_step(1, _LAST)
+    rank = run.pick_rank()
+    loader = run.random.choice(run.ranks()[rank].children(recursive=True))
+    run.send(signal.SIGKILL, loader, f"a loader of rank {rank}")
+    run.wait_for(lambda: "a data loader process died" in run.output())
+
+
+# ---------------------------------------------------------------------------- limits
+
+
+def under_limits(what: str, script: str, *, told: str = "") -> Fault:
+    """A run starts in a shell that has set limits.
+
+    Args:
+        what: In words.
+        script: Sets them; ``$SMALL`` is a folder of its own.
+        told: What a start says that cannot be; without it, the run must get to its end.
+    """
+
+    def fault(run: Run) -> None:
+        small = run.dir.parent / "small"
+        small.mkdir()
+        script_of_run = f'set -e; SMALL={small}; {script}; exec "$@"'
+        run.under = ["unshare", "--mount", "bash", "-c", script_of_run, "bash"]
+        try:
+            subprocess.run([*run.under, "true"], check=True, capture_output=True, timeout=LONG)
+        except (OSError, subprocess.CalledProcessError):
+            raise SkippedError(f"cannot set a limit here: {what}") from None
+        run.details.append(what)
+        run.start(max_restarts=0)
+        ended = run.wait_for_end()
+        assert "Traceback" not in ended.output, "a traceback instead of a line"
+        if not told:
+            assert len(run.starts) == 1, "the run did not get to its end"
+            return
+        assert ended.code != 0, f"it started, although it cannot: {what}"
+        assert told in ended.output, f"not told: {told}"
+        run.under = []
+        run.start()
+        run.wait_for_end()
+
+    return fault
+
+
+def few_processes(run: Run) -> None:
+    """No more processes and threads than some: the run says so, or that a loader died of it."""
+    group = Path(f"/sys/fs/cgroup/pids/chaos-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "pids.max").write_text("44")
+    except OSError:
+        raise SkippedError("needs a control group that limits processes") from None
+    try:
+        run.under = ["bash", "-c", f'echo $$ >{group}/cgroup.procs; exec "$@"', "bash"]
+        run.start(max_restarts=0)
+        ended = run.wait_for_end()
+    finally:
+        group.rmdir()
+    assert ended.code != 0, "it got to its end, although it cannot"
+    told = ("the limit of processes and threads", "a data loader process died")
+    assert any(line in ended.output for line in told), f"not told: {' or '.join(told)}"
+    run.under = []
+    run.start()
+    run.wait_for_end()
+
+
 # ---------------------------------------------------------------------------- disks
 
 
@@ -210,6 +362,44 @@ def full_disk(run: Run) -> None:
         filler = run.checkpoints / "filler"
         _fill(filler)
         _see_it_fail(run, "No space left on device")
+        filler.unlink()
+        run.start()
+        run.wait_for_end()
+
+
+def full_disk_while_saving(run: Run) -> None:
+    """The disk is full from some moment of a save on: staging, between files, before the end."""
+    with _own_disk(run):
+        run.start(max_restarts=0)
+        name = run.random.choice(sorted(SAVING))
+        run.details.append(name)
+        filler = run.checkpoints / "filler"
+        run.wait_for(lambda: run.step >= run.starts[-1]["step"] + 1)
+        with run.frozen_at(SAVING[name]):
+            run.strike("disk full")
+            _fill(filler)
+        # A save that needs no more room still deletes an old checkpoint.
+        with suppress(MissedError):
+            run.wait_for(lambda: _fill(filler))
+        _see_it_fail(run, "No space left on device")
+        filler.unlink()
+        run.start()
+        run.wait_for_end()
+
+
+def full_disk_at_the_export(run: Run) -> None:
+    """There is room for the last checkpoint, but none for the weights."""
+    with _own_disk(run, of_run=True):
+        run.start(max_restarts=0)
+        run.wait_for_step(STEPS - 2)
+        filler = run.dir / "filler"
+        with run.frozen_at(lambda folder: last_record(folder)["step"] == STEPS, lambda _: True):
+            run.strike("disk full")
+            _fill(filler)
+        ended = run.wait_for_end()
+        assert ended.code != 0, "nothing is exported, but the run says that all is well"
+        assert "model.safetensors: cannot be written: " in ended.output
+        assert "No space left on device" in ended.output
         filler.unlink()
         run.start()
         run.wait_for_end()
@@ -237,31 +427,44 @@ def _see_it_fail(run: Run, why: str) -> None:
 
 
 @contextmanager
-def _own_disk(run: Run) -> Iterator[None]:
-    """Checkpoints on a small file system of their own, some steps into the run."""
+def _own_disk(run: Run, *, of_run: bool = False) -> Iterator[None]:
+    """Checkpoints on a small file system, some steps into the run; the rest of the run on one of
+    its own if ``of_run``."""
     run.take_over_stopped()
-    kept = run.checkpoints.rename(run.checkpoints.with_name("kept"))
-    run.checkpoints.mkdir()
+    place = run.dir if of_run else run.checkpoints
+    kept = place.rename(place.with_name("kept"))
+    place.mkdir()
+    small = ("-t", "tmpfs", "-o", "size=16m", "tmpfs")
     try:
-        _mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", run.checkpoints)
+        _mount(*small, place)
     except (OSError, subprocess.CalledProcessError):
         raise SkippedError("needs the right to mount a small file system") from None
     try:
-        shutil.copytree(kept, run.checkpoints, dirs_exist_ok=True)
+        if of_run:
+            run.checkpoints.mkdir()
+            _mount(*small, run.checkpoints)
+        shutil.copytree(kept, place, dirs_exist_ok=True)
         shutil.rmtree(kept)
         yield
+        if of_run:  # for the comparison
+            shutil.copytree(place, kept)
     finally:
-        subprocess.run(["umount", "--lazy", run.checkpoints], check=True)
+        subprocess.run(["umount", "--lazy", place], check=True)
+    if of_run:
+        place.rmdir()
+        kept.rename(place)
 
 
 def _mount(*arguments: str | Path) -> None:
     subprocess.run(["mount", *arguments], check=True, capture_output=True)
 
 
-def _fill(path: Path) -> None:
-    with suppress(OSError), path.open("wb", buffering=0) as file:
+def _fill(path: Path) -> bool:
+    """Let a file take all room that is left; False, for a condition that never holds."""
+    with suppress(OSError), path.open("ab", buffering=0) as file:
         while file.write(bytes(2**12)):
             pass
+    return False
 
 
 # ---------------------------------------------------------------------------- files
@@ -382,6 +585,80 @@ def move_run(run: Run) -> None:
     run.wait_for_end()
 
 
+def delete_run(run: Run) -> None:
+    """The run directory is deleted: the run fails and says so; the same command begins anew."""
+    run.start(max_restarts=0)
+    in_a_step(run, lambda run: run.strike("run directory deleted"))
+    while run.dir.exists():  # files are written meanwhile
+        shutil.rmtree(run.dir, ignore_errors=True)
+    ended = run.wait_for_end()
+    assert ended.code != 0, "the checkpoints cannot be written, but the run says that all is well"
+    assert "was removed or renamed while the run used it" in ended.output
+    assert not run.dir.exists(), f"made again: {sorted(run.dir.iterdir())}"
+    run.start()
+    run.wait_for_end()
+
+
+_FOLDERS = {
+    "tensorboard": "warning: metrics cannot be written (",
+    "heartbeats": "warning: heartbeats cannot be written (",
+    "logs": "",
+}
+
+
+def lose_folders(run: Run) -> None:
+    """Folders of the run directory are removed in mid-run, one after the other."""
+    run.start(max_restarts=0)
+    names = [*_FOLDERS, "checkpoints"]
+    run.wait_for_step(SAVE_EVERY + 1, STEPS // 2)
+    for name in run.random.sample(names, len(names)):
+        run.wait_for_step(run.step + 1)
+        run.strike(f"{name} removed", restarts=False)
+        (run.dir / name).rename(run.dir.parent / name)
+    run.wait_for_end()
+    assert len(run.starts) == 1, "a folder that was removed cost a restart"
+    for name in ("tensorboard", "heartbeats", "checkpoints"):
+        assert any((run.dir / name).iterdir()), f"{name} is not there again"
+
+
+def replace_folders(run: Run) -> None:
+    """A file takes the place of a folder in mid-run: told once, and training goes on."""
+    run.start(max_restarts=0)
+    run.wait_for_step(1, _LAST)
+    name = run.random.choice(sorted(_FOLDERS))
+    run.strike(f"{name} replaced by a file", restarts=False)
+    (run.dir / name).rename(run.dir.parent / name)
+    (run.dir / name).write_text("a file")
+    run.wait_for_end()
+    assert len(run.starts) == 1, "a folder that cannot be written cost a restart"
+    told = _FOLDERS[name]
+    assert not told or run.output().count(told) == 1, f"not told once: {told}"
+    (run.dir / name).unlink()
+    (run.dir.parent / name).rename(run.dir / name)
+
+
+def replace_metrics(run: Run) -> None:
+    """metrics.jsonl is a folder for a while: told, and training goes on without records."""
+    run.changes["checkpoint__every"] = STEPS  # the next start repeats the steps without a record
+    run.start(max_restarts=0)
+    run.wait_for_step(1, _LAST)
+    run.strike("metrics.jsonl replaced by a folder")
+    metrics, kept = run.dir / "metrics.jsonl", run.dir / "kept.jsonl"
+    metrics.rename(kept)
+    with suppress(FileExistsError):  # the run may have begun a new file
+        metrics.mkdir()
+    if metrics.is_file():
+        metrics.unlink()
+        metrics.mkdir()
+    run.wait_for(lambda: "metrics cannot be written (Is a directory: " in run.output())
+    run.send(signal.SIGKILL, run.agents()[0], "torchrun")
+    run.wait_for_end()
+    metrics.rmdir()
+    kept.rename(metrics)
+    run.start()
+    run.wait_for_end()
+
+
 def change_ranks(run: Run) -> None:
     """2, 1 and 3 ranks along one run, stopped or killed in between."""
     for ranks, last in ((RANKS, STEPS // 3), (1, 2 * STEPS // 3)):
@@ -429,7 +706,29 @@ FAULTS: dict[str, Fault] = {
     "stop a rank for good": stop_rank_for_good,
     "stall a rank": stall_rank,
     "ask to stop": ask_to_stop,
+    "storm of signals": storm_of_signals,
+    "Ctrl-C twice": press_twice,
+    "closed terminal": close_terminal,
+    "closed terminal under nohup": close_terminal_under_nohup,
+    "suspended computer": suspend,
+    "kill a loader": kill_loader,
+    "few file descriptors": under_limits("64 open files", "ulimit -n 64"),
+    "tiny /dev/shm": under_limits(
+        "64 KiB in /dev/shm",
+        "mount -t tmpfs -o size=64k none /dev/shm",
+        told="error: /dev/shm: 0.1 MiB are free",
+    ),
+    "no room in TMPDIR": under_limits(
+        "a full TMPDIR",
+        "mount -t tmpfs -o size=4k none $SMALL; echo full > $SMALL/file; export TMPDIR=$SMALL",
+    ),
+    "little address space": under_limits(
+        "700,000 KiB of address space", "ulimit -v 700000", told="error: out of memory: "
+    ),
+    "few processes": few_processes,
     "full disk": full_disk,
+    "full disk while saving": full_disk_while_saving,
+    "full disk at the export": full_disk_at_the_export,
     "read-only checkpoints": read_only,
     "truncated checkpoint": damage("truncated", truncate, told="skipped, damaged or incomplete"),
     "incomplete checkpoint": damage("lost", lose, told="skipped, damaged or incomplete"),
@@ -439,6 +738,10 @@ FAULTS: dict[str, Fault] = {
     "clock jump": jump_in_time,
     "an error in a thread": fail_in_a_thread,
     "run directory renamed": move_run,
+    "run directory deleted": delete_run,
+    "folders removed": lose_folders,
+    "folders replaced by files": replace_folders,
+    "metrics.jsonl replaced by a folder": replace_metrics,
     "other numbers of ranks": change_ranks,
     "lose one of two agents": lose_agent,
     "add an agent": add_agent,

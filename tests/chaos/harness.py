@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -46,9 +47,7 @@ LONG = 120.0
 
 _POLL_SECONDS = 0.01
 _TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
-_SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-# Without the first, restarted ranks read stale addresses and never meet. The second is how long
-# torchrun waits for ranks that it has told to end.
+# How long torchrun waits for ranks that it has told to end.
 _ENVIRON = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}
 
 
@@ -165,6 +164,8 @@ class Run:
         self.strikes: list[Strike] = []
         self.outputs: list[str] = []
         self.environ: dict[str, str] = {}
+        self.under: list[str] = []
+        """What torchrun is started by, e.g. nohup; it is to replace itself by torchrun."""
         self.session = session
         self.changes = dict(changes or {})
         self._folder = folder
@@ -180,9 +181,9 @@ class Run:
         """Start, or start again, under one torchrun."""
         self._again = lambda: self.start(ranks, max_restarts)
         elastic = ("--nnodes=1:1", f"--max-restarts={max_restarts}", "--monitor-interval=0.5")
-        meeting = ("--rdzv-backend=loopback", _SIGNALS)
         workers = (f"--nproc-per-node={ranks}", "-m", "jepa_dist.train")
-        self._run([_TORCHRUN, *elastic, *meeting, *workers, *self._settings()])
+        torchrun = [_TORCHRUN, *elastic, "--rdzv-backend=loopback", *workers]
+        self._run([*self.under, *torchrun, *self._settings()])
 
     def start_agent(self, number: int, port: int) -> None:
         """Start one of two agents with a rank each, as on two hosts; any one of them may be lost.
@@ -335,6 +336,21 @@ class Run:
         with suppress(psutil.NoSuchProcess):
             while agent.status() != psutil.STATUS_ZOMBIE:  # ranks that are held are not let go yet
                 time.sleep(0.001)
+
+    def press(self, number: signal.Signals) -> None:
+        """Send what a key of the terminal, or its end, sends to the command's process group."""
+        os.killpg(os.getpgid(self.agents()[0].pid), number)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Hold torchrun and everything it has started, as a suspended computer does."""
+        everything = [
+            process
+            for agent in self.agents()
+            for process in (agent, *agent.children(recursive=True))
+        ]
+        with _frozen(everything):
+            yield
 
     @contextmanager
     def frozen_at(self, moment: Moment, near: Moment = is_saving) -> Iterator[None]:

@@ -14,7 +14,7 @@ Moment = Callable[[Path], bool]
 
 def last_record(run_dir: Path) -> dict[str, Any]:
     """The last whole line of metrics.jsonl that belongs to a step; nothing if there is none."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # there is none, or something else has its name
         for line in reversed((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
             with suppress(ValueError):
                 record: dict[str, Any] = json.loads(line)
