@@ -1,4 +1,4 @@
-"""``prepare`` after ``kill -9``: the same command resumes, and makes the same files."""
+"""``prepare`` after ``kill -9`` or a signal: the same command resumes, and makes the same files."""
 
 from __future__ import annotations
 
@@ -99,6 +99,71 @@ def test_killed_again_and_again(
     assert main(arguments) == 0
     assert "resuming after " in capsys.readouterr().err
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+@pytest.mark.parametrize("more", [(), ("--shuffle", "3")], ids=["plain", "shuffled"])
+def test_interrupted_and_resumed(
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    number: int,
+    code: int,
+) -> None:
+    assert main(command(text, tmp_path / "whole", *more)) == 0
+    arguments = command(text, tmp_path / "out", *more)
+    done = []
+    for writes in (12, 19):
+        with monkeypatch.context() as patch:
+            interrupt_after(writes, number, patch)
+            capsys.readouterr()
+            assert main(arguments) == code
+        staging = tmp_path / ".out.partial"
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == f"interrupted; {staging} is kept, and the same command resumes"
+        assert not (tmp_path / "out").exists()
+        done.append(json.loads((staging / JOURNAL).read_text())["tasks"])
+    assert 0 < done[0] < done[1]
+    assert main(arguments) == 0
+    assert "resuming after " in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert not staging.exists()
+
+
+def interrupt_after(writes: int, number: int, patch: pytest.MonkeyPatch) -> None:
+    """Let this process get a signal in the given write, in the middle of it."""
+    left = iter(range(writes))
+    for sink in (ShardSet, ShuffledDocuments):
+
+        def write(self: Any, tokens: Any, of_class: Any = sink.write) -> None:
+            half = len(tokens) // 2
+            of_class(self, tokens[:half])
+            if next(left, None) is None:
+                os.kill(os.getpid(), number)
+            of_class(self, tokens[half:])
+
+        patch.setattr(sink, "write", write)
+
+
+def test_interrupted_before_anything_is_noted(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(journal, "_SECONDS", 100.0)
+    interrupt_after(12, signal.SIGINT, monkeypatch)
+    assert main(command(text, tmp_path / "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing was written"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_an_error_keeps_nothing(text: Path, tmp_path: Path) -> None:
+    with text.open("a") as file:
+        file.write("{oops")
+    assert main(command(text, tmp_path / "out", "--keep-duplicates")) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Without INPUT it prepares the default corpus: the standard library of the running Python.
 The output folder holds train_000000.bin ..., val_000000.bin ... and meta.json, and appears whole
 or not at all; what is in it does not depend on the number of processes. The same command resumes
-one that was killed.
+one that was killed or interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -66,11 +67,10 @@ REPORT_NAME = "report.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code (2 for a user's mistake, 130 if interrupted)."""
+    """The command line; returns the exit code: 2 for a user's mistake, 130 or 143 after a signal."""
     try:
         options = _parser().parse_args(argv)
-        # A scheduler's SIGTERM should clean up just as Ctrl-C does.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminate)
         print(prepare(options))
         if options.report:
             _report(_out(options))
@@ -81,10 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f" (temporary files are in {tempfile.gettempdir()})" if not error.filename else ""
         print(f"{error}{place}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        kept = getattr(error, "__notes__", ["nothing was written"])
+        print("interrupted;", *kept, file=sys.stderr)
+        number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
+        return 128 + number
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: a scheduler interrupts as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,8 +216,9 @@ def prepare(options: argparse.Namespace) -> str:
     if tokenizer.note:
         print(tokenizer.note, file=sys.stderr)
     encoder = Encoder(tokenizer, text_of, options.val_fraction)
-    with staged(out) as folder:
-        state = read_state(folder, digest_of({**settings, "tasks of": TASK_BYTES}))
+    digest = digest_of({**settings, "tasks of": TASK_BYTES})
+    with staged(out, lambda folder: read_state(folder, digest).tasks > 0) as folder:
+        state = read_state(folder, digest)
         totals = _write(folder, files, separator, encoder, options, state)
         meta = Meta(source=source, **settings, **_describe(tokenizer), **totals)
         text = json.dumps(meta.model_dump(exclude_none=True), indent=1)

@@ -46,7 +46,8 @@ class ShardSet:
         self._open = contextlib.ExitStack()
         self._writer: ShardWriter | None = None
         if counts:
-            last = ShardWriter(self._path(len(counts) - 1), vocab_size, resume=counts[-1])
+            path = self._path(len(counts) - 1)
+            last = ShardWriter(path, vocab_size, resume=counts[-1], keep=True)
             self._writer = self._open.enter_context(last)
 
     def write(self, tokens: Tokens) -> None:
@@ -68,7 +69,7 @@ class ShardSet:
     def _next(self) -> ShardWriter:
         self._open.close()
         path = self._path(len(self.counts))
-        return self._open.enter_context(ShardWriter(path, self._vocab_size))
+        return self._open.enter_context(ShardWriter(path, self._vocab_size, keep=True))
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._split}_{number:06d}.bin"
@@ -83,7 +84,8 @@ class ShardSet:
 class Output:
     """Both splits; training documents pass through a shuffle if there is a seed.
 
-    A context manager: leaving it normally publishes the shards in their folder.
+    A context manager: leaving it normally publishes the shards in their folder; after an exception
+    what is written stays to be resumed.
 
     Args:
         folder: Where they go; what ``state`` does not count is removed from it.

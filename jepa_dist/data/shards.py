@@ -52,14 +52,22 @@ class ShardWriter:
         vocab_size: Number of legal ids; they are written as uint16 up to 65,536, else as uint32.
         resume: Continue the temporary file, or the shard, that another writer left, after so many
             tokens.
+        keep: After an exception leave the temporary file to ``resume``.
 
     Raises:
         UserError: the file cannot be written, e.g. because the disk is full.
         OSError: there is nothing to continue.
     """
 
-    def __init__(self, path: Path, vocab_size: int = 2**16, resume: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        vocab_size: int = 2**16,
+        resume: int | None = None,
+        keep: bool = False,
+    ) -> None:
         self.path = path
+        self._keep = keep
         self.count = resume or 0
         self._dtype = token_dtype(vocab_size)
         self._partial = path.with_name(f".{path.name}.partial")
@@ -119,7 +127,8 @@ class ShardWriter:
         finally:
             with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
                 self._file.close()
-            self._partial.unlink(missing_ok=True)
+            if not self._keep:
+                self._partial.unlink(missing_ok=True)
 
     def _publish(self) -> None:
         self._file.seek(0)

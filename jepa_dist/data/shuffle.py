@@ -41,8 +41,8 @@ def num_buckets(text_bytes: int) -> int:
 class ShuffledDocuments:
     """A stream of documents that comes back in another order.
 
-    A context manager: leaving it closes and removes its files. Memory: 16 bytes for each document
-    of one bucket while it is read back.
+    A context manager: leaving it normally removes its files; after an exception they stay to be
+    resumed. Memory: 16 bytes for each document of one bucket while it is read back.
 
     Args:
         folder: Where its files are; it is made here.
@@ -133,9 +133,10 @@ class ShuffledDocuments:
     def __enter__(self) -> ShuffledDocuments:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
-        self._folder.rmdir()
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self._open.__exit__(kind, *error)
+        if kind is None:
+            self._folder.rmdir()
 
 
 class _Bucket:
@@ -164,11 +165,12 @@ class _Bucket:
             flush(file)
         return self._tokens.tell(), self._index.tell()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for file, path in zip((self._tokens, self._index), self._paths, strict=True):
             with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
                 file.close()
-            path.unlink(missing_ok=True)
+            if kind is None:
+                path.unlink(missing_ok=True)
 
     def add(self, key: int, tokens: Tokens) -> None:
         """Append a document, or a part that follows the document's last one."""

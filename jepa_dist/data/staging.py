@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -46,11 +46,16 @@ def resolve_target(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(target: Path, is_resumable: Callable[[Path], bool]) -> Iterator[Path]:
     """Give a folder beside ``target`` that takes its place when the block ends normally.
 
-    An existing ``target`` is replaced. After an exception the folder is removed; one left behind
-    by a killed process is given to the next call as it is.
+    An existing ``target`` is replaced. After an error the folder is removed. After an interruption
+    it is kept if it can be resumed, and a note of the exception says so. A folder that was kept, or
+    left behind by a killed process, is given to the next call as it is.
+
+    Args:
+        target: The folder to make.
+        is_resumable: Whether the next call can continue what is in the folder.
 
     Raises:
         UserError: another process is writing the same target, or a link or a file has the name of
@@ -65,8 +70,11 @@ def staged(target: Path) -> Iterator[Path]:
     with _locked(staging, target):
         try:
             yield staging
-        except BaseException:
-            shutil.rmtree(staging)
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt) or not is_resumable(staging):
+                shutil.rmtree(staging)
+                raise
+            error.add_note(f"{staging} is kept, and the same command resumes")
             raise
         shutil.rmtree(retired, ignore_errors=True)
         if target.exists():
