@@ -73,6 +73,24 @@ def test_one_of_equal_documents_stays(
     assert told in capsys.readouterr().err
 
 
+def test_equal_documents_are_in_one_split_and_one_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if whole files are equal, wherever they lie."""
+    names = [write_lines(tmp_path / name, TRAIN) for name in ("a.jsonl", "b.jsonl")]
+    command = [*names, "--workers", "1", "--val-fraction", "0.3"]
+    out = tmp_path / "out"
+    assert main([*command, "--out", str(out)]) == 0
+    dropped = 2 * len(TRAIN) - len(set(TRAIN))
+    assert f"duplicates dropped: {dropped} of an earlier document" in capsys.readouterr().err
+    found = [documents_of(out, split) for split in ("train", "val")]
+    assert sorted(found[0] + found[1]) == sorted(text.encode() for text in set(TRAIN))
+    assert main([*command, "--keep-duplicates", "--out", str(tmp_path / "all")]) == 0
+    kept = [documents_of(tmp_path / "all", split) for split in ("train", "val")]
+    assert len(kept[0] + kept[1]) == 2 * len(TRAIN)
+    assert [set(documents) for documents in kept] == [set(documents) for documents in found]
+
+
 def test_text_files_are_like_lines(
     tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,10 +127,14 @@ def test_all_can_be_kept_and_older_outputs_are_done(
 made = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(1, 3)), max_size=30)
 
 
-@given(made=made, cuts=st.lists(st.integers(0, 90), max_size=6))
+@given(made=made, cuts=st.lists(st.integers(0, 90), max_size=6), in_validation=st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_selection_follows_the_rule(made: list[tuple[int, bool, int]], cuts: list[int]) -> None:
+def test_selection_follows_the_rule(
+    made: list[tuple[int, bool, int]], cuts: list[int], in_validation: bool
+) -> None:
     """Against the rule over sets; tasks end anywhere, also inside documents."""
+    if in_validation:  # equal documents share their split
+        made = [(says, says % 2 == 0, parts) for says, _, parts in made]
     texts = [
         bytes([says, part, *[0] * 14, is_val, not part])
         for says, is_val, parts in made
@@ -120,16 +142,19 @@ def test_selection_follows_the_rule(made: list[tuple[int, bool, int]], cuts: lis
     ]
     ends = [0, *sorted(min(cut, len(texts)) for cut in cuts), len(texts)]
     tasks = [texts[a:b] for a, b in pairwise(ends)]
-    duplicates = Duplicates()
+    duplicates = Duplicates(in_validation)
     for task in tasks:
         duplicates.add(b"".join(task))
     duplicates.find()
     val = {(says, parts) for says, is_val, parts in made if is_val}
-    seen: set[tuple[int, int]] = set()
+    seen: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
     expected = []
     for says, is_val, parts in made:
-        expected.append(is_val or (says, parts) not in val | seen)
-        seen.add((says, parts))
+        if is_val:
+            expected.append(not in_validation or (says, parts) not in seen[True])
+        else:
+            expected.append((says, parts) not in val | seen[False])
+        seen[is_val].add((says, parts))
     empty: list[list[documents.Part]] = [[] for _ in tasks]
     keep = [selected.keep for selected in duplicates.selected(empty)]
     assert np.concatenate([[], *(each[1:] for each in keep)]).tolist() == expected
@@ -141,7 +166,7 @@ def test_selection_follows_the_rule(made: list[tuple[int, bool, int]], cuts: lis
 
 
 def test_input_that_changes_meanwhile_is_an_error() -> None:
-    duplicates = Duplicates()
+    duplicates = Duplicates(in_validation=False)
     duplicates.add(bytes(16) + b"\0\1")
     duplicates.find()
     for tasks in ([], [[], []]):

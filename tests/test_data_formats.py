@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import gzip
+import hashlib
 import json
 import pickle
 import random
@@ -102,16 +103,55 @@ def test_the_same_text_becomes_the_same_shards(tmp_path: Path, suffix: str) -> N
     assert shards[0] == shards[1]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
-def test_compression_moves_no_document_to_the_other_split(tmp_path: Path, suffix: str) -> None:
+SPLIT_WRITERS = WRITERS | {
+    ".txt": lambda path, rows: path.write_text("\n--\n".join(row["text"] for row in rows))
+}
+
+
+@pytest.mark.parametrize("pieces", ["some", "one"])
+def test_the_split_does_not_depend_on_the_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: str
+) -> None:
+    """Nor on names, or on which file holds a document."""
+    if pieces == "some":  # longer documents are cut
+        for name, value in (("TASK_BYTES", 200), ("_CUT_WINDOW", 50), ("_HEAD_BYTES", 90)):
+            monkeypatch.setattr(documents, name, value)
+    written = [*rows(), {**rows()[7], "text": "\ufeff" + rows()[9]["text"] + " and more"}]
     shards = []
-    for name in (".jsonl", suffix):
-        WRITERS[name](tmp_path / f"a{name}", rows())
+    for name, write in SPLIT_WRITERS.items():
+        folder = tmp_path / f"in{name}"
+        folder.mkdir()
+        parts = len(shards) + 1
+        for part in range(parts):
+            bounds = [len(written) * n // parts for n in (part, part + 1)]
+            write(folder / f"{part} of {parts}{name}", written[slice(*bounds)])
         out = tmp_path / f"out{name}"
-        options = ["--val-fraction", "0.3", "--workers", "1", "--out", str(out)]
-        assert main([str(tmp_path / f"a{name}"), *options]) == 0
+        options = ["--val-fraction", "0.3", "--workers", "1", "--separator", r"\n--\n"]
+        assert main([str(folder), *options, "--out", str(out)]) == 0
         shards.append({path.name: path.read_bytes() for path in out.glob("*.bin")})
-    assert shards[0] == shards[1]
+    assert set(shards[0]) == {"train_000000.bin", "val_000000.bin"}
+    assert 0.15 < len(shards[0]["val_000000.bin"]) / len(shards[0]["train_000000.bin"]) < 0.7
+    assert all(each == shards[0] for each in shards)
+
+
+def test_the_split_follows_the_beginning_of_a_long_document(tmp_path: Path) -> None:
+    """A text file of several pieces, against a hash of its first 64 KiB."""
+    texts = [f"{n} " + "word " * 300_000 for n in range(24)]
+    for n, text in enumerate(texts):
+        (tmp_path / f"{n:02d}.txt").write_text(text)
+    expected = [
+        int.from_bytes(hashlib.blake2b(text[:65536].encode(), digest_size=8).digest(), "little")
+        < 0.5 * 2**64
+        for text in texts
+    ]
+    files = user_files([str(tmp_path)], None, Skipped())
+    found: list[set[str]] = [set() for _ in files]
+    for task in tasks(files, None):
+        for part in task:
+            for text in read_texts(part, TextOf(), 0.5):
+                found[files.index(part.file)].add(text.split)
+    assert found == [{"val" if is_val else "train"} for is_val in expected]
+    assert 0 < sum(expected) < len(texts)
 
 
 def test_a_long_record_is_cut_as_a_text_file_is(

@@ -7,7 +7,7 @@ import os
 import platform
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,13 +49,16 @@ class InputFile:
     """One file of a corpus.
 
     ``name`` identifies it whatever machine it lies on: the path below the folder that was named,
-    or the bare file name. ``split`` None leaves the choice to the hash of each document.
+    or the bare file name.
     """
 
     path: Path
     name: str
     size: int
     split: Split | None = None
+    """The split of all its documents; None: a hash decides for each of them."""
+    split_by: Literal["text", "name"] = "text"
+    """What is hashed: the document's text, or the file's name and the document's place in it."""
 
     @property
     def kind(self) -> Kind:
@@ -68,9 +71,9 @@ class InputFile:
         return self.path.suffix.lower() in (".gz", ".zst")
 
     @property
-    def identity(self) -> str:
-        """Its name without what says how it is compressed."""
-        return self.name.rpartition(".")[0] if self.is_compressed else self.name
+    def is_split_by_text(self) -> bool:
+        """Whether the text of each document decides its split, so that equal ones share it."""
+        return self.split is None and self.split_by == "text"
 
 
 def _kind(path: Path) -> Kind | None:
@@ -97,12 +100,14 @@ class Skipped:
 def default_corpus() -> tuple[str, list[InputFile]]:
     """The text of the running Python's standard library, one document per file: (name, files).
 
+    Its documents are split by name, as they were before documents were split by text.
+
     Raises:
         UserError: this Python comes without the sources of its library.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [
-        InputFile(path, path.relative_to(root).as_posix(), path.stat().st_size)
+        InputFile(path, path.relative_to(root).as_posix(), path.stat().st_size, split_by="name")
         for path in root.rglob("*.py")
         if path.is_file() and _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)
     ]
@@ -238,17 +243,11 @@ def content_digest(files: Iterable[InputFile]) -> str:
     return hashlib.blake2b(b"".join(map(_digest, files)), digest_size=16).hexdigest()
 
 
-def check_distinct(files: Sequence[InputFile], split_of: Callable[[InputFile], str | None]) -> None:
+def check_distinct(files: Sequence[InputFile]) -> None:
     """Refuse a file that is named twice, and text that would be trained on and validated on.
 
-    Args:
-        files: What is to be prepared.
-        split_of: The split of all documents of a file; None where each document has its own,
-            which depends on the file's name.
-
     Raises:
-        UserError: there is a file twice, or two files of the same contents that are not known to
-            be in the same split.
+        UserError: there is a file twice, or two files of the same contents in different splits.
     """
     by_path: dict[Path, InputFile] = {}
     by_size: dict[int, list[InputFile]] = {}
@@ -259,13 +258,12 @@ def check_distinct(files: Sequence[InputFile], split_of: Callable[[InputFile], s
         if file.size:
             by_size.setdefault(file.size, []).append(file)
     for group in by_size.values():
-        splits = [split_of(file) for file in group]
-        if len(group) == 1 or (len(set(splits)) == 1 and splits[0] is not None):
+        if len({file.split for file in group}) == 1:  # equal documents share their split
             continue
-        by_digest: dict[bytes, tuple[InputFile, str | None]] = {}
-        for file, split in zip(group, splits, strict=True):
-            other, others = by_digest.setdefault(_digest(file), (file, split))
-            if other is not file and (split is None or split != others):
+        by_digest: dict[bytes, InputFile] = {}
+        for file in group:
+            other = by_digest.setdefault(_digest(file), file)
+            if other.split != file.split:
                 raise _twice(file, other, "the same text")
 
 

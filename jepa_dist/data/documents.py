@@ -32,6 +32,8 @@ _CUT_WINDOW = 1 << 16
 # A line is held as text and as tokens, some ten times this in all.
 LINE_BYTES = 1 << 26
 
+# A document's split follows from so much of its beginning, less than its first piece.
+_HEAD_BYTES = 1 << 16
 _COUNTED_TOKENS = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -48,6 +50,8 @@ class Piece:
     start: int
     stop: int
     document: int
+    head: bytes | None = None
+    """Beginning of the document's text, if it has several pieces."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +110,24 @@ class Encoded:
         return replace(self, tokens=tokens)
 
 
-def split_of(file: InputFile, document: int, val_fraction: float) -> Split:
+def split_of(file: InputFile, document: int, text: bytes, val_fraction: float) -> Split:
     """The split of a document of a file.
 
-    ``document`` is the byte at which it begins, of the text or the (uncompressed) lines that the
-    file holds; the number of its record in files of records.
-
-    Decided by a hash of its name and place, never by what else is in the corpus, so that adding
+    Decided by a hash of the document alone, never by what else is in the corpus, so that adding
     files moves no document from one split to the other.
+
+    Args:
+        file: Holds the document.
+        document: The byte at which it begins in a file that is split by name.
+        text: Its text without byte order mark, or a beginning of at least ``_HEAD_BYTES``.
+        val_fraction: Of the documents, where the file does not say their split.
     """
     if file.split:
         return file.split
-    identity = f"{file.identity}:{document}".encode(errors="surrogateescape")
+    if file.split_by == "name":
+        identity = f"{file.name}:{document}".encode(errors="surrogateescape")
+    else:
+        identity = text[:_HEAD_BYTES]
     draw = int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little")
     return "val" if draw < val_fraction * 2**64 else "train"
 
@@ -269,14 +279,22 @@ def _documents(file: InputFile, separator: bytes | None) -> Iterator[tuple[int, 
 def _cut(file: InputFile, stream: BinaryIO, start: int, stop: int) -> Iterator[Piece]:
     """Pieces of one document: cut after a line if one ends nearby, never inside a character."""
     document = start
+    head = read_head(stream, start, stop) if stop - start > TASK_BYTES else None
     while start < stop:
         end = min(start + TASK_BYTES, stop)
         if end < stop:
             _check_size(file, stream)
             stream.seek(end - _CUT_WINDOW)
             end -= _excess(stream.read(_CUT_WINDOW))
-        yield Piece(file, start, end, document)
+        yield Piece(file, start, end, document, head)
         start = end
+
+
+def read_head(stream: BinaryIO, start: int, stop: int) -> bytes:
+    """Read the beginning of the document at bytes start..stop-1, for ``split_of``."""
+    stream.seek(start)
+    data = stream.read(min(len(_BYTE_ORDER_MARK) + _HEAD_BYTES, stop - start))
+    return data.removeprefix(_BYTE_ORDER_MARK)
 
 
 def _excess(text: bytes) -> int:
@@ -313,7 +331,8 @@ def read_texts(part: Part, text_of: TextOf, val_fraction: float) -> Iterator[Tex
         begins = part.start == part.document
         data = _bytes_of(part)
         text = data.removeprefix(_BYTE_ORDER_MARK) if begins else data
-        yield Text(text, split_of(file, part.document, val_fraction), begins)
+        head = text if part.head is None else part.head
+        yield Text(text, split_of(file, part.document, head, val_fraction), begins)
         return
     documents: Iterable[tuple[int, bytes]]
     if isinstance(part, Records):
@@ -321,7 +340,8 @@ def read_texts(part: Part, text_of: TextOf, val_fraction: float) -> Iterator[Tex
     else:
         documents = _texts_of_lines(part, text_of)
     for document, text in documents:
-        split = split_of(file, document, val_fraction)
+        head = text[: len(_BYTE_ORDER_MARK) + _HEAD_BYTES].removeprefix(_BYTE_ORDER_MARK)
+        split = split_of(file, document, head, val_fraction)
         for begins, data in _cut_text(text):
             yield Text(data.removeprefix(_BYTE_ORDER_MARK) if begins else data, split, begins)
 

@@ -1,7 +1,9 @@
 """Exact duplicates among documents, found by a digest of their text before anything is encoded.
 
-Validation documents all stay. Of training documents that are equal the first stays, and none that
-is equal to a validation document, wherever that one is in the input.
+Of training documents that are equal the first stays, and none that is equal to a validation
+document, wherever that one is in the input. Validation documents that were named, or chosen by
+name, all stay. Where the text of a document decides its split, equal ones share it, and the first
+stays.
 """
 
 from __future__ import annotations
@@ -51,14 +53,19 @@ class Duplicates:
     """The duplicates of an input. Memory: 22 bytes per document, 70 in ``find`` (measured).
 
     Feed it the results of ``Digester`` in the order of the tasks, then call ``find``.
+
+    Args:
+        in_validation: Whether validation documents that are equal to an earlier one are dropped;
+            equal documents must share their split then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_validation: bool) -> None:
+        self._in_validation = in_validation
         self._digests = bytearray()
         self._is_val = bytearray()
         self._begun: list[int] = []
         self.earlier = 0
-        """Training documents that are equal to an earlier one."""
+        """Documents that are equal to an earlier one."""
         self.validation = 0
         """Training documents that are equal to a validation document."""
         self._keep: Bools = np.zeros(0, dtype=np.bool_)
@@ -94,7 +101,9 @@ class Duplicates:
         if len(starts):
             has_val = np.logical_or.reduceat(is_val[order], starts)
         of_val = np.repeat(has_val, np.diff(starts, append=len(order))) & ~is_val[order]
-        repeated = ~is_first & ~is_val[order] & ~of_val
+        repeated = ~is_first & ~of_val
+        if not self._in_validation:
+            repeated &= ~is_val[order]
         self.validation, self.earlier = int(of_val.sum()), int(repeated.sum())
         self._keep = np.empty(len(order), dtype=np.bool_)
         self._keep[order] = ~of_val & ~repeated
@@ -128,6 +137,8 @@ class Duplicates:
 
     def __str__(self) -> str:
         """What is dropped, in words."""
+        if self._in_validation:
+            return f"duplicates dropped: {self.earlier:,} of an earlier document"
         return (
             f"duplicates dropped from training: {self.earlier:,} of an earlier document, "
             f"{self.validation:,} of a validation document"

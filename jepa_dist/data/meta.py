@@ -49,14 +49,17 @@ class Meta(BaseModel):
     template: str | None = None
     separator: str | None = None
     val_fraction: float | None = None
+    split_by: str | None = None
+    """``text`` if the split of a document follows from its text; None: validation was named, or the
+    file's name and the document's place decided."""
     shard_tokens: int | None = None
     shuffle: int | None = None
     """Seed of the order of the training documents; None: that of the input."""
     deduplicate: bool | None = None
     """Whether duplicates were dropped; folders of earlier versions do not say, and hold them."""
     duplicates: dict[str, Count] | None = None
-    """Training documents that were dropped: equal to an ``earlier`` one, or to one of
-    ``validation``."""
+    """Documents that were dropped: equal to an ``earlier`` one, or training documents equal to one
+    of ``validation``."""
     documents: dict[str, Count] = Field(default_factory=dict)
     """Documents of each split."""
     tokens: dict[str, Count] = Field(default_factory=dict)

@@ -35,6 +35,7 @@ from jepa_dist.data.documents import (
     Encoder,
     Part,
     Selected,
+    read_head,
     split_of,
     tasks,
 )
@@ -62,12 +63,12 @@ _MOST_VOCABULARY = 2**20
 _MOST_SEED = 2**63 - 1
 TOKENIZER_NAME = "tokenizer.json"
 # Settings that outputs of earlier versions do not say.
-_OF_LATER_VERSIONS = ("content", "deduplicate")
+_OF_LATER_VERSIONS = ("content", "deduplicate", "split_by")
 REPORT_NAME = "report.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 2 for a user's mistake, 130 or 143 after a signal."""
+    """The command line; returns the exit code (2: a user's mistake, 130 or 143: a signal)."""
     try:
         options = _parser().parse_args(argv)
         signal.signal(signal.SIGTERM, _terminate)
@@ -187,7 +188,7 @@ def prepare(options: argparse.Namespace) -> str:
     tokenizer = load_tokenizer(options.tokenizer)
     separator = _unescaped("--separator", options.separator)
     text_of = _text_of(options)
-    source, files = _files(options, separator)
+    source, files = _files(options)
     trained = _train_tokenizer(options, files, separator, text_of)
     if trained is not None:
         tokenizer = hugging_face_from(trained, "the trained tokenizer", BOS)
@@ -205,6 +206,7 @@ def prepare(options: argparse.Namespace) -> str:
         "template": options.template,
         "separator": options.separator,
         "val_fraction": None if options.val else options.val_fraction,
+        "split_by": "text" if any(file.is_split_by_text for file in files) else None,
         "shard_tokens": options.shard_tokens,
         "shuffle": options.shuffle,
         "deduplicate": not options.keep_duplicates,
@@ -293,7 +295,7 @@ def _text_of(options: argparse.Namespace) -> TextOf:
     return text_of
 
 
-def _files(options: argparse.Namespace, separator: bytes | None) -> tuple[Any, list[InputFile]]:
+def _files(options: argparse.Namespace) -> tuple[Any, list[InputFile]]:
     if not options.inputs:
         return corpus.default_corpus()
     skipped = corpus.Skipped()
@@ -301,13 +303,7 @@ def _files(options: argparse.Namespace, separator: bytes | None) -> tuple[Any, l
     files += corpus.user_files(options.val, "val", skipped)
     if str(skipped):
         print(skipped, file=sys.stderr)
-
-    def split_of_all(file: InputFile) -> Split | None:
-        if file.split is None and (file.kind != "text" or separator is not None):
-            return None
-        return split_of(file, 0, options.val_fraction)
-
-    corpus.check_distinct(files, split_of_all)
+    corpus.check_distinct(files)
     return options.inputs, files
 
 
@@ -339,8 +335,13 @@ def _is_done(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
 def _check_whole_files(files: Sequence[InputFile], val_fraction: float) -> None:
     """Find an empty split before the work where files are documents and the split is known."""
     if all(file.kind == "text" for file in files):
-        splits = [split_of(file, 0, val_fraction) for file in files if file.size]
+        splits = [_split_of_whole(file, val_fraction) for file in files if file.size]
         _check_splits({split: splits.count(split) for split in SPLITS})
+
+
+def _split_of_whole(file: InputFile, val_fraction: float) -> Split:
+    with open(file.path, "rb") as stream:
+        return split_of(file, 0, read_head(stream, 0, file.size), val_fraction)
 
 
 def _check_splits(documents: dict[Split, int]) -> None:
@@ -467,7 +468,7 @@ def _find_duplicates(
     files: Sequence[InputFile], separator: bytes | None, encoder: Encoder, workers: int
 ) -> Duplicates:
     """Read all files once for the duplicates among their documents, and say how many there are."""
-    duplicates = Duplicates()
+    duplicates = Duplicates(any(file.is_split_by_text for file in files))
     digester = Digester(encoder.text_of, encoder.val_fraction)
     results = ordered_map(digester, tasks(files, separator, encoder.text_of), workers)
     with (
