@@ -11,7 +11,7 @@ from jepa_dist.config import Config, ModelConfig, ParallelConfig
 from jepa_dist.data.boundaries import DocumentStarts
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import TokenDataset, TrainLoader
-from jepa_dist.data.sources import find_sources, stages_of
+from jepa_dist.data.sources import find_sources, mixed_names, stages_of
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.evaluate.stream import TokenStream
 from jepa_dist.evaluate.validation import Validation
@@ -61,6 +61,7 @@ def build_joint_model(
             return values(own_name, shape, device=device)
         return initial_value(own_name, shape, config=config.model, seed=config.seed, device=device)
 
+    model.model.head.by_row = bool(mixed_names(config))
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
     gathering = _parallelize(model, config.parallel, world, value, layout.num_micro)
     return model, gathering

@@ -181,7 +181,8 @@ def region(softcap: float = CAP) -> tuple[HeadRegion, list[Any]]:
 
 def gradients(module: HeadRegion, inputs: list[Any]) -> list[Tensor]:
     loss = module(*inputs)
-    return [loss, *torch.autograd.grad(loss / 1024, inputs[:3])]
+    loss, *by_row = loss if isinstance(loss, tuple) else [loss]
+    return [loss, *torch.autograd.grad(loss / 1024, inputs[:3]), *by_row]
 
 
 @pytest.mark.parametrize("per_target", [False, True])
@@ -197,8 +198,31 @@ def test_region_in_chunks_equals_region_without(
         assert error(ours, expected.double()) < 1e-6
 
 
-def test_compiled_is_one_graph_with_and_one_without_gradient() -> None:
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_loss_of_each_row_changes_nothing_else(
+    chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64; the sum and the gradients are the same bits as without."""
+    monkeypatch.setattr(head, "num_chunks", lambda rows, vocab_size: chunks)
     module, inputs = region()
+    expected = gradients(module, inputs)
+    module.by_row = True
+    *found, loss_B = gradients(module, inputs)
+    assert all(map(torch.equal, found, expected))
+    assert not loss_B.requires_grad
+    x_BTD, head_VE, proj_ED, targets_BT, weight_B = (t.detach().double() for t in inputs)
+    y = x_BTD * torch.rsqrt(x_BTD.square().mean(2, keepdim=True) + 1e-7) @ proj_ED.T
+    logits = CAP * torch.tanh(y @ head_VE.T / CAP)
+    nll_BT = -logits.log_softmax(2).gather(2, targets_BT.long()[..., None]).squeeze(2)
+    assert error(loss_B, weight_B * nll_BT.sum(1)) < 1e-6
+    with torch.no_grad():
+        assert torch.is_tensor(module(*inputs))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_compiled_is_one_graph_with_and_one_without_gradient(by_row: bool) -> None:
+    module, inputs = region()
+    module.by_row = by_row
     expected = gradients(module, inputs)
     backend = CountingBackend()
     torch._dynamo.reset()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from jepa_dist.config import Config
 from jepa_dist.data.loader import Batch
+from jepa_dist.data.sources import training_order
 from jepa_dist.parallel.world import start_world
 from jepa_dist.plan import Planner, StepPlan, TrainingClock
 from jepa_dist.training.assemble import build_trainer
@@ -129,6 +131,16 @@ def test_mixtures_agree(tmp_path: Path) -> None:
     for name in ("walk", "other"):
         for key in (f"val/loss/{name}", f"val/bpb/{name}"):
             assert ours[-1][key] == pytest.approx(reference[-1][key], rel=1e-5)
+    drawn = training_order(tiny_config(tmp_path, **mixed)).draw(np.arange(48))[0].reshape(8, 6)
+    for record, same, sources in zip(ours[:8], reference[:8], drawn, strict=True):
+        losses = [record[f"loss/ce/{name}"] for name in ("walk", "other")]
+        assert losses == pytest.approx(
+            [same[f"loss/ce/{name}"] for name in ("walk", "other")], rel=1e-5
+        )
+        counts = np.bincount(sources, minlength=2)
+        assert [loss is None for loss in losses] == [count == 0 for count in counts]
+        total = sum(count * (loss or 0) for count, loss in zip(counts, losses, strict=True))
+        assert record["loss/ce"] == pytest.approx(total / 6, rel=1e-5)
     parts = [ours[-1][f"val/loss/{name}"] for name in ("walk", "other")]
     assert min(parts) < ours[-1]["val/loss"] < max(parts)
 

@@ -34,6 +34,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.mixture import Mixture, Stage
+from jepa_dist.data.order import Ids
 from jepa_dist.data.shards import Shard, check_ids, num_windows, read_count
 from jepa_dist.data.workers import become_helper, signals_left_to_parent
 from jepa_dist.errors import UserError
@@ -136,6 +137,7 @@ class Batch:
     positions: int64 [M], a row's place in the global batch, -1 for padding.
     digest: 64-bit unsigned digest of the real rows' tokens and places. Digests of micro-batches
         and ranks add up (modulo 2**64) to the same one of the global batch at any world size.
+    sources: int64 [M], the number of each row's source, -1 for padding; None if there is only one.
     """
 
     tokens: torch.Tensor
@@ -143,6 +145,7 @@ class Batch:
     weight: torch.Tensor
     positions: torch.Tensor
     digest: int
+    sources: torch.Tensor | None = None
     _sent: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
@@ -160,6 +163,7 @@ class Batch:
             change(self.weight),
             change(self.positions),
             self.digest,
+            None if self.sources is None else change(self.sources),
         )
 
     def share(self) -> Batch:
@@ -191,7 +195,8 @@ class Batch:
         # itself, messages are so long that a process killed in the middle of one leaves the queue
         # locked and its reader waiting for ever.
         rows = self._rows() if self._sent is None else self._sent
-        return _rebuild, (rows, int(self.positions[0]), len(self.positions), self.digest)
+        sources = None if self.sources is None else self.sources[: len(rows)].tolist()
+        return _rebuild, (rows, int(self.positions[0]), len(self.positions), self.digest, sources)
 
 
 def _no_room(error: Exception) -> UserError:
@@ -211,21 +216,36 @@ def _died(error: Exception) -> UserError:
     )
 
 
-def make_batch(rows: npt.NDArray[np.int64], places: range, size: int) -> Batch:
-    """A batch of ``size`` rows from ``rows`` int64 [n <= size, T+1] at ``places`` of the batch."""
-    return _assemble(rows, places, size, _digest(rows, places))
+def make_batch(
+    rows: npt.NDArray[np.int64], places: range, size: int, sources: Ids | None = None
+) -> Batch:
+    """A batch of ``size`` rows from ``rows`` int64 [n <= size, T+1] at ``places`` of the batch;
+    ``sources`` int64 [n] has the number of each row's source if there are several."""
+    return _assemble(rows, places, size, _digest(rows, places), sources)
 
 
-def _rebuild(rows: torch.Tensor, first_place: int, size: int, digest: int) -> Batch:
+def _rebuild(
+    rows: torch.Tensor, first_place: int, size: int, digest: int, sources: list[int] | None
+) -> Batch:
     tokens = rows.numpy().view(np.uint16 if rows.dtype == torch.int16 else np.uint32)
-    return _assemble(tokens, range(first_place, first_place + len(rows)), size, digest)
+    places = range(first_place, first_place + len(rows))
+    return _assemble(tokens, places, size, digest, sources)
 
 
-def _assemble(rows: npt.NDArray[Any], places: range, size: int, digest: int) -> Batch:
+def _assemble(
+    rows: npt.NDArray[Any],
+    places: range,
+    size: int,
+    digest: int,
+    sources: Ids | list[int] | None,
+) -> Batch:
     padded = np.zeros((size, rows.shape[1]), dtype=np.int64)
     padded[: len(rows)] = rows
     positions = np.full(size, -1, dtype=np.int64)
     positions[: len(rows)] = places
+    if sources is not None:
+        padding = [-1] * (size - len(rows))
+        sources = np.concatenate([sources, padding]).astype(np.int64)
     # Copied by numpy: torch would start a second set of threads in whichever thread this is.
     return Batch(
         tokens=torch.from_numpy(np.ascontiguousarray(padded[:, :-1])),
@@ -233,6 +253,7 @@ def _assemble(rows: npt.NDArray[Any], places: range, size: int, digest: int) -> 
         weight=torch.from_numpy((positions >= 0).astype(np.float32)),
         positions=torch.from_numpy(positions),
         digest=digest,
+        sources=None if sources is None else torch.from_numpy(sources),
     )
 
 
@@ -383,7 +404,8 @@ class _Stream(IterableDataset[Any]):
         places = self.layout.micro_rows(micro)
         consumed = self.samples_consumed + step * self.layout.sequences
         ids = self.dataset.order.ids(consumed + places.start, len(places), self.seed, self.skip)
-        return make_batch(self.dataset.read(ids), places, self.layout.micro_size)
+        sources = self.dataset.order.sources_of(ids)
+        return make_batch(self.dataset.read(ids), places, self.layout.micro_size, sources)
 
 
 @contextlib.contextmanager

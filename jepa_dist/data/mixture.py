@@ -77,6 +77,16 @@ class Mixture:
             ids[mine] = self._first_id[source] + visited
         return ids
 
+    def sources_of(self, ids: Ids) -> Ids | None:
+        """Return the number of each sample's source; None if there is only one source.
+
+        Args:
+            ids: Of the samples, int64 [N].
+        """
+        if len(self.sizes) == 1:
+            return None
+        return np.searchsorted(self._first_id, ids, side="right") - 1
+
     def draw(self, places: Ids) -> tuple[Ids, Ids]:
         """Return each place's source and the number of draws of that source before it.
 

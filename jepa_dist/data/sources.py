@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jepa_dist.config import Config
 from jepa_dist.config.schema import TrainSource, ValSource
 from jepa_dist.data.mixture import Mixture, Stage, whole_weights
+from jepa_dist.data.order import Ids
 from jepa_dist.data.shards import find_shards, fingerprint, num_windows, read_count
 from jepa_dist.errors import UserError
 
@@ -158,6 +161,37 @@ def mixture_metrics(config: Config, order: Mixture, first: int, end: int) -> dic
         metrics[f"mixture/share/{source.name}"] = weight / sum(weights)
         metrics[f"mixture/epochs/{source.name}"] = count / size
     return metrics
+
+
+def mixed_names(config: Config) -> tuple[str, ...]:
+    """Return the names of the sources of training if there are several, else nothing."""
+    names = tuple(source.name for source in _named(config))
+    return names if len(names) > 1 else ()
+
+
+def source_losses(
+    config: Config, order: Mixture, places: Ids, values: Mapping[str, float]
+) -> dict[str, float | None]:
+    """Return ``loss/ce/NAME`` of a step, the mean over a source's targets.
+
+    Args:
+        config: The run.
+        order: Of its samples.
+        places: Of the step's samples in the order, int64 [sequences].
+        values: The step's numbers: ``ce/NAME``, the sums over the targets of each source, divided
+            by the number of all targets; without them nothing is returned.
+
+    Returns:
+        The losses by name; None for a source that the step did not draw from.
+    """
+    names = [name for name in mixed_names(config) if f"ce/{name}" in values]
+    if not names:
+        return {}
+    counts = np.bincount(order.draw(places)[0], minlength=len(names)).tolist()
+    return {
+        f"loss/ce/{name}": values[f"ce/{name}"] * len(places) / count if count else None
+        for name, count in zip(names, counts, strict=True)
+    }
 
 
 def _named(config: Config) -> Sequence[TrainSource]:

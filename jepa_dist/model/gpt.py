@@ -26,6 +26,9 @@ class Output(NamedTuple):
 
     loss_sum: Tensor | None = None
     """Sum over all targets of weight times cross-entropy (nats), float32 scalar."""
+    row_loss_B: Tensor | None = None
+    """Each row's part of it, float32, without gradient; only of a pass with gradients of a head
+    that is asked for it (``HeadRegion.by_row``)."""
     logits_BTV: Tensor | None = None
     """Logits after the soft cap, float32; only without targets."""
     taps: tuple[Tensor, ...] = ()
@@ -127,7 +130,8 @@ class GPT(nn.Module):
         result = self.head(x_BTD, head_VE, _weight(self.head_proj), targets_BT, weight)
         if targets_BT is None:
             return Output(logits_BTV=result, taps=states)
-        return Output(loss_sum=result, taps=states)
+        loss, row_loss_B = result if isinstance(result, tuple) else (result, None)
+        return Output(loss_sum=loss, row_loss_B=row_loss_B, taps=states)
 
     def places(self, tokens_BT: Tensor, length: int | None = None) -> Places:
         """Return where the positions of rows are.

@@ -40,12 +40,14 @@ def num_chunks(rows: int, vocab_size: int) -> int:
 class HeadRegion(nn.Module):
     """Final norm, output projection, soft cap, and cross-entropy if targets are given.
 
-    Has no parameters of its own: a tied embedding belongs to the root.
+    Has no parameters of its own: a tied embedding belongs to the root. With ``by_row`` a pass with
+    gradients returns each row's share of the loss, too: another output of the compiled graph.
     """
 
     def __init__(self, softcap: float) -> None:
         super().__init__()
         self.softcap = softcap
+        self.by_row = False
 
     def forward(
         self,
@@ -54,8 +56,11 @@ class HeadRegion(nn.Module):
         proj_ED: Tensor | None,
         targets_BT: Tensor | None,
         weight: Tensor | None,
-    ) -> Tensor:
-        """Return the weighted loss sum (float32 scalar); without targets, the logits [B, T, V]."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the weighted loss sum (float32 scalar); without targets, the logits [B, T, V].
+
+        With ``by_row`` also the part of each row, float32 [B], detached.
+        """
         y = rms_norm(x_BTD)
         y = y if proj_ED is None else F.linear(y, proj_ED)
         if targets_BT is None or weight is None:
@@ -64,6 +69,9 @@ class HeadRegion(nn.Module):
         weight_BT = weight.view(len(weight), -1).expand_as(targets_BT)
         rows = Rows(y.flatten(0, 1), targets_BT.flatten(), weight_BT.flatten())
         chunks = num_chunks(targets_BT.numel(), len(head_VE))
+        if self.by_row and torch.is_grad_enabled():
+            loss, loss_N = loss_by_position(rows, head_VE, self.softcap, chunks)
+            return loss, loss_N.detach().view_as(targets_BT).sum(1)
         if chunks == 1:
             return loss_sum(rows, head_VE, self.softcap)
         return chunked_loss_sum(rows, head_VE, self.softcap, chunks)
@@ -94,17 +102,33 @@ def capped_logits(y: Tensor, head_VE: Tensor, softcap: float) -> Tensor:
 def loss_sum(rows: Rows, head_VE: Tensor, softcap: float) -> Tensor:
     """Return the weighted sum of cross-entropy over the rows (float32 scalar); materializes all
     logits."""
+    return _weighted_loss(rows, head_VE, softcap).sum()
+
+
+def _weighted_loss(rows: Rows, head_VE: Tensor, softcap: float) -> Tensor:
+    """Return the weighted cross-entropy of each row, float32 [N]."""
     logits_NV = capped_logits(rows.y_NE, head_VE, softcap)
     nll_N = F.cross_entropy(logits_NV, rows.targets_N, reduction="none")
-    return (nll_N * rows.weight_N).sum()
+    return nll_N * rows.weight_N
 
 
 def chunked_loss_sum(rows: Rows, head_VE: Tensor, softcap: float, chunks: int) -> Tensor:
     """Return the same sum as ``loss_sum``, with the logits of one chunk at a time."""
     if torch.is_grad_enabled():
-        loss: Tensor = _LossWithGradients.apply(*rows, head_VE, softcap, chunks)
+        loss: Tensor = _LossWithGradients.apply(*rows, head_VE, softcap, chunks, False)
         return loss
     return torch.stack([loss_sum(chunk, head_VE, softcap) for chunk in rows.chunks(chunks)]).sum()
+
+
+def loss_by_position(
+    rows: Rows, head_VE: Tensor, softcap: float, chunks: int
+) -> tuple[Tensor, Tensor]:
+    """Return the same sum, and its parts, float32 [N], whose gradient is not to be used."""
+    if chunks == 1:
+        loss_N = _weighted_loss(rows, head_VE, softcap)
+        return loss_N.sum(), loss_N
+    both: tuple[Tensor, Tensor] = _LossWithGradients.apply(*rows, head_VE, softcap, chunks, True)
+    return both
 
 
 class _LossWithGradients(torch.autograd.Function):
@@ -119,38 +143,44 @@ class _LossWithGradients(torch.autograd.Function):
         head_VE: Tensor,
         softcap: float,
         chunks: int,
-    ) -> Tensor:
-        losses, grads_y = [], []
+        by_position: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        losses, parts, grads_y = [], [], []
         # float32, because in bfloat16 rounding would lose contributions of later chunks.
         grad_head_VE = torch.zeros_like(head_VE, dtype=torch.float32)
         for chunk in Rows(y_NE, targets_N, weight_N).chunks(chunks):
-            loss, grad_logits_NV = _loss_and_gradient(chunk, head_VE, softcap)
+            loss, loss_N1, grad_logits_NV = _loss_and_gradient(chunk, head_VE, softcap)
             losses.append(loss)
+            parts.append(loss_N1)
             grads_y.append(grad_logits_NV @ head_VE)
             grad_head_VE += grad_logits_NV.T @ chunk.y_NE
         ctx.save_for_backward(torch.cat(grads_y), grad_head_VE)
-        return torch.stack(losses).sum()
+        total = torch.stack(losses).sum()
+        return (total, torch.cat(parts).squeeze(1)) if by_position else total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         # Scale in float32: a factor such as 1 / tokens of the global batch is inexact in bfloat16.
         grad_y_NE, grad_head_VE = ctx.saved_tensors
         dtype = grad_y_NE.dtype
         grad_y_NE = (grad_y_NE.float() * grad).to(dtype)
         grad_head_VE = (grad_head_VE * grad).to(dtype)
-        return grad_y_NE, None, None, grad_head_VE, None, None
+        return grad_y_NE, None, None, grad_head_VE, None, None, None
 
 
-def _loss_and_gradient(rows: Rows, head_VE: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Return the loss sum of the rows, and its gradient with respect to the uncapped logits, [N, V]
-    in the states' dtype."""
+def _loss_and_gradient(
+    rows: Rows, head_VE: Tensor, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss sum of the rows, its parts [N, 1], and its gradient with respect to the
+    uncapped logits, [N, V] in the states' dtype."""
     logits_NV = capped_logits(rows.y_NE, head_VE, softcap)
     log_sum_N1 = torch.logsumexp(logits_NV, dim=1, keepdim=True)
     targets_N1, weight_N1 = rows.targets_N[:, None], rows.weight_N[:, None]
-    loss = (weight_N1 * (log_sum_N1 - logits_NV.gather(1, targets_N1))).sum()
+    loss_N1 = weight_N1 * (log_sum_N1 - logits_NV.gather(1, targets_N1))
+    loss = loss_N1.sum()
     # A comparison instead of a scatter, because the compiler can fuse it.
     is_target_NV = torch.arange(len(head_VE), device=logits_NV.device) == targets_N1
     grad_NV = weight_N1 * (torch.exp(logits_NV - log_sum_N1) - is_target_NV.float())
     if softcap > 0:
         grad_NV = grad_NV * (1 - (logits_NV / softcap).square())  # tanh' = 1 - tanh^2
-    return loss, grad_NV.to(rows.y_NE.dtype)
+    return loss, loss_N1, grad_NV.to(rows.y_NE.dtype)

@@ -64,6 +64,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "tokens trained on": _lines("tokens"),
         "mixture, share of each source": _lines("mixture/share/.*"),
         "mixture, epochs of each source": _lines("mixture/epochs/.*"),
+        "mixture, loss of each source": _lines("loss/ce/.*"),
     },
     "6 The host of rank 0": {
         "processor, memory, %": _lines("system/cpu_percent", "system/memory_percent"),

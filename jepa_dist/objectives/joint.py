@@ -30,6 +30,8 @@ class JointOutput(NamedTuple):
 
     loss_sum: Tensor | None = None
     """As ``model.gpt.Output``'s."""
+    row_loss_B: Tensor | None = None
+    """As ``model.gpt.Output``'s."""
     logits_BTV: Tensor | None = None
     """As ``model.gpt.Output``'s."""
     objective: Sums | None = None
@@ -84,7 +86,7 @@ class JointModel(nn.Module):
         taps = () if objective is None else self.objective.taps
         output = self.model(tokens_BT, targets_BT, weight, phase=phase, taps=taps)
         sums = None if objective is None else self._jepa_loss_fn(output.taps, tokens_BT, objective)
-        return JointOutput(output.loss_sum, output.logits_BTV, sums)
+        return JointOutput(output.loss_sum, output.row_loss_B, output.logits_BTV, sums)
 
     def _jepa_loss_fn(
         self, states: Sequence[Tensor], tokens_BT: Tensor, given: ObjectiveInput

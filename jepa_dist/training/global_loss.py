@@ -10,7 +10,8 @@ from torch import Tensor
 from jepa_dist.config import Config
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch
-from jepa_dist.objectives.joint import JointModel, ObjectiveInput
+from jepa_dist.data.sources import mixed_names
+from jepa_dist.objectives.joint import JointModel, JointOutput, ObjectiveInput
 from jepa_dist.plan import StepPlan
 from jepa_dist.training.instruments import Probe
 
@@ -36,12 +37,23 @@ class GlobalLoss:
         given = self._objective_input(batch, plan, index) if plan.is_objective_on else None
         output = self.root(batch.tokens, targets, batch.weight, phase=plan.phase, objective=given)
         ce = output.loss_sum / (sequences * targets.size(1))
+        parts = {"ce": ce, **self._by_source(output, batch)}
         if output.objective is None:
-            return ce, {"ce": ce}
+            return ce, parts
         num_rows = self.root.objective.num_rows(self.config, plan.samples)
         jepa = output.objective.loss / max(1, num_rows)
-        parts = {"ce": ce, "jepa": jepa, **output.objective.parts}
+        parts |= {"jepa": jepa, **output.objective.parts}
         return ce + plan.jepa_weight * jepa, parts
+
+    def _by_source(self, output: JointOutput, batch: Batch) -> dict[str, Tensor]:
+        """Return the parts ``ce/NAME`` of ``ce`` by source, float64; none without a mixture."""
+        if output.row_loss_B is None or batch.sources is None:
+            return {}
+        names = mixed_names(self.config)
+        numbers_S1 = torch.arange(len(names), device=batch.sources.device)[:, None]
+        loss_SB = torch.where(batch.sources == numbers_S1, output.row_loss_B.double(), 0.0)
+        loss_S = loss_SB.sum(1) / (self.config.batch.sequences * batch.targets.size(1))
+        return {f"ce/{name}": loss for name, loss in zip(names, loss_S, strict=True)}
 
     def _objective_input(self, batch: Batch, plan: StepPlan, index: int) -> ObjectiveInput:
         """Return what the objective reads of this micro-batch besides the states."""

@@ -17,7 +17,7 @@ from jepa_dist.config import Config
 from jepa_dist.data.loader import Batch
 from jepa_dist.data.mixture import Mixture
 from jepa_dist.data.order import places_of
-from jepa_dist.data.sources import mixture_metrics
+from jepa_dist.data.sources import mixture_metrics, source_losses
 from jepa_dist.monitor.step_timer import RollingDigest
 from jepa_dist.parallel.reduce import MetricsReduction, StepReport
 from jepa_dist.plan import PlanChannel, StepPlan, TrainingClock
@@ -128,11 +128,16 @@ class Segment:
         """Return the tokens that the run has trained on once ``plan`` is done."""
         return self._samples_before(plan.step + 1) * self.config.model.seq_len
 
-    def mixture(self, plan: StepPlan) -> dict[str, float]:
-        """Return the metrics of a mixture in the step of ``plan``; none without a mixture."""
-        ends = (self._samples_before(plan.step), self._samples_before(plan.step + 1) - 1)
-        first, last = (int(places_of(n, 1, self.progress.skip)[0]) for n in ends)
-        return mixture_metrics(self.config, self.order, first, last + 1)
+    def mixture(self, plan: StepPlan) -> dict[str, float | None]:
+        """Return the metrics of a mixture in the step of ``plan``, the latest one whose numbers
+        were taken in; none without a mixture."""
+        first, sequences = self._samples_before(plan.step), self.config.batch.sequences
+        places = places_of(first, sequences, self.progress.skip)
+        ends = int(places[0]), int(places[-1]) + 1
+        return {
+            **source_losses(self.config, self.order, places, self.ledger.values),
+            **mixture_metrics(self.config, self.order, *ends),
+        }
 
     def progress_after(self, plan: StepPlan, clock: TrainingClock) -> Progress:
         """Return how far the run is once ``plan`` is done; waits for the device."""
