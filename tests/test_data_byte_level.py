@@ -4,6 +4,9 @@ import base64
 import builtins
 import json
 import pickle
+import signal
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jepa_dist.data.meta import read_meta
+from jepa_dist.data.prepare import main
 from jepa_dist.data.tokenizer import Tokenizer, load_tokenizer
 from jepa_dist.errors import UserError
 
@@ -25,6 +30,13 @@ TEXT = [
     "  if x:\n    y = 12345\n",
 ] * 9
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@pytest.fixture(autouse=True)
+def _sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def trained(**parts: Any) -> Any:
@@ -143,6 +155,103 @@ def test_a_normalizer_that_changes_text_is_said(tmp_path: Path) -> None:
     assert note is not None
     assert "accents 13 of 14" in note
     assert "normalized text" in note
+
+
+# ---------------------------------------------------------------------------- Llama 3 and Qwen
+
+
+def like(digits: str, **parts: Any) -> Any:
+    """A small vocabulary behind the rule of words that Llama 3 and Qwen share but for digits."""
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(words), behavior="isolated")
+    letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    together = tokenizers.pre_tokenizers.Sequence([split, letters])
+    return trained(pre_tokenizer=together, **parts)
+
+
+def like_llama3() -> Any:
+    """No normalizer; a template puts the first token before each text."""
+    model = like(r"\p{N}{1,3}")
+    model.add_special_tokens(["<|begin_of_text|>", "<|eot_id|>", "<|reserved_special_token_0|>"])
+    begin = [("<|begin_of_text|>", model.token_to_id("<|begin_of_text|>"))]
+    of_bytes = tokenizers.processors.ByteLevel(trim_offsets=True)
+    template = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=begin
+    )
+    model.post_processor = tokenizers.processors.Sequence([of_bytes, template])
+    return model
+
+
+def like_qwen() -> Any:
+    """NFC; special tokens, and added ones that are text (of tools and code)."""
+    model = like(r"\p{N}", normalizer=tokenizers.normalizers.NFC())
+    model.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    model.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    of_text = ["<tool_call>", "</tool_call>", "<|fim_prefix|>"]
+    model.add_tokens([tokenizers.AddedToken(t, normalized=False, special=False) for t in of_text])
+    return model
+
+
+FAMILIES = {"llama3": (like_llama3, "<|begin_of_text|>"), "qwen": (like_qwen, BOS)}
+# Accents apart and composed, Hangul in parts and as one, the Angstrom sign, an order of two marks.
+PARTS = [
+    *("the low tide", " 12345", "\n\n  ", "'LL", "\u00e9", "e\u0301", "\u1112\u1161\u11ab"),
+    *("\ud55c", "\u212b", "q\u0323\u0307", "q\u0307\u0323", "\U0001f30a\u200d", "\u3000"),
+    *("<|im_end|>", "<tool_call>", "<|fim_prefix|>", "<|begin_of_text|>", "<|eot_id|>", BOS),
+]
+mixed_text = st.lists(
+    st.sampled_from([part.encode() for part in PARTS]) | st.binary(max_size=3), max_size=12
+).map(b"".join)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A name of ``FAMILIES``, and its tokenizer."""
+    make, bos = FAMILIES[request.param]
+    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
+    model = make()
+    model.save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.bos_id == model.token_to_id(bos)
+    return request.param, tokenizer
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=mixed_text)
+def test_bytes_of_llama3_and_qwen_add_up(family: tuple[str, Tokenizer], text: bytes) -> None:
+    """To the text, also where it is no UTF-8; with Qwen to the text that NFC makes of it."""
+    name, tokenizer = family
+    expected = text
+    if name == "qwen":
+        characters = text.decode("utf-8", "surrogateescape")
+        expected = unicodedata.normalize("NFC", characters).encode("utf-8", "surrogateescape")
+    assert counted(tokenizer, text) == len(expected)
+    ids = tokenizer.encode(text).tolist()
+    assert tokenizer.bos_id not in ids
+    assert tokenizer.decode(ids) == expected.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prepare_says_what_a_normalizer_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    FAMILIES[name][0]().save(str(tmp_path / "tokenizer.json"))
+    texts = {"train": "e\u0301 ".encode() + b"\xff", "val": b"low\xc3"}
+    for split, text in texts.items():
+        (tmp_path / f"{split}.txt").write_bytes(text)
+    command = [str(tmp_path / "train.txt"), "--val", str(tmp_path / "val.txt"), "--workers", "1"]
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer.json")]
+    assert main([*command, *tokenizer, "--out", str(tmp_path / "out")]) == 0
+    meta = read_meta(tmp_path / "out")
+    assert meta is not None
+    assert meta.text_bytes == {"train": 5, "val": 4}
+    changed = name == "qwen"  # three bytes become two
+    assert meta.counted_bytes == {"train": 5 - changed, "val": 4}
+    assert ("4 of 5 bytes of the text" in capsys.readouterr().out) == changed
+    assert (meta.tokenizer_note is not None) == changed
 
 
 REFUSED = {
