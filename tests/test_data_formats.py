@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import hashlib
+import io
 import json
 import pickle
 import random
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jepa_dist.data import documents
 from jepa_dist.data.compressed import read_lines
 from jepa_dist.data.corpus import InputFile, Skipped, user_files
 from jepa_dist.data.documents import read_texts, tasks
+from jepa_dist.data.parquet_pages import page_sizes
 from jepa_dist.data.prepare import main
 from jepa_dist.data.record_files import TextOf, json_records
 from jepa_dist.errors import UserError
@@ -275,6 +279,50 @@ def test_a_record_beyond_the_limit_is_named(
     write_parquet(tmp_path / "a.parquet", [{"text": "a"}, {"text": "b" * (3 << 20)}])
     with pytest.raises(UserError, match="record 2 has a text of 3 MiB; at most 1 MiB"):
         texts(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_sizes_of_pages_are_those_in_their_headers(
+    tmp_path: Path, compression: str, version: str, dictionary: bool
+) -> None:
+    """Plain pages hold a length of four bytes and the text of each row."""
+    path = tmp_path / "a.parquet"
+    text = [f"{n:05d}" + "x" * (n % 700) for n in range(3000)]
+    settings: dict[str, Any] = {"data_page_size": 5000, "write_batch_size": 8}
+    parquet.write_table(
+        pyarrow.table({"n": range(3000), "text": pyarrow.array(text)}),
+        path,
+        compression=compression,
+        use_dictionary=dictionary,
+        data_page_version=version,
+        **settings,
+    )
+    info = parquet.ParquetFile(path).metadata.row_group(0).column(1)
+    start = info.dictionary_page_offset if dictionary else info.data_page_offset
+    with path.open("rb") as file:
+        sizes = list(page_sizes(file, start, start + info.total_compressed_size))
+    assert len(sizes) > 20 or dictionary
+    content = sum(4 + len(each) for each in text)
+    assert content <= sum(sizes) < 1.02 * content + 10_000
+    assert sum(sizes) < info.total_uncompressed_size
+
+
+def test_a_huge_page_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "LINE_BYTES", 1 << 20)
+    write_parquet(tmp_path / "a.parquet", [{"text": "a"}, {"text": "b" * (9 << 20)}])
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", None)
+    told = r"a\.parquet: row group 0 has a page of 9 MiB in 'text', .* at most 4 MiB"
+    with pytest.raises(UserError, match=told):
+        texts(tmp_path / "a.parquet")
+
+
+@given(data=st.binary(max_size=60))
+def test_a_damaged_header_of_a_page_ends_the_search(data: bytes) -> None:
+    assert len(list(page_sizes(io.BytesIO(data), 0, len(data)))) <= len(data)
 
 
 def test_a_template_without_fields_is_refused(

@@ -6,11 +6,12 @@ import codecs
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jepa_dist.data.parquet_pages import page_sizes
 from jepa_dist.errors import UserError
 from jepa_dist.files import open_regular
 
@@ -18,6 +19,12 @@ _MOST_TOLD = 8
 _NAMES = re.compile(r"\{([^{}]+)\}")
 _BETWEEN = re.compile(r"[\s,]*")
 _BATCH_BYTES = 1 << 24
+# Equal texts may be stored once, and are as long as they are once they are read.
+_MOST_ROWS = 128
+# Unless a size is given, and no reading ahead, the library holds a row group's data of a column.
+_READ_BYTES = 1 << 20
+# Some writers make pages of 100 MB.
+_RECORDS_OF_A_PAGE = 4
 
 
 @dataclass(frozen=True)
@@ -115,15 +122,15 @@ def json_records(path: Path, most_bytes: int) -> Iterator[tuple[Any, int]]:
 def parquet_records(path: Path, text_of: TextOf, most_bytes: int) -> Iterator[tuple[Any, int]]:
     """The records of a parquet file, with the fields that hold the text.
 
-    The library holds a whole page of a column, and a copy; a field of more than ``most_bytes`` is
-    refused before any further copy.
+    The library holds a whole page of a column, and copies; a page that is much longer than a field
+    may be is refused before it is read, a field of more than ``most_bytes`` before further copies.
 
     Yields:
         Each record, and the bytes of the file that were read by then.
 
     Raises:
         UserError: not such a file, a damaged one (by row group), a missing field, one of more than
-            ``most_bytes``, or the pyarrow package is missing.
+            ``most_bytes``, a huge page, or the pyarrow package is missing.
     """
     try:
         import pyarrow.parquet
@@ -133,7 +140,10 @@ def parquet_records(path: Path, text_of: TextOf, most_bytes: int) -> Iterator[tu
         ) from None
     group = offset = number = 0
     try:
-        with open_regular(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
+        with (
+            open_regular(path) as raw,
+            pyarrow.parquet.ParquetFile(raw, buffer_size=_READ_BYTES, pre_buffer=False) as file,
+        ):
             missing = [name for name in text_of.fields if name not in file.schema_arrow.names]
             if missing:
                 raise UserError(
@@ -143,7 +153,9 @@ def parquet_records(path: Path, text_of: TextOf, most_bytes: int) -> Iterator[tu
             for group in range(file.num_row_groups):
                 info = file.metadata.row_group(group)
                 offset = info.column(0).data_page_offset
-                rows = max(1, _BATCH_BYTES * info.num_rows // max(1, info.total_byte_size))
+                rows = _BATCH_BYTES * info.num_rows // max(1, info.total_byte_size)
+                rows = max(1, min(rows, _MOST_ROWS))
+                _check_pages(path, group, info, text_of.fields, most_bytes)
                 batches = file.iter_batches(rows, row_groups=[group], columns=text_of.fields)
                 for batch in batches:
                     _check_lengths(path, batch, number, most_bytes)
@@ -158,6 +170,30 @@ def parquet_records(path: Path, text_of: TextOf, most_bytes: int) -> Iterator[tu
             f"{path}: damaged parquet data in row group {group} (from byte {offset}): {reason}; "
             "restore the file from an intact copy"
         ) from None
+
+
+def _check_pages(path: Path, group: int, info: Any, fields: Sequence[str], most_bytes: int) -> None:
+    """Refuse a row group of which the library would have to hold a huge page.
+
+    Raises:
+        UserError: a page of these fields is longer than several records of ``most_bytes``.
+    """
+    most = _RECORDS_OF_A_PAGE * most_bytes
+    for chunk in map(info.column, range(info.num_columns)):
+        if chunk.path_in_schema not in fields or chunk.total_uncompressed_size <= most:
+            continue
+        start = chunk.data_page_offset
+        if chunk.has_dictionary_page:
+            start = min(start, chunk.dictionary_page_offset)
+        with open_regular(path) as file:
+            longest = max(page_sizes(file, start, start + chunk.total_compressed_size), default=0)
+        if longest > most:
+            raise UserError(
+                f"{path}: row group {group} has a page of {longest >> 20} MiB in "
+                f"{chunk.path_in_schema!r}, which would be held whole; at most {most >> 20} MiB "
+                f"are read, and {most_bytes >> 20} MiB are one document: split long records, or "
+                "write the file with smaller pages"
+            )
 
 
 def _check_lengths(path: Path, batch: Any, number: int, most_bytes: int) -> None:
