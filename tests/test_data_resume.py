@@ -27,9 +27,11 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(documents, "TASK_BYTES", 700)
     monkeypatch.setattr(journal, "_SECONDS", 0.0)
     monkeypatch.setattr(journal, "_PAUSES", 0.0)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
