@@ -84,11 +84,14 @@ def test_loopback_gives_each_start_a_store_on_loopback() -> None:
 
 def test_signals_that_torchrun_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup
+    now = dict.fromkeys((signal.SIGINT, signal.SIGQUIT), signal.SIG_DFL)  # in any shell
+    now[signal.SIGHUP] = signal.SIG_IGN  # as nohup
+    before = {number: signal.signal(number, handler) for number, handler in now.items()}
     try:
         handler_of("loopback")
     finally:
-        signal.signal(signal.SIGHUP, hangup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGQUIT,SIGUSR1"
 
 
