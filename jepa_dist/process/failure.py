@@ -244,21 +244,23 @@ def _broken_library(error: BaseException) -> UserError | None:
     return None
 
 
+class _ExplainedError(UserError):
+    """A failure while training that one line explains; not an error of the user's input."""
+
+    exit_code = EXIT_FAILURE
+
+
 def _reached_limit(error: BaseException) -> UserError | None:
     """Return an error that names the limit of the system that was reached, if one was."""
     if isinstance(error, MemoryError):
-        return UserError(f"out of memory: {_MEMORY} is reached; raise it, or use less")
+        return _ExplainedError(f"out of memory: {_MEMORY} is reached; raise it, or use less")
     for text in _texts(error):
         for said, limit in _LIMITS.items():
             if said in text:
-                return UserError(f"{said}: {limit} is reached; raise it (traceback: RUN/logs)")
+                return _ExplainedError(
+                    f"{said}: {limit} is reached; raise it (traceback: RUN/logs)"
+                )
     return None
-
-
-class _LostConnectionError(UserError):
-    """A collective that failed because a connection to another rank broke."""
-
-    exit_code = EXIT_FAILURE
 
 
 def _broken_collective(error: Exception) -> UserError | None:
@@ -271,7 +273,7 @@ def _broken_collective(error: Exception) -> UserError | None:
     if not isinstance(error, dist.DistError) and _GLOO not in first:
         return None
     what = first.rpartition(_GLOO)[2].partition(". ")[0]
-    return _LostConnectionError(
+    return _ExplainedError(
         "a collective failed, most likely because another rank exited first; see that rank's "
         f"message ({what:.200}; traceback: RUN/logs)"
     )
