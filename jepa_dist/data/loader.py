@@ -442,7 +442,7 @@ def _quiet_start() -> Iterator[None]:
 
 def _begin_worker(_: int) -> None:
     become_helper(outlast_sigterm=_GRACE_SECONDS)
-    # By default a batch that cannot be sent is dropped, and the rank waits for it for ever.
+    # By default a batch that cannot be sent is dropped, and the rank hangs.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 

@@ -185,7 +185,7 @@ def stall_rank(run: Run) -> None:
 
 
 def ask_to_stop(run: Run) -> None:
-    """A stop signal to a rank or to torchrun: a checkpoint, then the same command goes on."""
+    """A stop signal to a rank or to torchrun saves a checkpoint; the same command resumes."""
     run.start()
     moment = run.random.choice(["in a step", "in evaluation", *SAVING])
     number = run.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -240,7 +240,7 @@ def press_twice(run: Run) -> None:
 
 
 def close_terminal(run: Run) -> None:
-    """SIGHUP: a checkpoint, then the same command goes on."""
+    """SIGHUP saves a checkpoint; the same command resumes the run."""
     run.start(max_restarts=0)
     in_a_step(run, lambda run: run.strike("SIGHUP"))
     run.press(signal.SIGHUP)
@@ -622,7 +622,7 @@ def lose_folders(run: Run) -> None:
 
 
 def replace_folders(run: Run) -> None:
-    """A file takes the place of a folder in mid-run: told once, and training goes on."""
+    """A file that replaces a folder during training causes one warning and ends nothing."""
     run.start(max_restarts=0)
     run.wait_for_step(1, _LAST)
     name = run.random.choice(sorted(_FOLDERS))
@@ -632,13 +632,13 @@ def replace_folders(run: Run) -> None:
     run.wait_for_end()
     assert len(run.starts) == 1, "a folder that cannot be written cost a restart"
     told = _FOLDERS[name]
-    assert not told or run.output().count(told) == 1, f"not told once: {told}"
+    assert not told or run.output().count(told) == 1, f"expected exactly one warning: {told}"
     (run.dir / name).unlink()
     (run.dir.parent / name).rename(run.dir / name)
 
 
 def replace_metrics(run: Run) -> None:
-    """metrics.jsonl is a folder for a while: told, and training goes on without records."""
+    """While metrics.jsonl is a folder, a warning says so; training continues without records."""
     run.changes["checkpoint__every"] = STEPS  # the next start repeats the steps without a record
     run.start(max_restarts=0)
     run.wait_for_step(1, _LAST)
