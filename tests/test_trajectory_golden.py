@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch.distributed.tensor import distribute_tensor
 
 from jepa_dist.config import Config, load, to_dict
 from jepa_dist.data.loader import Batch, make_batch
+from jepa_dist.data.shards import write_shard
+from jepa_dist.data.sources import training_order
 from jepa_dist.interop import parameter_golf
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
@@ -31,7 +35,7 @@ _OPTIM = (
 _RENAMED = {"matrix_wd": "muon_wd", "eps": "adam_eps"}
 
 
-def config_of(case: Case, corpus: Path) -> Config:
+def config_of(case: Case, corpus: Path, **changes: Any) -> Config:
     settings, run = case.info["settings"], case.info["run"]
     model = to_dict(parameter_golf.model_config(settings))
     optim = {name: settings[name] for name in _OPTIM}
@@ -52,6 +56,7 @@ def config_of(case: Case, corpus: Path) -> Config:
         "eval.sequences": 1,
         **{f"model.{name}": value for name, value in model.items()},
         **{f"optim.{name}": value for name, value in optim.items()},
+        **changes,
     }
     return load(None, [f"{k}={_yaml(v)}" for k, v in values.items()], {}).config
 
@@ -88,7 +93,24 @@ class Recorder(Silent):
         self.records.append(record)
 
 
-def run(rank: int, world_size: int, config: Config, case: Case) -> dict[str, Any]:
+def write_mixture_of(case: Case, config: Config) -> None:
+    """Write the case's tokens as the samples that a mixture of two sources draws, in its order.
+
+    A shard of T + 1 tokens is one sample.
+    """
+    rows = case.tensors()["tokens"].flatten(0, 2).numpy()
+    order = training_order(config)
+    of, _ = order.draw(np.arange(len(rows)))
+    samples = order.ids(0, len(rows), config.seed) - np.array([0, order.sizes[0]])[of]
+    assert len({*of.tolist()}) == 2
+    for row, source, sample in zip(rows, of, samples, strict=True):
+        pattern = Path(config.data.train[source].shards)
+        write_shard(pattern.with_name(f"train_{sample:03}.bin"), row)
+
+
+def run(
+    rank: int, world_size: int, config: Config, case: Case, from_shards: bool = False
+) -> dict[str, Any]:
     trainer = build_trainer(config, start_world(config.parallel))
     state = trainer.state
     average = state.ema.state_tensors()
@@ -98,8 +120,9 @@ def run(rank: int, world_size: int, config: Config, case: Case) -> dict[str, Any
             full = initial[parameter_golf.to_reference_name(name)].float()
             parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
             average[f"ema/{name}"].copy_(parameter)
-    batches = GoldenBatches(trainer, case.tensors()["tokens"])
-    trainer.segment = replace(trainer.segment, batches=batches)
+    if not from_shards:
+        batches = GoldenBatches(trainer, case.tensors()["tokens"])
+        trainer.segment = replace(trainer.segment, batches=batches)
     recorder = Recorder()
     trainer.run(recorder)
     names = [name for name, _ in state.model.named_parameters()]
@@ -115,7 +138,37 @@ def run(rank: int, world_size: int, config: Config, case: Case) -> dict[str, Any
 def test_trajectory(case: Case, world_size: int, tmp_path: Path) -> None:
     write_corpus(tmp_path, num_ids=case.info["settings"]["vocab_size"])
     config = config_of(case, tmp_path)
-    ours = run_ranks(run, world_size, config, case)[0]
+    assert_equal(run_ranks(run, world_size, config, case)[0], case, config)
+
+
+@pytest.mark.parametrize("case", cases("traj"))
+def test_trajectory_over_a_mixture(case: Case, tmp_path: Path) -> None:
+    """The same numbers from shards of two sources, by the loader's processes, on two ranks."""
+    write_corpus(tmp_path, num_ids=case.info["settings"]["vocab_size"])
+    count, seq_len = case.tensors()["tokens"].flatten(0, 2).shape
+    sources = []
+    for name, weight in (("left", 0.6), ("right", 0.4)):
+        shards = tmp_path / name / "train_*.bin"
+        shards.parent.mkdir()
+        for sample in range(count):  # unread unless a sample of the case takes its place
+            empty = np.zeros(seq_len, np.uint16)
+            write_shard(shards.with_name(f"train_{sample:03}.bin"), empty)
+        sources.append({"name": name, "shards": str(shards), "weight": weight})
+    config = config_of(case, tmp_path, **{"data.train": json.dumps(sources), "data.workers": 1})
+    write_mixture_of(case, config)
+    ours = run_ranks(run, 2, config, case, True)[0]
+    assert_equal(ours, case, config)
+    losses = [
+        [record[f"loss/ce/{name}"] for name in ("left", "right")] for record in ours["records"]
+    ]
+    drawn = training_order(config).draw(np.arange(count))[0].reshape(len(losses), -1)
+    for record, parts, of in zip(ours["records"], losses, drawn, strict=True):
+        shares = np.bincount(of, minlength=2) / of.size
+        mean = sum(s * loss for s, loss in zip(shares, parts, strict=True) if s)
+        assert mean == pytest.approx(record["loss/ce"], rel=1e-6)
+
+
+def assert_equal(ours: dict[str, Any], case: Case, config: Config) -> None:
     golden = case.tensors()
     for step, record in enumerate(ours["records"]):
         assert abs(record["loss/ce"] - golden["loss"][step].item()) <= 2e-5
