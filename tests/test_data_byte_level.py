@@ -148,6 +148,19 @@ def test_bos_is_what_the_configuration_beside_says(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path / "tokenizer.json")).bos_id == model.token_to_id(BOS)
 
 
+def test_a_token_of_text_begins_no_document(tmp_path: Path) -> None:
+    """Real ones have such tokens: "<s>" is a piece of Qwen's vocabulary."""
+    model = trained()
+    model.add_tokens(["<s>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.bos_id == model.token_to_id(BOS)
+    assert counted(tokenizer, b"the <s>") == 7
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    with pytest.raises(UserError, match=rf"'<s>' .* is a token of text.*special tokens: '{BOS}'"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
 def test_a_normalizer_that_changes_text_is_said(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     trained(normalizer=tokenizers.normalizers.NFC()).save(str(path))

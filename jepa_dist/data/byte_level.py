@@ -255,10 +255,20 @@ def _configured_bos(config: Path) -> str | None:
 
 
 def _bos_id(model: Any, configured: str | None, told: str) -> int:
+    added = model.get_added_tokens_decoder()
+    special = {token.content: i for i, token in added.items() if token.special}
+    if configured is not None and model.token_to_id(configured) is not None:
+        if configured not in special:
+            raise UserError(
+                f"{told}: bos_token={configured!r} of tokenizer_config.json is a token of text, so "
+                "that a text could end a document; name one of the special tokens: "
+                + (", ".join(map(repr, list(special)[:8])) or "there are none")
+            )
+        return special[configured]
     by_processor = list(model.encode("", add_special_tokens=True).ids)[:1]
-    by_config = [] if configured is None else [model.token_to_id(configured)]
-    by_name = map(model.token_to_id, _BOS_NAMES)
-    found = [i for i in (*by_config, *by_processor, *by_name) if i is not None]
+    # A vocabulary may have such a name as a token of text: Qwen's has "<s>".
+    by_name = [special[name] for name in _BOS_NAMES if name in special]
+    found = [*by_processor, *by_name]
     if not found:
         raise UserError(
             f"{told}: nothing says which token begins a document; put a tokenizer_config.json "
