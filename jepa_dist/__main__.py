@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jepa_dist import __version__
+from jepa_dist.command_line import end_with_reader
 
 _NAME = "jepa_dist"
 
@@ -133,7 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
     Args:
         argv: Name of the subcommand and its arguments (default: those of the process).
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with end_with_reader():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str]) -> int | str | None:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name in ("-h", "--help"):
         print(_overview())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import venv
@@ -42,6 +44,23 @@ def test_the_overview_names_every_subcommand_and_takes_no_torch(tmp_path: Path) 
     for name, subcommand in _SUBCOMMANDS.items():
         assert f"  {name} " in done.stdout
         assert subcommand.summary in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tasks", "--help"]])
+def test_it_ends_quietly_when_nobody_reads_on(arguments: list[str], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as after | head
+    with os.fdopen(writer) as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "jepa_dist", *arguments],
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=patience(60),
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("name", _SUBCOMMANDS)
