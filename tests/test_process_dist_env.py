@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,13 @@ from jepa_dist.errors import UserError
 from jepa_dist.process.dist_env import (
     adopt_launcher,
     check_rendezvous,
+    identify_agent,
     is_orphan,
     ranks_on_this_host,
 )
+from jepa_dist.process.identity import pid_namespace
+from tests.commands import TORCHRUN as TORCHRUN_COMMAND
+from tests.commands import Command
 
 TORCHRUN = {
     "RANK": "1",
@@ -132,6 +138,59 @@ def test_orphans_are_told_from_children_of_process_one(
         (tmp_path / "comm").write_text(f"{init}\n")
     environ = {"TORCHELASTIC_RUN_ID": "x"} if elastic else {}
     assert is_orphan(environ, parent, tmp_path / "comm") is orphan
+
+
+def test_an_agent_that_identified_itself_is_known_by_its_process(tmp_path: Path) -> None:
+    """Whoever adopts orphans: here process 1's program is none of the known ones."""
+    init = tmp_path / "comm"
+    init.write_text("unheard-of\n")
+    environ = {"TORCHELASTIC_RUN_ID": "x"}
+    identify_agent(environ)
+    assert not is_orphan(environ, 1, init)
+    noted = environ["TORCHRUN_PROCESS"]
+    pid, started, namespace = noted.split()
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    environ["TORCHRUN_PROCESS"] = f"{ended.pid} {started} {namespace}"
+    assert is_orphan(environ, 1, init)
+    environ["TORCHRUN_PROCESS"] = f"{pid} {int(started) - 1} {namespace}"  # its pid was reused
+    assert is_orphan(environ, 7, init)
+    del environ["TORCHELASTIC_RUN_ID"]
+    assert not is_orphan(environ, 1, init)
+
+
+@pytest.mark.parametrize("noted", ["", "1", "1 2 another", "x y {namespace}", "1 2 3 4"])
+def test_an_agent_out_of_sight_is_judged_by_the_parent(tmp_path: Path, noted: str) -> None:
+    (tmp_path / "comm").write_text("tini\n")
+    noted = noted.format(namespace=pid_namespace())
+    environ = {"TORCHELASTIC_RUN_ID": "x", "TORCHRUN_PROCESS": noted}
+    assert is_orphan(environ, 1, tmp_path / "comm")
+    assert not is_orphan(environ, 7, tmp_path / "comm")
+
+
+_LATE = """
+import os, sys, time
+from pathlib import Path
+parent, folder = os.getppid(), Path(sys.argv[1])
+(folder / "started").touch()
+while os.getppid() == parent:
+    time.sleep(0.05)
+from jepa_dist.process.dist_env import die_with_launcher
+die_with_launcher()
+(folder / "outlived").touch()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_whose_torchrun_died_during_its_imports_ends(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(_LATE)
+    one = [word.replace("node=2", "node=1") for word in TORCHRUN_COMMAND]
+    with Command([*one, script, tmp_path]) as command:
+        command.wait_for((tmp_path / "started").exists, 60)
+        command.signal(signal.SIGKILL)
+        command.wait(60)
+    assert not (tmp_path / "outlived").exists()
 
 
 @pytest.mark.parametrize("given", ["0", "", "-1", "8(x2)", "9" * 5000, "\u0663"])

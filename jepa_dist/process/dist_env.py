@@ -14,11 +14,13 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from jepa_dist.errors import UserError
+from jepa_dist.process.identity import pid_namespace, start_ticks
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -35,6 +37,8 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 
 _FIRST_PARENT = os.getppid()
+# Pid, start and namespace of torchrun's process.
+_AGENT = "TORCHRUN_PROCESS"
 # Programs that run as process 1, adopt orphans, and do not start ranks themselves.
 _INIT_PROGRAMS = (
     *("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "conmon", "runit"),
@@ -266,20 +270,34 @@ def parent_death_signal() -> int:
     return number.value
 
 
+def identify_agent(environ: MutableMapping[str, str]) -> None:
+    """Tell the ranks that this process will start which one it is (Linux)."""
+    with suppress(OSError):
+        pid = os.getpid()
+        environ[_AGENT] = f"{pid} {start_ticks(pid)} {pid_namespace()}"
+
+
 def is_orphan(
     environ: Mapping[str, str], parent: int | None = None, init: Path = Path("/proc/1/comm")
 ) -> bool:
     """Return whether torchrun started this process and has exited since.
 
-    Process 1 adopts orphans, but in a container it may be torchrun itself.
+    Known for certain with this package's rendezvous, whose agent identifies itself. Otherwise by
+    the parent: process 1 adopts orphans, but in a container it may be torchrun itself.
 
     Args:
         environ: This process's environment; torchrun sets TORCHELASTIC_RUN_ID in it.
         parent: Pid of the parent process (default: this process's).
         init: File with the name of process 1's program.
     """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return False
+    with suppress(OSError, ValueError):
+        pid, started, namespace = environ.get(_AGENT, "").split()
+        if namespace == pid_namespace():
+            return str(start_ticks(int(pid))) != started
     parent = os.getppid() if parent is None else parent
-    if parent != 1 or "TORCHELASTIC_RUN_ID" not in environ:
+    if parent != 1:
         return False
     try:
         name = init.read_text(encoding="utf-8", errors="replace").strip()

@@ -45,6 +45,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from jepa_dist.process.agent import print_without_traceback
+from jepa_dist.process.dist_env import identify_agent
 from jepa_dist.process.signals import OF_TERMINALS
 from jepa_dist.process.store import LOOPBACK, is_own_address, listening_store
 
@@ -110,6 +111,7 @@ class LoopbackRendezvous(RendezvousHandler):
                 "start several hosts by launch/multinode.sh"
             )
         set_signals()
+        identify_agent(os.environ)
         self._run_id = params.run_id
         self._store: TCPStore | None = None
         self._is_closed = False
@@ -232,6 +234,7 @@ def _bound_rendezvous(params: RendezvousParameters) -> RendezvousHandler:
             "interface to the others (launch/multinode.sh finds it)"
         )
     set_signals()
+    identify_agent(os.environ)
     store = _store_of_agents(params, params.local_addr)
     seconds = [params.get_as_int(f"{name}_timeout") for name in ("join", "last_call", "close")]
     limits = [None if each is None else timedelta(seconds=each) for each in seconds]

@@ -28,6 +28,7 @@ from typing import NoReturn
 from uuid import uuid4
 
 from jepa_dist.errors import UserError
+from jepa_dist.process.identity import pid_namespace, start_ticks
 
 LOCK_NAME = "run.lock"
 RENEW_SECONDS = 5.0
@@ -269,7 +270,7 @@ def _this_process() -> Owner:
         host=socket.gethostname(),
         machine=_machine(),
         pid=os.getpid(),
-        process_started=_process_started(os.getpid()) or 0,
+        process_started=start_ticks(os.getpid()) or 0,
         started=time.strftime("%Y-%m-%d %H:%M:%S"),
         token=uuid4().hex,
     )
@@ -278,24 +279,10 @@ def _this_process() -> Owner:
 def _machine() -> str:
     """Return an id shared by exactly the processes that see each other's pids (Linux)."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+        return pid_namespace()
     except OSError:
         return socket.gethostname()
 
 
 def _is_alive(owner: Owner) -> bool:
-    return owner.process_started == _process_started(owner.pid)
-
-
-def _process_started(pid: int) -> int | None:
-    """Return when a process was started, in clock ticks since boot; None if it has ended (Linux).
-
-    Unlike a time of day it stays the same when the clock is set.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    state, *fields = text.rpartition(")")[2].split()
-    return None if state in "ZX" else int(fields[18])
+    return owner.process_started == start_ticks(owner.pid)
