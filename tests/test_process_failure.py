@@ -106,6 +106,10 @@ READ_ERROR = (
         (RuntimeError("can't start new thread"), "limit of processes and threads (ulimit -u"),
         (OSError(24, "Too many open files", "/x"), "limit of open files (ulimit -n) is reached"),
         (MemoryError(), "out of memory: the limit of memory"),
+        (
+            RuntimeError("g++: fatal error: Killed signal terminated program cc1plus"),
+            "the C++ compiler was killed, most likely because the host's memory was used up",
+        ),
         (RuntimeError(READ_ERROR), "2218: Connection reset by peer; traceback: RUN/logs)"),
     ],
 )

@@ -9,10 +9,12 @@ import time
 from multiprocessing.resource_tracker import ResourceTracker
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jepa_dist.data import workers
-from tests.commands import Command, Finished
+from tests.commands import TRAIN, Command, Finished
+from tests.tiny import tiny_overrides, write_corpus
 
 PROGRAM = """
 import time
@@ -132,3 +134,39 @@ def _blocked_signals(process: int) -> set[int]:
     lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
     (mask,) = [int(line.split()[1], 16) for line in lines if line.startswith("SigBlk:")]
     return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warms_up", [True, False])
+def test_ctrl_c_while_the_compiler_works(tmp_path: Path, warms_up: bool) -> None:
+    """A terminal sends SIGINT to all of its processes: the compiler ends, too."""
+    write_corpus(tmp_path)
+    compiles = {"parallel__compile": True, "parallel__compile_warmup": warms_up}
+    environ = {"TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
+    config = tmp_path / "config.yaml"
+    config.touch()
+    command = [*TRAIN, config, *tiny_overrides(tmp_path, **compiles)]
+    with Command(command, environ=environ) as run:
+        run.wait_for(lambda: any(map(_compiles_a_kernel, run.processes())), 120)
+        main = run.process()
+        assert main is not None
+        os.killpg(main.pid, signal.SIGINT)
+        done = run.wait(60)
+    assert "Traceback" not in done.output
+    last = done.output.splitlines()[-1]
+    if warms_up:
+        assert done.code == 0, done.output
+        assert "asked to stop before the first step; the same command resumes the run" in last
+    else:
+        assert done.code == 128 + signal.SIGINT, done.output
+        assert last.endswith("error: stopped while it compiled (SIGINT); the same command resumes")
+
+
+def _compiles_a_kernel(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    # Before them Inductor tries what the processor can do, and takes a failure for a no.
+    compiles = bool(words) and words[0].endswith("cc1plus")
+    return compiles and any(word.endswith(".main.cpp") for word in words)

@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import re
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -39,6 +41,9 @@ _BROKEN_LIBRARY = re.compile(
     r"ELF file data encoding|object file has no|failed to map segment|ELF load command)"
 )
 
+# Messages of gcc and clang about a process of theirs.
+_KILLED_COMPILER = re.compile("Killed signal terminated program|unable to execute command: Killed")
+
 # In the messages of gloo's errors, which have no class of their own.
 _GLOO = "/gloo/transport/"
 
@@ -53,7 +58,6 @@ _LIMITS = {
     "Cannot allocate memory": _MEMORY,
     "can't allocate memory": _MEMORY,
     "std::bad_alloc": _MEMORY,
-    "Killed signal terminated program": _MEMORY,  # of the compiler
 }
 
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
@@ -156,7 +160,12 @@ def _exit_alone(error: Exception, rank: int) -> NoReturn:
         known: UserError | None = error
     else:
         log.error("failed", exc_info=error)
-        known = _broken_library(error) or _reached_limit(error) or _broken_collective(error)
+        known = (
+            _broken_library(error)
+            or _compiler_problem(error)
+            or _reached_limit(error)
+            or _broken_collective(error)
+        )
     _record_for_torchrun(known or error)
     if known is not None:
         _print_problems(known, prefix=f"[rank {rank}] ")
@@ -227,6 +236,14 @@ def call_with_limit(note: Callable[[str], None], reason: str) -> None:
         thread.join(_NOTE_SECONDS)
 
 
+class _ExplainedError(UserError):
+    """A failure while training that one line explains; not an error of the user's input."""
+
+    def __init__(self, problem: str, exit_code: int = EXIT_FAILURE) -> None:
+        super().__init__(problem)
+        self.exit_code = exit_code
+
+
 def _broken_library(error: BaseException) -> UserError | None:
     """Return an error that names the truncated compiled library, if one caused ``error``.
 
@@ -244,10 +261,27 @@ def _broken_library(error: BaseException) -> UserError | None:
     return None
 
 
-class _ExplainedError(UserError):
-    """A failure while training that one line explains; not an error of the user's input."""
+def killed_compiler(error: BaseException) -> signal.Signals | None:
+    """Return the signal that ended the C++ compiler, if that caused ``error``."""
+    for each in _causes(error):
+        if isinstance(each, subprocess.CalledProcessError) and each.returncode < 0:
+            return signal.Signals(-each.returncode)
+        if _KILLED_COMPILER.search(str(each)):  # the compiler started another, which was killed
+            return signal.SIGKILL
+    return None
 
-    exit_code = EXIT_FAILURE
+
+def _compiler_problem(error: BaseException) -> UserError | None:
+    number = killed_compiler(error)
+    if number is None:
+        return None
+    if number != signal.SIGKILL:  # a terminal's signals reach all of its processes
+        told = f"stopped while it compiled ({number.name}); the same command resumes"
+        return _ExplainedError(told, exit_code=128 + number)
+    return _ExplainedError(
+        "the C++ compiler was killed, most likely because the host's memory was used up: lower "
+        "the number of ranks per host, or set parallel.compile=false (traceback: RUN/logs)"
+    )
 
 
 def _reached_limit(error: BaseException) -> UserError | None:
@@ -281,9 +315,14 @@ def _broken_collective(error: Exception) -> UserError | None:
 
 def _texts(error: BaseException) -> Iterator[str]:
     """Yield the message of an error and of those that it came from."""
+    return map(str, _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that it came from."""
     seen: BaseException | None = error
     while seen is not None:
-        yield str(seen)
+        yield seen
         seen = seen.__cause__ or seen.__context__
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,9 +14,13 @@ from jepa_dist.data.loader import make_batch
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.parallel.communication import without_communication
 from jepa_dist.plan import StepPlan, sample_shape
+from jepa_dist.process.failure import killed_compiler
 from jepa_dist.training.step import TrainStep
 from jepa_dist.training.stopping import StopSignals
 from jepa_dist.training.times import Times
+
+# The thread that receives signals may be later than the compiler's end.
+_SIGNAL_SECONDS = 0.5
 
 
 class NoWarmUp:
@@ -48,10 +53,26 @@ class WarmUp(NoWarmUp):
                 if self.stops.is_asked():  # where the others wait
                     return False
                 if is_first_turn == fills_cache:
-                    self.compile(phase, weight)
+                    self._compile_unless_stopped(phase, weight)
+        if self.stops.is_asked():
+            return False
         self._step.instruments.compiles.after_warm_up()
         self._times.startup.done("warm_up")
         return True
+
+    def _compile_unless_stopped(self, phase: int, jepa_weight: float) -> None:
+        """Compile; return early if a signal ended the compiler and was meant for this rank, too.
+
+        A terminal's Ctrl-C reaches all of its processes.
+        """
+        try:
+            self.compile(phase, jepa_weight)
+        except Exception as error:
+            if killed_compiler(error) is None:
+                raise
+            time.sleep(_SIGNAL_SECONDS)
+            if not self.stops.is_received:
+                raise
 
     def compile(self, phase: int, jepa_weight: float) -> None:
         """Run forward and backward on a batch of zeros, and once without gradient as validation

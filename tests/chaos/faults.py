@@ -149,13 +149,41 @@ def kill_three_times(run: Run) -> None:
 
 def kill_while_it_compiles(run: Run) -> None:
     """With regions compiled, and nothing in the compiler's cache."""
-    run.changes["parallel__compile"] = True
-    run.environ["TORCHINDUCTOR_CACHE_DIR"] = str(run.dir.parent / "compiler_cache")
-    run.start()
-    cache = run.dir.parent / "compiler_cache"
+    cache = compile_anew(run)
     run.wait_for(lambda: any(cache.glob("*/*")), 2 * LONG)
     time.sleep(run.random.uniform(0, 5))
     run.kill_rank()
+
+
+def kill_compiler(run: Run) -> None:
+    """kill -9 of a compiler, as for want of memory: its rank says so, and all starts again."""
+    compile_anew(run)
+
+    def compilers() -> list[tuple[int, psutil.Process]]:
+        return [
+            (rank, child)
+            for rank, process in run.ranks().items()
+            for child in process.children(recursive=True)
+            if child.name() == "cc1plus"
+            and any(
+                word.endswith(".main.cpp")  # no trial of what the processor can do
+                for word in child.cmdline()
+            )
+        ]
+
+    run.wait_for(lambda: bool(compilers()), 2 * LONG)
+    rank, compiler = run.random.choice(compilers())
+    run.send(signal.SIGKILL, compiler, f"a compiler of rank {rank}")
+    run.wait_for(lambda: f"[rank {rank}] error: the C++ compiler was killed" in run.output())
+
+
+def compile_anew(run: Run) -> Path:
+    """Start a run with compiled regions and an empty cache; return the cache's folder."""
+    cache = run.dir.parent / "compiler_cache"
+    run.changes["parallel__compile"] = True
+    run.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    run.start()
+    return cache
 
 
 def stop_rank_for_good(run: Run) -> None:
@@ -701,6 +729,7 @@ FAULTS: dict[str, Fault] = {
     **{f"kill a rank {moment}": kill_rank(moment) for moment in MOMENTS},
     "kill a rank at the end": kill_rank_at_the_end,
     "kill a rank while it compiles": kill_while_it_compiles,
+    "kill a compiler": kill_compiler,
     "kill ranks three times": kill_three_times,
     "kill the agent": kill_agent,
     "stop a rank for good": stop_rank_for_good,
