@@ -134,14 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
     Args:
         argv: Name of the subcommand and its arguments (default: those of the process).
     """
-    with end_with_reader():
-        return _main(list(sys.argv[1:] if argv is None else argv))
-
-
-def _main(arguments: list[str]) -> int | str | None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name in ("-h", "--help"):
-        print(_overview())
+        with end_with_reader():
+            print(_overview())
         return 0
     if name == "--version":
         print(f"{_NAME} {__version__}")
@@ -162,7 +159,8 @@ def _run(name: str, subcommand: _Subcommand, rest: list[str]) -> int | str | Non
         code: int | str | None = importlib.import_module(subcommand.module).main()
     except SystemExit as leaving:
         if not leaving.code and not {"-h", "--help"}.isdisjoint(rest):
-            print(_closing(subcommand))
+            with end_with_reader():
+                print(_closing(subcommand))
         raise
     return code
 

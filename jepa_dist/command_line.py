@@ -46,10 +46,8 @@ UNFORESEEN: tuple[type[Exception], ...] = (OSError, *_LIMITS)
 def end_with_reader() -> Iterator[None]:
     """Exit quietly, as other programs do, if whoever reads the output has gone (``| head``)."""
     try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
+        yield
+        sys.stdout.flush()
     except BrokenPipeError:
         if not _has_no_reader():
             raise
