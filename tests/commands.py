@@ -177,3 +177,16 @@ def environment(changes: dict[str, Any]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JEPA_")}
     fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return kept | fixed | {name: str(value) for name, value in changes.items()}
+
+
+def compiles_a_kernel(process: psutil.Process) -> bool:
+    """Whether this is a C++ compiler at a kernel of Inductor.
+
+    Before them Inductor tries what the processor can do, and takes a failure for a no.
+    """
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    is_compiler = bool(words) and words[0].endswith("cc1plus")
+    return is_compiler and any(word.endswith(".main.cpp") for word in words)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -125,6 +127,24 @@ def test_limits_and_lost_ranks_are_told_in_a_line(
     assert line.startswith("[rank 3] error: ")
     assert told in line
     assert exits == [1]
+
+
+class CppCompileError(RuntimeError):
+    """Known by its name, like Inductor's."""
+
+
+@pytest.mark.parametrize(
+    ("returncode", "found"),
+    [(-2, signal.SIGINT), (-9, signal.SIGKILL), (-11, None), (-40, None), (1, None)],
+)
+def test_what_ended_the_compiler(returncode: int, found: signal.Signals | None) -> None:
+    ended = subprocess.CalledProcessError(returncode, ["g++"])
+    assert failure.killed_compiler(ended) is None  # some other program
+    error = CppCompileError("C++ compile error")
+    error.__cause__ = ended
+    outer = RuntimeError("CppCompileError: C++ compile error")
+    outer.__context__ = error
+    assert failure.killed_compiler(outer) is found
 
 
 def test_a_failure_is_noted_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

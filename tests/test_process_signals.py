@@ -9,11 +9,10 @@ import time
 from multiprocessing.resource_tracker import ResourceTracker
 from pathlib import Path
 
-import psutil
 import pytest
 
 from jepa_dist.data import workers
-from tests.commands import TRAIN, Command, Finished
+from tests.commands import TRAIN, Command, Finished, compiles_a_kernel
 from tests.tiny import tiny_overrides, write_corpus
 
 PROGRAM = """
@@ -147,7 +146,7 @@ def test_ctrl_c_while_the_compiler_works(tmp_path: Path, warms_up: bool) -> None
     config.touch()
     command = [*TRAIN, config, *tiny_overrides(tmp_path, **compiles)]
     with Command(command, environ=environ) as run:
-        run.wait_for(lambda: any(map(_compiles_a_kernel, run.processes())), 120)
+        run.wait_for(lambda: any(map(compiles_a_kernel, run.processes())), 120)
         main = run.process()
         assert main is not None
         os.killpg(main.pid, signal.SIGINT)
@@ -160,13 +159,3 @@ def test_ctrl_c_while_the_compiler_works(tmp_path: Path, warms_up: bool) -> None
     else:
         assert done.code == 128 + signal.SIGINT, done.output
         assert last.endswith("error: stopped while it compiled (SIGINT); the same command resumes")
-
-
-def _compiles_a_kernel(process: psutil.Process) -> bool:
-    try:
-        words = process.cmdline()
-    except psutil.Error:
-        return False
-    # Before them Inductor tries what the processor can do, and takes a failure for a no.
-    compiles = bool(words) and words[0].endswith("cc1plus")
-    return compiles and any(word.endswith(".main.cpp") for word in words)

@@ -159,7 +159,7 @@ def test_trajectory_over_a_mixture(case: Case, tmp_path: Path) -> None:
     ours = run_ranks(run, 2, config, case, True)[0]
     assert_equal(ours, case, config)
     losses = [
-        [record[f"loss/ce/{name}"] for name in ("left", "right")] for record in ours["records"]
+        [record.get(f"loss/ce/{name}") for name in ("left", "right")] for record in ours["records"]
     ]
     drawn = training_order(config).draw(np.arange(count))[0].reshape(len(losses), -1)
     for record, parts, of in zip(ours["records"], losses, drawn, strict=True):

@@ -44,6 +44,15 @@ _BROKEN_LIBRARY = re.compile(
 # Messages of gcc and clang about a process of theirs.
 _KILLED_COMPILER = re.compile("Killed signal terminated program|unable to execute command: Killed")
 
+# Signals by which a compiler is ended from outside; by others it fails.
+_ENDS_COMPILER = {
+    int(number): number
+    for number in (
+        *(signal.SIGKILL, signal.SIGINT, signal.SIGTERM),
+        *(signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1),
+    )
+}
+
 # In the messages of gloo's errors, which have no class of their own.
 _GLOO = "/gloo/transport/"
 
@@ -262,12 +271,15 @@ def _broken_library(error: BaseException) -> UserError | None:
 
 
 def killed_compiler(error: BaseException) -> signal.Signals | None:
-    """Return the signal that ended the C++ compiler, if that caused ``error``."""
-    for each in _causes(error):
-        if isinstance(each, subprocess.CalledProcessError) and each.returncode < 0:
-            return signal.Signals(-each.returncode)
-        if _KILLED_COMPILER.search(str(each)):  # the compiler started another, which was killed
-            return signal.SIGKILL
+    """Return the signal that ended the C++ compiler, SIGKILL or one that asks to stop, if that
+    caused ``error``."""
+    causes = list(_causes(error))
+    if any(_KILLED_COMPILER.search(str(each)) for each in causes):
+        return signal.SIGKILL
+    if any(type(each).__name__ == "CppCompileError" for each in causes):
+        for each in causes:
+            if isinstance(each, subprocess.CalledProcessError):
+                return _ENDS_COMPILER.get(-each.returncode)
     return None
 
 

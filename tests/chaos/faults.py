@@ -30,6 +30,7 @@ from tests.chaos.harness import (
     free_port,
 )
 from tests.chaos.moments import SAVING, Moment, last_record, newest
+from tests.commands import compiles_a_kernel
 
 Fault = Callable[[Run], None]
 
@@ -159,20 +160,20 @@ def kill_compiler(run: Run) -> None:
     """kill -9 of a compiler, as for want of memory: its rank says so, and all starts again."""
     compile_anew(run)
 
-    def compilers() -> list[tuple[int, psutil.Process]]:
-        return [
-            (rank, child)
-            for rank, process in run.ranks().items()
-            for child in process.children(recursive=True)
-            if child.name() == "cc1plus"
-            and any(
-                word.endswith(".main.cpp")  # no trial of what the processor can do
-                for word in child.cmdline()
-            )
-        ]
+    found: list[tuple[int, psutil.Process]] = []
 
-    run.wait_for(lambda: bool(compilers()), 2 * LONG)
-    rank, compiler = run.random.choice(compilers())
+    def compiles() -> bool:
+        with suppress(psutil.NoSuchProcess):  # a rank that has just ended
+            found[:] = [
+                (rank, child)
+                for rank, process in run.ranks().items()
+                for child in process.children(recursive=True)
+                if compiles_a_kernel(child)
+            ]
+        return bool(found)
+
+    run.wait_for(compiles, 2 * LONG)
+    rank, compiler = run.random.choice(found)
     run.send(signal.SIGKILL, compiler, f"a compiler of rank {rank}")
     run.wait_for(lambda: f"[rank {rank}] error: the C++ compiler was killed" in run.output())
 
