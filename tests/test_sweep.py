@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from jepa_dist.config import Config, QuantizationConfig, to_dict, to_yaml
@@ -29,6 +32,7 @@ from jepa_dist.monitor.history import StartRecord
 from jepa_dist.monitor.metrics_file import encode
 from jepa_dist.plan import Planner, TrainingClock
 from jepa_dist.sweep import __main__ as sweep_main
+from jepa_dist.sweep import running
 from jepa_dist.sweep.members import (
     EvaluationPlan,
     Member,
@@ -39,8 +43,10 @@ from jepa_dist.sweep.members import (
     read_widths,
 )
 from jepa_dist.sweep.results import read_results
+from jepa_dist.sweep.running import Commands, output_of, train_all
 from jepa_dist.sweep.verdicts import describe
 from tests.commands import Command, Finished, run_command
+from tests.patience import wait_until
 from tests.tiny import REPOSITORY, tiny_overrides, write_corpus
 
 SWEEP = (sys.executable, "launch/sweep.py")
@@ -485,7 +491,7 @@ def test_seeds_are_added_until_every_arm_is_decided(
 ) -> None:
     """What training would leave is written here: a clear arm, and one that is none."""
 
-    def train(members: Sequence[Member], dry_run: bool, plan: EvaluationPlan | None) -> int:
+    def train(members: Sequence[Member], plan: EvaluationPlan | None, jobs: int) -> int:
         for member in (m for m in members if not m.run_dir.exists()):
             noise = 0.001 * np.random.default_rng([member.seed, len(member.arm)]).normal()
             write_run(member, {"val/bpb": 2.0 + noise + (member.arm == "full")})
@@ -493,7 +499,7 @@ def test_seeds_are_added_until_every_arm_is_decided(
 
     some = {name: ARMS[name] for name in ("control", "full", "delayed")}
     file = write_sweep(tmp_path, arms=some, equivalence_margin={"val/bpb": 0.01})
-    monkeypatch.setattr(sweep_main, "_run_all", train)
+    monkeypatch.setattr(sweep_main, "train_all", train)
     run_dir = f"run.dir={tmp_path / 'runs'}"
     command = ["sweep", "run", str(file), run_dir, "--until-decided"]
     monkeypatch.setattr(sys, "argv", [*command, "--max-pairs", "3"])
@@ -582,11 +588,12 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path) -> None:
     assert "final" in records(runs / "control-seed1")[-1]
     assert not (runs / "control-seed2").exists()
 
-    finished = run_command(*SWEEP, *arguments, environ=environ, timeout=600)
+    finished = run_command(*SWEEP, *arguments, "--jobs=2", environ=environ, timeout=600)
     assert finished.code == 0, finished.output
-    assert "finished already" in finished.output, "the first member"
-
-    found = read_results(read_sweep(file, [f"run.dir={runs}"]))
+    members = read_sweep(file, [f"run.dir={runs}"])
+    assert "finished already" in output_of(members[0]).read_text()
+    assert "resuming from" in output_of(members[1]).read_text()
+    found = read_results(members)
     assert found.left_out == []
     for seed in (1, 2):
         control, delayed = (records(runs / f"{arm}-seed{seed}") for arm in some)
@@ -605,17 +612,130 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path) -> None:
     assert f"delayed: {np.mean(differences):+.4f} +- {error:.4f} over 2 pairs" in told
 
 
-@pytest.mark.slow
-def test_a_member_that_fails(tmp_path: Path) -> None:
-    """The other members are trained; the sweep names the failed one and exits with code 1."""
+def test_a_member_that_cannot_start(tmp_path: Path) -> None:
+    """One line says why; the other members are tried; the sweep names both and exits with 1."""
     file = write_sweep(tmp_path, seeds=[1], arms={n: ARMS[n] for n in ("control", "full")})
     missing = f"data.train={tmp_path}/none_*.bin"
-    arguments = [file, f"run.dir={tmp_path / 'runs'}", missing]
-    finished = sweep_command("run", *arguments, NPROC_PER_NODE=1)
+    finished = sweep_command("run", file, f"run.dir={tmp_path}/runs", missing, NPROC_PER_NODE=1)
     assert finished.code == 1
     told = finished.output.splitlines()
-    for arm in ("control", "full"):
-        assert any(line.startswith(f"error: {tmp_path}/runs/{arm}-seed1 (") for line in told), told
+    assert len(told) == 6, told
+    for number, arm in enumerate(("control", "full")):
+        where = f"{tmp_path}/runs/{arm}-seed1"
+        assert told[2 * number] == f"member {number} of 2: {where}"
+        assert told[2 * number + 1].startswith("error: data.train=")
+        assert told[4 + number] == (
+            f"error: {where}: not started (exit code 2); see its messages above"
+        )
+
+
+# What stands for a member's training: it says when it began and ended, and fails at seed 3.
+_STAND_IN = """
+import json, pathlib, signal, sys, time
+run_dir, seed, seconds = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+run_dir.mkdir(parents=True)
+began = time.monotonic()
+print("training", run_dir.name, flush=True)
+time.sleep(seconds)
+(run_dir / "time.json").write_text(json.dumps([began, time.monotonic()]))
+(run_dir / "status.json").write_text(json.dumps({"state": "failed" if seed == 3 else "finished"}))
+"""
+
+
+def stand_in(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(member: Member, ranks: int, jobs: int) -> list[str]:
+        arguments = (str(member.run_dir), str(member.seed), str(seconds))
+        return [sys.executable, "-c", _STAND_IN, *arguments]
+
+    monkeypatch.setattr(running, "check_command", lambda member: [sys.executable, "-c", ""])
+    monkeypatch.setattr(running, "train_command", command)
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+
+
+def sweep_of_six(folder: Path) -> list[Member]:
+    arms = {name: ARMS[name] for name in ("control", "full")}
+    file = write_sweep(folder, seeds=[1, 2, 3], arms=arms)
+    return read_sweep(file, [f"run.dir={folder / 'runs'}"])
+
+
+def test_several_members_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(0.5, monkeypatch)
+    members = sweep_of_six(tmp_path)
+    assert train_all(members, None, jobs=2) == 1
+    spans = [json.loads((member.run_dir / "time.json").read_text()) for member in members]
+    at_once = [sum(began <= start < end for began, end in spans) for start, _ in spans]
+    assert max(at_once) == 2
+    for member in members:
+        assert output_of(member).read_text() == f"training {member.run_dir.name}\n"
+    told = capfd.readouterr()
+    assert "training" not in told.out
+    assert f"member 5 of 6: {members[5].run_dir} (output: {output_of(members[5])})" in told.out
+    assert f"{members[3].run_dir}: done" in told.out
+    assert told.err.splitlines() == [
+        f"error: {member.run_dir}: not finished (exit code 0, state failed); "
+        f"see its messages in {output_of(member)}"
+        for member in members[4:]
+    ]
+
+
+def test_a_request_to_stop_reaches_all_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(600, monkeypatch)
+    members = sweep_of_six(tmp_path)
+
+    def stop() -> None:
+        running_now = members[:3]
+        wait_until(
+            lambda: all(
+                output_of(m).is_file() and output_of(m).stat().st_size > 0 for m in running_now
+            ),
+            60,
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert train_all(members, None, jobs=3) == 128 + signal.SIGTERM
+    thread.join()
+    assert "stopped; the same command resumes the sweep" in capfd.readouterr().out
+    assert [member.run_dir.exists() for member in members] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "jobs", "visible", "expected"),
+    [
+        (1, 1, None, [None]),
+        (1, 3, None, ["0", "1", "2"]),
+        (2, 2, None, ["0,1", "2,3"]),
+        (1, 6, None, ["0", "1", "2", "3", "0", "1"]),
+        (1, 2, "5,7", ["5", "7"]),
+        (8, 2, None, [None, None]),
+    ],
+)
+def test_gpus_are_dealt_out(
+    ranks: int,
+    jobs: int,
+    visible: str | None,
+    expected: list[str | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a machine with four."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert running._devices(ranks, jobs) == expected
+
+
+def test_number_of_jobs(tmp_path: Path) -> None:
+    finished = sweep_command("run", write_sweep(tmp_path), "--jobs", 0)
+    assert finished.code == 2
+    assert "argument --jobs: '0': expected a number of members, 1 or more" in finished.output
 
 
 # ---------------------------------------------------------------------------- tasks and probes
@@ -697,12 +817,12 @@ def test_members_are_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_results(members[0], plan, 0.5)
     commands: list[Sequence[str]] = []
 
-    def run(command: Sequence[str]) -> tuple[int, None]:
+    def run(self: Commands, command: Sequence[str], *_: object) -> int:
         commands.append(command)
         write_results(members[1], plan, 0.6)
-        return 0, None
+        return 0
 
-    monkeypatch.setattr(sweep_main, "_run", run)
+    monkeypatch.setattr(Commands, "run", run)
     for _ in range(2):
         arguments = ["sweep", "evaluate", str(file), f"run.dir={tmp_path / 'runs'}"]
         monkeypatch.setattr(sys, "argv", arguments)
@@ -818,6 +938,20 @@ def test_quantized_results_need_numbers_of_bits(tmp_path: Path) -> None:
         read_widths(write_sweep(tmp_path))
     (told, *_) = problems(tmp_path, evaluate={"quantize": [9]})
     assert told.startswith("evaluate.quantize.0: ")
+
+
+def test_urls_of_the_sweep_are_repeated_for_the_evaluation(tmp_path: Path) -> None:
+    """They are refused where only a run directory names them."""
+    data = {"data.train": "s3://bucket/train_*.bin", "data.val": "s3://bucket/val_*.bin"}
+    files = {"tasks": ["cloze.jsonl"]}
+    member = read_sweep(write_sweep(tmp_path, common=data, evaluate=files))[0]
+    given = EvaluationPlan(tasks=["cloze.jsonl"]).arguments(tmp_path, member.resolve())
+    assert given[:4] == [str(tmp_path), "data.val=s3://bucket/val_*.bin", "--tasks", "cloze.jsonl"]
+    given = EvaluationPlan(quantize=[4]).arguments(tmp_path, member.resolve())
+    assert sorted(given[1:3]) == [
+        "data.train=s3://bucket/train_*.bin",
+        "data.val=s3://bucket/val_*.bin",
+    ]
 
 
 def test_a_plan_whose_file_is_missing_is_refused(tmp_path: Path) -> None:

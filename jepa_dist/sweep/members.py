@@ -138,17 +138,23 @@ class EvaluationPlan(BaseModel):
             found[f"linear_probe/{path.stem}"] = f"{digest_of(path)} {self.layer}"
         return found | quantized_inputs(self.quantize, settings)
 
-    def arguments(self, run_dir: Path, settings: QuantizationConfig) -> list[str]:
+    def arguments(self, run_dir: Path, config: Config) -> list[str]:
         """Return the arguments of ``jepa_dist.evaluate`` for one member.
+
+        URLs of its data are repeated there, since a run directory alone is not trusted with them.
 
         Args:
             run_dir: The member's.
-            settings: Its section ``quantization``, which may have changed since it was trained.
+            config: Its configuration now; the section ``quantization`` may have changed since it
+                was trained.
         """
         layer = ["--layer", str(self.layer)] * bool(self.probe)
-        widths = ["--quantize", *map(str, self.quantize), *_as_overrides(settings)]
+        widths = ["--quantize", *map(str, self.quantize), *_as_overrides(config.quantization)]
+        keys = ("data.val", "data.tokenizer", *["data.train"] * bool(self.quantize))
+        data = {key: value for key, value in flatten(to_dict(config)) if key in keys}
         return [
             str(run_dir),
+            *(as_override(key, value) for key, value in data.items() if "://" in repr(value)),
             *(["--tasks", *self.tasks] * bool(self.tasks)),
             *(["--probe", *self.probe, *layer] * bool(self.probe)),
             *(widths * bool(self.quantize)),
