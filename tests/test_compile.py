@@ -64,9 +64,16 @@ def compiled(corpus: Path, **changes: Any) -> Config:
     return tiny_config(corpus, parallel__compile=True, **changes)
 
 
+def counted(corpus: Path, **changes: Any) -> Config:
+    """Two micro-batches and, unless ``changes`` say otherwise, eight steps through all phases: what
+    is counted depends on neither number, and graphs that run eagerly are slow."""
+    few = {"batch__sequences": 2, "batch__micro": 1, "train__steps": 8}
+    return compiled(corpus, **few | changes)
+
+
 @pytest.mark.slow
 def test_no_recompiles_over_changing_spans_lambda_and_phases(corpus: Path) -> None:
-    config = compiled(corpus, train__steps=50, jepa__ramp_frac=0.9)
+    config = counted(corpus, batch__sequences=4, train__steps=50, jepa__ramp_frac=0.9)
     records, graphs = run_ranks(count, 2, config)[0]
     assert {record["phase"] for record in records} == {0, 1, 2}
     assert len({record["jepa/lambda"] for record in records}) > 40
@@ -79,7 +86,7 @@ def test_no_recompiles_over_changing_spans_lambda_and_phases(corpus: Path) -> No
 
 
 def test_untied_loop_mlps_share_the_graph(corpus: Path) -> None:
-    config = compiled(corpus, model__untie_loop_mlps=True, jepa__lambda=0)
+    config = counted(corpus, model__untie_loop_mlps=True, jepa__lambda=0)
     records, graphs = run_ranks(count, 1, config)[0]
     assert len(graphs) == 2 * 5
     assert records[-1]["compile/recompiles"] == 0
@@ -87,8 +94,8 @@ def test_untied_loop_mlps_share_the_graph(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_jepa_off_compiles_what_a_build_without_it_does(corpus: Path) -> None:
-    off = run_ranks(count, 1, compiled(corpus, jepa__lambda=0))[0][1]
-    absent = run_ranks(count, 1, compiled(corpus, jepa__lambda=0), True)[0][1]
+    off = run_ranks(count, 1, counted(corpus, jepa__lambda=0))[0][1]
+    absent = run_ranks(count, 1, counted(corpus, jepa__lambda=0), True)[0][1]
     assert off == absent
 
 
@@ -96,7 +103,7 @@ def test_jepa_off_compiles_what_a_build_without_it_does(corpus: Path) -> None:
 @pytest.mark.parametrize("objective", ["span", "next_state"])
 def test_jepa_starting_mid_run_adds_exactly_one_graph(objective: str, corpus: Path) -> None:
     changes = {"jepa__objective": objective, "jepa__ramp_frac": 0.2, "jepa__stop_frac": 0.9}
-    config = compiled(corpus, jepa__start_frac=0.45, eval__every=5, **changes)
+    config = counted(corpus, train__steps=20, jepa__start_frac=0.45, eval__every=5, **changes)
     records, graphs = run_ranks(count, 1, config)[0]
     is_on = [record["loss/jepa"] is not None for record in records]
     assert is_on == [False] * 10 + [True] * 8 + [False] * 2  # the ramp begins with lambda 0
@@ -105,7 +112,7 @@ def test_jepa_starting_mid_run_adds_exactly_one_graph(objective: str, corpus: Pa
     )
     assert set(after) == {before[-1] + 1}
     assert records[-1]["compile/recompiles"] == 0
-    off = run_ranks(count, 1, compiled(corpus, jepa__lambda=0, eval__every=5))[0][1]
+    off = run_ranks(count, 1, counted(corpus, jepa__lambda=0))[0][1]
     assert Counter(graphs) - Counter(off) == Counter([graphs[-1]])
     assert not Counter(off) - Counter(graphs)
 
@@ -113,7 +120,7 @@ def test_jepa_starting_mid_run_adds_exactly_one_graph(objective: str, corpus: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_checkpointing_keeps_one_graph_per_region(corpus: Path, mode: str) -> None:
-    config = compiled(corpus, parallel__activation_checkpointing=mode)
+    config = counted(corpus, parallel__activation_checkpointing=mode)
     records, graphs = run_ranks(count, 1, config)[0]
     assert len(graphs) == 2 * 5 + 1
     assert records[-1]["compile/recompiles"] == 0
@@ -123,7 +130,7 @@ def test_checkpointing_keeps_one_graph_per_region(corpus: Path, mode: str) -> No
 def test_graphs_do_not_grow_with_depth(corpus: Path) -> None:
     shape = {"model__xsa_last_n": 99, "model__parallel_residual_start": -1, "train__steps": 2}
     four, twelve = (
-        len(run_ranks(count, 1, compiled(corpus, model__num_layers=layers, **shape))[0][1])
+        len(run_ranks(count, 1, counted(corpus, model__num_layers=layers, **shape))[0][1])
         for layers in (4, 12)
     )
     assert four == twelve
@@ -143,10 +150,10 @@ def test_compiled_equals_eager(corpus: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_warm_up_leaves_nothing_to_compile_and_changes_nothing(corpus: Path, replicas: int) -> None:
-    changes = {"jepa__start_frac": 0.5, "eval__every": 7, "optim__matrix": "muon"}
-    changes["parallel__dp_replicate"] = replicas
-    cold = run_ranks(count, 2 * replicas, compiled(corpus, **changes))[0][0]
-    config = compiled(corpus, parallel__compile_warmup=True, **changes)
+    changes = {"jepa__start_frac": 0.5, "eval__every": 3, "optim__matrix": "muon"}
+    changes |= {"parallel__dp_replicate": replicas, "batch__sequences": 4 * replicas}
+    cold = run_ranks(count, 2 * replicas, counted(corpus, **changes))[0][0]
+    config = counted(corpus, parallel__compile_warmup=True, **changes)
     warm, graphs = run_ranks(count, 2 * replicas, config)[0]
     assert {record["compile/graphs"] for record in warm} == {len(graphs)}
     assert warm[-1]["compile/recompiles"] == 0
