@@ -126,7 +126,8 @@ def train_all(members: Sequence[Member], plan: EvaluationPlan | None, jobs: int)
             return f"not finished (exit code {code}, state {_state(member)})"
         return None if plan is None else _evaluate(member, plan, slot)
 
-    return _run_all(members, train, f"member {{}} of {len(members)}", ranks, jobs)
+    # Counted in the whole sweep, of which ``members`` may be the last ones.
+    return _run_all(members, train, f"member {{}} of {members[-1].index + 1}", ranks, jobs)
 
 
 def evaluate_all(members: Sequence[Member], plan: EvaluationPlan, jobs: int) -> int:
