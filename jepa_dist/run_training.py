@@ -149,7 +149,7 @@ def _open_directory(run: _Run) -> tuple[Checkpointer, Peers]:
     """Make the run directory ready for writing. Collective.
 
     Raises:
-        UserError: on every rank, if it cannot be written.
+        SharedError: on every rank, if it cannot be written.
     """
     world = run.world
     world.run_on_main(lambda: open_run_dir(run.directory, run.config, run.data))

@@ -20,7 +20,7 @@ import torch
 from jepa_dist.checkpoint import Checkpointer, RetentionPolicy, published, storage, verify
 from jepa_dist.checkpoint import folder as folders
 from jepa_dist.checkpoint import shard_file as shards
-from jepa_dist.errors import UserError
+from jepa_dist.errors import SharedError, UserError
 from jepa_dist.parallel.world import World
 from tests.patience import patience
 from tests.ranks import run_ranks
@@ -146,7 +146,7 @@ def big_state(world: World) -> dict[str, torch.Tensor]:
 
 def try_to_save(checkpointer: Checkpointer, world: World) -> tuple[tuple[str, ...], float]:
     started = time.monotonic()
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SharedError) as caught:
         checkpointer.save(9, big_state(world), {"step": 9}, wait=True)
     return caught.value.problems, time.monotonic() - started
 

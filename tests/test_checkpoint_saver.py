@@ -27,7 +27,7 @@ from jepa_dist.checkpoint import (
 from jepa_dist.checkpoint.manifest import read_manifest, read_state
 from jepa_dist.checkpoint.retention import superseded_steps
 from jepa_dist.config import ParallelConfig
-from jepa_dist.errors import UserError
+from jepa_dist.errors import SharedError
 from jepa_dist.parallel.world import start_world, stop_world
 from tests.ranks import run_ranks
 from tests.test_checkpoint_roundtrip import (
@@ -147,7 +147,7 @@ def fail_in_the_background(rank: int, world_size: int, folder: str) -> Any:
             checkpointer.save(7, state, {})
             while checkpointer.in_flight:
                 time.sleep(0.01)
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(SharedError) as caught:
             call()
         told.append(caught.value.problems)
     with writing_fails(0, rank, ZeroDivisionError("a bug")):

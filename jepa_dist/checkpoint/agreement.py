@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from jepa_dist.errors import UserError
+from jepa_dist.errors import SharedError, UserError
 from jepa_dist.parallel.world import World
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ def on_every_rank(work: Callable[[], T], world: World) -> T:
         This rank's result.
 
     Raises:
-        UserError: on every rank, with the problems of all ranks, if ``work`` raised it on any.
+        SharedError: on every rank, with the problems of all ranks, if ``work`` raised it on any.
     """
     result, problems = None, []
     try:
@@ -30,13 +30,13 @@ def on_every_rank(work: Callable[[], T], world: World) -> T:
         problems = list(error.problems)
     found = list(dict.fromkeys(itertools.chain.from_iterable(world.gather(problems))))
     if found:
-        raise UserError(*found)
+        raise SharedError(*found)
     return result  # type: ignore[return-value]
 
 
 def unwrap_checkpoint_exception(error: CheckpointException) -> Exception:
-    """Return a ``UserError`` with the problems of all ranks if each rank failed with one, else a
-    ``RuntimeError``.
+    """Return a ``SharedError`` with the problems of all ranks if each that failed did so with a
+    ``UserError``, else a ``RuntimeError``. Every rank has the same exception.
 
     ``CheckpointException`` is not a subclass of ``Exception``, so that handlers would miss it.
     """
@@ -44,4 +44,4 @@ def unwrap_checkpoint_exception(error: CheckpointException) -> Exception:
     user_errors = [cause for cause in causes if isinstance(cause, UserError)]
     if len(user_errors) < len(causes):
         return RuntimeError(f"checkpoint: {error}")
-    return UserError(*dict.fromkeys(problem for each in user_errors for problem in each.problems))
+    return SharedError(*dict.fromkeys(problem for each in user_errors for problem in each.problems))

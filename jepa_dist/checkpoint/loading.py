@@ -70,7 +70,7 @@ def verify_together(path: Path, world: World) -> None:
     """Verify a checkpoint; every rank reads its share of the files. Collective.
 
     Raises:
-        UserError: on every rank, with the problems that all ranks found.
+        SharedError: on every rank, with the problems that all ranks found.
     """
     on_every_rank(lambda: _verify_share(path, world), world)
 
@@ -105,7 +105,7 @@ def load(
         The ``state`` that ``save`` was given.
 
     Raises:
-        UserError: on every rank, with all problems: damaged files, or tensors that are missing,
+        SharedError: on every rank, with all problems: damaged files, or tensors that are missing,
             unknown, or of another shape or dtype; ``tensors`` are unchanged.
     """
     if not verified:

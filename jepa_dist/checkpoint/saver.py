@@ -64,7 +64,7 @@ class Checkpointer:
         on_published: Called on this rank after each successful save.
 
     Raises:
-        UserError: on every rank, if the folder cannot be written.
+        SharedError: on every rank, if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, world: World, keep: RetentionPolicy) -> None:
@@ -105,7 +105,7 @@ class Checkpointer:
             Seconds that the caller was blocked.
 
         Raises:
-            UserError, RuntimeError: this save (with ``wait``) or the one before it failed.
+            SharedError, RuntimeError: this save (with ``wait``) or the one before it failed.
             TypeError: ``state`` is not JSON.
         """
         started = time.perf_counter()
@@ -145,7 +145,7 @@ class Checkpointer:
         """Wait until the running save, if any, has ended.
 
         Raises:
-            UserError: it failed for a reason that the user can fix; the same on every rank.
+            SharedError: it failed for a reason that the user can fix.
             RuntimeError: it failed otherwise, e.g. because a rank has exited.
         """
         flight, self._running = self._running, None
@@ -158,7 +158,7 @@ class Checkpointer:
         """Wait for the running save; call this before the process group is destroyed.
 
         Raises:
-            UserError, RuntimeError: the save failed.
+            SharedError, RuntimeError: the save failed.
         """
         self.wait()
 

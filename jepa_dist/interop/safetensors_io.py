@@ -84,7 +84,7 @@ def export_model(
         Path of the tensor file.
 
     Raises:
-        UserError: on every rank, if the files cannot be written.
+        SharedError: on every rank, if the files cannot be written.
     """
     state = gather(model, keep=world.is_main)
     description = Description(step=step, phase=phase, weights=weights, config=config)

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jepa_dist.config import ParallelConfig
-from jepa_dist.errors import UserError
+from jepa_dist.errors import SharedError, UserError
 from jepa_dist.parallel.determinism import use_deterministic_algorithms
 from jepa_dist.parallel.meeting import launcher_store, store_of_this_start
 from jepa_dist.parallel.messages import broadcast_json, gather_json
@@ -72,7 +72,7 @@ class World:
         """Run ``fn`` on rank 0; return its result (``messages``: JSON) on every rank. Collective.
 
         Raises:
-            UserError: on every rank, with the same problems, if ``fn`` raised it.
+            SharedError: on every rank, if ``fn`` raised a ``UserError``.
         """
         outcome: list[Any] = [None, []]
         if self.is_main:
@@ -82,7 +82,7 @@ class World:
                 outcome = [None, error.problems]
         result, problems = broadcast_json(outcome, self.control)
         if problems:
-            raise UserError(*problems)
+            raise SharedError(*problems)
         return result
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa_dist.config import QuantizationConfig
-from jepa_dist.errors import UserError
+from jepa_dist.errors import SharedError, UserError
 from jepa_dist.interop.safetensors_io import gather
 from jepa_dist.model.gpt import GPT
 from jepa_dist.parallel.world import World
@@ -46,7 +46,7 @@ def quantize_model(
         world: Ranks that share the work.
 
     Raises:
-        UserError: on every rank: a tensor cannot be stored in this way; all of them are listed.
+        SharedError: on every rank: a tensor cannot be stored in this way; all of them are listed.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     chosen = precisions(sizes, model.config, settings)
@@ -71,7 +71,7 @@ def quantize_model(
     done, problems = _attempt(store, order[world.rank :: world.world_size])
     found = [problem for each in world.gather(problems) for problem in each]
     if found:
-        raise UserError(*found)
+        raise SharedError(*found)
     everyone: dict[str, Stored] = {}
     for place, name in enumerate(order):
         everyone[name] = _send_stored(
