@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -127,6 +128,28 @@ def test_limits_and_lost_ranks_are_told_in_a_line(
     assert line.startswith("[rank 3] error: ")
     assert told in line
     assert exits == [1]
+
+
+def test_an_allocation_that_failed_without_an_exception(
+    exits: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CPython's own failure is one of memory where memory is limited, and a bug elsewhere."""
+
+    def told() -> str:
+        with pytest.raises(SystemExit), exit_on_rank_error(3):
+            raise SystemError("error return without exception set")
+        return capsys.readouterr().err
+
+    assert "Traceback" in told()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**50, hard))  # more than there is
+    try:
+        line = told()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert line.startswith("[rank 3] error: out of memory: the limit of memory (ulimit -v")
+    assert line.count("\n") == 1
+    assert exits == [1, 1]
 
 
 class CppCompileError(RuntimeError):

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -55,6 +56,9 @@ _ENDS_COMPILER = {
 
 # In the messages of gloo's errors, which have no class of their own.
 _GLOO = "/gloo/transport/"
+
+# CPython's message where its own code, or an extension's, fails without an exception.
+_NO_EXCEPTION = "error return without exception set"
 
 # Limits of the system, by what is said when one is reached.
 _THREADS = "the limit of processes and threads (ulimit -u, or the container's), or of memory"
@@ -298,7 +302,7 @@ def _compiler_problem(error: BaseException) -> UserError | None:
 
 def _reached_limit(error: BaseException) -> UserError | None:
     """Return an error that names the limit of the system that was reached, if one was."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_failed_allocation(error):
         return _ExplainedError(f"out of memory: {_MEMORY} is reached; raise it, or use less")
     for text in _texts(error):
         for said, limit in _LIMITS.items():
@@ -307,6 +311,15 @@ def _reached_limit(error: BaseException) -> UserError | None:
                     f"{said}: {limit} is reached; raise it (traceback: RUN/logs)"
                 )
     return None
+
+
+def _is_failed_allocation(error: BaseException) -> bool:
+    """Return whether an allocation failed in a place where CPython raises no MemoryError.
+
+    Seen while modules were imported under a limit of the address space; without one it is a bug.
+    """
+    is_limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    return is_limited and isinstance(error, SystemError) and _NO_EXCEPTION in str(error)
 
 
 def _broken_collective(error: Exception) -> UserError | None:
