@@ -216,8 +216,8 @@ def _run_all(members: Sequence[Member], work: Work, title: str, ranks: int, jobs
 
 
 def _devices(ranks: int, jobs: int) -> list[str | None]:
-    """Return ``CUDA_VISIBLE_DEVICES`` of each slot: the GPUs are dealt out in turn, so that two
-    slots share one only where there are not enough."""
+    """Return ``CUDA_VISIBLE_DEVICES`` of each slot: GPUs are assigned in turn, so that two
+    slots share one only if there are too few."""
     if jobs == 1:
         return [None]
     import torch  # imported here because it is slow
