@@ -26,7 +26,7 @@ from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader, make_batch
 from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
-from tests.patience import wait_until
+from tests.patience import patience, wait_until
 
 SEQ_LEN = 8
 VOCAB = 1000
@@ -254,6 +254,29 @@ def test_pinned_batches(dataset: TokenDataset) -> None:
         assert batch.tokens.is_pinned()
         assert batch.positions.is_pinned()
         assert batch.to("cuda", non_blocking=True).targets.is_cuda
+
+
+# ---------------------------------------------------------------------------- threads
+
+
+def test_reading_adds_no_names_to_numpy(paths: list[Path]) -> None:
+    """The compiler iterates over numpy's names while a thread reads the first batch."""
+    code = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        import numpy
+        from jepa_dist.data.layout import BatchLayout
+        from jepa_dist.data.loader import TokenDataset, TrainLoader
+
+        names = set(vars(numpy))
+        dataset = TokenDataset([Path(path) for path in sys.argv[1:]], {SEQ_LEN}, {VOCAB})
+        with TrainLoader(dataset, BatchLayout(12, 4, 0, 1), seed=7) as loader:
+            next(loader)
+        print(sorted(set(vars(numpy)) - names))
+    """)
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60), check=True)
+    assert done.stdout == "[]\n"
 
 
 # ---------------------------------------------------------------------------- processes

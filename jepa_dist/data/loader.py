@@ -27,6 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# np.unique loads it at its first call: here in a thread, while the compiler in the main thread may
+# be iterating over numpy's names.
+import numpy.ma
 import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
