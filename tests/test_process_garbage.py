@@ -60,3 +60,13 @@ def test_zero_leaves_it_to_python(collections: list[int]) -> None:
     garbage.after_step(0, graphs=1)
     assert collections == []
     garbage.close()
+
+
+def test_one_inside_another_leaves_automatic_collection_off() -> None:
+    outer = ScheduledCollection(every=4)
+    try:
+        ScheduledCollection(every=4).close()
+        assert not gc.isenabled()
+    finally:
+        outer.close()
+    assert gc.isenabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,8 +15,10 @@ from jepa_dist.bench.common import synchronize, with_random_data
 from jepa_dist.bench.training import steady, stepper, with_objective
 from jepa_dist.config import Config, load
 from jepa_dist.parallel.world import World
+from jepa_dist.process.garbage import ScheduledCollection
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.loop import Trainer
+from jepa_dist.training.records import compiled_graphs
 
 # Micro-batches per step: the minimum with gradient accumulation.
 _MICRO_BATCHES = 2
@@ -127,6 +130,7 @@ class Session:
         self.settings = settings
         self.folder = folder
         self._warm: dict[str, WarmTrainer] = {}
+        self._collections: list[ScheduledCollection] = []
 
     @property
     def device(self) -> torch.device:
@@ -153,9 +157,11 @@ class Session:
 
     def _warm_up(self, config: Config) -> WarmTrainer:
         began = time.perf_counter()
+        collection = ScheduledCollection(config.train.gc_every)
+        self._collections.append(collection)
         trainer = build_trainer(config, self.world)
         built = time.perf_counter()
-        step = stepper(trainer)
+        step = _collecting(stepper(trainer), collection)
         step()
         synchronize(self.device)
         first = time.perf_counter()
@@ -164,6 +170,23 @@ class Session:
         return WarmTrainer(trainer, step, built - began, first - built)
 
     def close(self) -> None:
-        """Close the data loaders."""
+        """Close the data loaders, and collect garbage automatically again."""
         for warm in self._warm.values():
             warm.trainer.segment.batches.close()
+        for collection in reversed(self._collections):
+            collection.close()
+
+
+def _collecting(step: Callable[[], None], collection: ScheduledCollection) -> Callable[[], None]:
+    """Return ``step`` followed by garbage collection where a run has it.
+
+    An automatic collection can take longer than a step, and would count as part of what it
+    interrupts.
+    """
+    steps = itertools.count()
+
+    def collecting_step() -> None:
+        step()
+        collection.after_step(next(steps), compiled_graphs())
+
+    return collecting_step

@@ -14,6 +14,8 @@ import gc
 class ScheduledCollection:
     """Garbage collection every ``every`` steps; automatic collection is disabled until closed.
 
+    If automatic collection is disabled already, e.g. by another one of these, it stays so.
+
     Args:
         every: Steps between collections; 0 keeps Python's automatic collection.
     """
@@ -21,6 +23,7 @@ class ScheduledCollection:
     def __init__(self, every: int) -> None:
         self._every = every
         self._graphs = -1
+        self._was_enabled = gc.isenabled()
         if every:
             gc.disable()
 
@@ -42,7 +45,7 @@ class ScheduledCollection:
             gc.collect()
 
     def close(self) -> None:
-        """Re-enable automatic collection."""
-        if self._every:
+        """Re-enable automatic collection, if it was enabled before."""
+        if self._every and self._was_enabled:
             gc.unfreeze()
             gc.enable()
