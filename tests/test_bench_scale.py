@@ -21,7 +21,7 @@ batch: {sequences: 16, micro: 1}
 model: {num_layers: 4, model_dim: 32, num_heads: 2, num_kv_heads: 1, mlp_mult: 2, seq_len: 32,
         vocab_size: 256, num_loops: 1, loop_start: 1, loop_end: 1}
 optim: {matrix: muon, ema_decay: 0.9}
-data: {workers: 1}
+data: {workers: 0}
 """
 
 

@@ -31,7 +31,7 @@ STEPS = 40
 
 def arguments(corpus: Path, name: str) -> list[str]:
     changes = {"run__dir": corpus / name, "train__steps": STEPS, "checkpoint__every": 5}
-    return settings(corpus, data__workers=1, **changes)
+    return settings(corpus, **changes)
 
 
 def last_step(run_dir: Path) -> int:

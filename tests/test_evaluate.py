@@ -221,13 +221,12 @@ def test_the_command_finds_the_last_validation_again(trained: tuple[Path, dict])
 @pytest.mark.slow
 def test_the_command_on_several_ranks(trained: tuple[Path, dict]) -> None:
     folder, validation = trained
-    averaged = [evaluate(str(folder / "run"), "--ema", ranks=ranks) for ranks in (2, 3)]
+    averaged = evaluate(str(folder / "run"), "--ema", ranks=3)
     sliding = [
         evaluate(str(folder / "run"), "--sliding", "--stride", "5", ranks=ranks) for ranks in (0, 2)
     ]
-    assert all(done.returncode == 0 for done in [*averaged, *sliding]), averaged[0].stderr
-    for done in averaged:
-        assert numbers(done.stdout)["bpb"] == pytest.approx(validation["val/ema_bpb"], abs=1e-5)
+    assert all(done.returncode == 0 for done in [averaged, *sliding]), averaged.stderr
+    assert numbers(averaged.stdout)["bpb"] == pytest.approx(validation["val/ema_bpb"], abs=1e-5)
     one, two = (numbers(done.stdout) for done in sliding)
     assert two == pytest.approx(one, abs=2e-6)
     assert one["bpb"] < validation["val/bpb"]  # more context

@@ -435,7 +435,9 @@ def test_exception_on_one_rank(corpus: Path, tmp_path: Path) -> None:
     last = records(tmp_path / "run")[-1]["step"]
     assert last <= 3
     status = json.loads((tmp_path / "run/status.json").read_text())
-    assert (status["state"], status["step"], status["saved"]) == ("failed", last, False)
+    assert (status["state"], status["saved"]) == ("failed", False)
+    # Rank 1 adds its failure to the status, which rank 0 writes after the record of a step.
+    assert last - 1 <= status["step"] <= last
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
