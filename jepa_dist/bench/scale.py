@@ -101,13 +101,12 @@ def _scaling(config: Config, arguments: argparse.Namespace) -> list[dict[str, An
     rows = []
     for ranks in arguments.ranks:
         grown = config.batch.model_copy(update={"sequences": config.batch.sequences * ranks})
-        row: dict[str, Any] = {"ranks": ranks}
-        for kind, sized in (
-            ("strong", config),
-            ("weak", config.model_copy(update={"batch": grown})),
-        ):
-            row[kind] = throughput(sized, ranks, arguments.rounds, arguments.timeout)
-        rows.append(row)
+        strong = throughput(config, ranks, arguments.rounds, arguments.timeout)
+        weak = strong  # of one rank: the same batch
+        if ranks > 1:
+            larger = config.model_copy(update={"batch": grown})
+            weak = throughput(larger, ranks, arguments.rounds, arguments.timeout)
+        rows.append({"ranks": ranks, "strong": strong, "weak": weak})
     return rows
 
 
