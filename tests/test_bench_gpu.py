@@ -216,9 +216,9 @@ def test_what_is_not_comparable_is_not_compared(
 def test_only_what_hangs_is_lost(tmp_path: Path) -> None:
     """A process that hangs is killed at the part's time limit, and another one continues."""
     tasks = [Task("collectives"), Task("copies"), Task("launches")]
-    told: list[Outcome] = []
+    reported: list[Outcome] = []
     # Limits: 90 s to start, 60 s for copies.
-    supervisor = Supervisor(meet(), SMALL, tmp_path, 600.0, patience=1.0, report=told.append)
+    supervisor = Supervisor(meet(), SMALL, tmp_path, 600.0, patience=1.0, report=reported.append)
 
     def stop_during_copies() -> None:
         deadline = time.monotonic() + patience(60)
@@ -238,7 +238,7 @@ def test_only_what_hangs_is_lost(tmp_path: Path) -> None:
     thread.start()
     found = supervisor.run(tasks)
     thread.join()
-    assert found == told
+    assert found == reported
     assert [(o.task.part, o.status) for o in found] == [
         ("collectives", "ok"),
         ("copies", "failed"),

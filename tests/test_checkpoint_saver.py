@@ -136,7 +136,7 @@ def fail_in_the_background(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
     checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=5))
     state = make_state(world, 1)
-    told = []
+    problems = []
     calls = [
         checkpointer.close,
         checkpointer.wait,
@@ -149,14 +149,14 @@ def fail_in_the_background(rank: int, world_size: int, folder: str) -> Any:
                 time.sleep(0.01)
         with pytest.raises(SharedError) as caught:
             call()
-        told.append(caught.value.problems)
+        problems.append(caught.value.problems)
     with writing_fails(0, rank, ZeroDivisionError("a bug")):
         checkpointer.save(7, state, {})
         with pytest.raises(RuntimeError, match="a bug"):
             checkpointer.close()
     checkpointer.save(8, state, {"step": 8}, wait=True)
     checkpointer.close()
-    return told
+    return problems
 
 
 def test_a_failed_save_is_raised_on_every_rank_and_the_next_one_works(tmp_path):

@@ -69,8 +69,8 @@ def test_one_of_equal_documents_stays(
     earlier = len(TRAIN) - of_val - len(train)
     assert meta.duplicates == {"earlier": earlier, "validation": of_val}
     assert meta.documents == {"train": len(train), "val": len(VAL)}
-    told = f"dropped from training: {earlier} of an earlier document, {of_val} of a validation"
-    assert told in capsys.readouterr().err
+    message = f"dropped from training: {earlier} of an earlier document, {of_val} of a validation"
+    assert message in capsys.readouterr().err
 
 
 def test_equal_documents_are_in_one_split_and_one_stays(

@@ -315,8 +315,8 @@ def test_a_huge_page_is_refused_before_it_is_read(
     monkeypatch.setattr(documents, "LINE_BYTES", 1 << 20)
     write_parquet(tmp_path / "a.parquet", [{"text": "a"}, {"text": "b" * (9 << 20)}])
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", None)
-    told = r"a\.parquet: row group 0 has a page of 9 MiB in 'text', .* at most 4 MiB"
-    with pytest.raises(UserError, match=told):
+    message = r"a\.parquet: row group 0 has a page of 9 MiB in 'text', .* at most 4 MiB"
+    with pytest.raises(UserError, match=message):
         texts(tmp_path / "a.parquet")
 
 

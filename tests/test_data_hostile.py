@@ -505,8 +505,8 @@ def test_any_bytes_of_text_or_json_are_prepared_or_one_line(
     arguments = ["--val", str(tmp_path / "val.txt"), "--workers", "1", *options]
     capsys.readouterr()
     code = main([str(tmp_path / name), *arguments, "--out", str(tmp_path / "out")])
-    told = capsys.readouterr().err.splitlines(keepends=True)
-    errors = "".join(line for line in told if not line.startswith("duplicates dropped"))
+    printed = capsys.readouterr().err.splitlines(keepends=True)
+    errors = "".join(line for line in printed if not line.startswith("duplicates dropped"))
     assert (code, bool(errors)) in ((0, False), (2, True))
     if code:
         assert_one_line(errors)

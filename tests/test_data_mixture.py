@@ -160,7 +160,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"data__val": '[{"name": "a/b", "shards": "v"}]'}, r"data\.val\[0\]\.name='a/b'"),
         ({"data__val": '[{"name": "a"}]'}, r"data\.val\[0\]\.shards=.*Field required"),
@@ -174,9 +174,9 @@ MIXED = {
     ],
 )
 def test_lists_that_cannot_be_are_refused(
-    tmp_path: Path, changes: dict[str, Any], told: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         tiny_config(tmp_path, **{**MIXED, **changes})
 
 

@@ -435,8 +435,8 @@ def test_an_interrupted_run_leaves_nothing_half_done(tmp_path: Path, how: signal
     else:
         assert process.returncode == 128 + how
         kept = f"{staging} is kept, and the same command resumes"  # on a slow machine
-        told = kept if staging.exists() else "nothing was written"
-        assert errors == f"interrupted; {told}\n"
+        message = kept if staging.exists() else "nothing was written"
+        assert errors == f"interrupted; {message}\n"
     write_jsonl(tmp_path / "a.jsonl", texts(10_000))
     assert main([*arguments[:3], "--workers", "1"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]

@@ -124,25 +124,25 @@ TWO_NODES = {"RANK": "1", "GROUP_WORLD_SIZE": "2"}
 @pytest.mark.parametrize("master", ["127.0.0.1", "localhost", "127.0.1.1", "::1"])
 def test_loopback_is_refused_on_several_nodes(master: str) -> None:
     environ = {**TWO_NODES, "MASTER_ADDR": master, "GLOO_SOCKET_IFNAME": "lo"}
-    (told,) = obstacles(environ, same_machine=False)
-    assert told.startswith(f"rendezvous at {master}: a loopback address, which on each of the ")
-    assert "2 nodes" in told
+    (problem,) = obstacles(environ, same_machine=False)
+    assert problem.startswith(f"rendezvous at {master}: a loopback address, which on each of the ")
+    assert "2 nodes" in problem
     assert not list(obstacles(environ, same_machine=True))
     assert not list(obstacles({**environ, "GROUP_WORLD_SIZE": "1"}, same_machine=False))
 
 
 def test_a_master_that_does_not_resolve() -> None:
     environ = {**TWO_NODES, "MASTER_ADDR": "n1.invalid", "GLOO_SOCKET_IFNAME": "lo"}
-    (told,) = obstacles(environ, same_machine=False)
-    assert told.startswith("rendezvous at n1.invalid: this name does not resolve here")
+    (problem,) = obstacles(environ, same_machine=False)
+    assert problem.startswith("rendezvous at n1.invalid: this name does not resolve here")
 
 
 def test_a_host_name_that_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's /etc/hosts: gloo would listen at 127.0.1.1, and nobody could connect."""
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    (told,) = obstacles({**TWO_NODES, "MASTER_ADDR": "192.0.2.1"}, same_machine=False)
-    assert told.startswith("host name localhost: resolves to ")
-    assert "set GLOO_SOCKET_IFNAME" in told
+    (problem,) = obstacles({**TWO_NODES, "MASTER_ADDR": "192.0.2.1"}, same_machine=False)
+    assert problem.startswith("host name localhost: resolves to ")
+    assert "set GLOO_SOCKET_IFNAME" in problem
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,12 @@ def test_a_host_name_that_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     [("lo", True), ("=lo", True), ("nothing0", False), ("nothing0,lo", True), ("^docker", True)],
 )
 def test_interfaces_that_are_named(value: str, is_known: bool) -> None:
-    told = list(obstacles({"NCCL_SOCKET_IFNAME": value}, same_machine=False))
-    assert bool(told) is not is_known
-    if told:
-        assert told[0].startswith(f"NCCL_SOCKET_IFNAME={value}: no such interface on this host; ")
+    problems = list(obstacles({"NCCL_SOCKET_IFNAME": value}, same_machine=False))
+    assert bool(problems) is not is_known
+    if problems:
+        assert problems[0].startswith(
+            f"NCCL_SOCKET_IFNAME={value}: no such interface on this host; "
+        )
 
 
 def test_the_interface_to_the_rendezvous() -> None:
@@ -248,9 +250,9 @@ def test_links_are_measured_where_there_are_any(world_size: int) -> None:
 
 def off(finished: Finished) -> list[str]:
     """Return the findings except on speed, since this machine may be busy."""
-    told = re.findall(r"^problem: (.*)", finished.output, re.MULTILINE)
-    assert finished.code == (1 if told else 0), finished.output
-    return [line for line in told if not re.search(r": (matmul|link) ", line)]
+    problems = re.findall(r"^problem: (.*)", finished.output, re.MULTILINE)
+    assert finished.code == (1 if problems else 0), finished.output
+    return [line for line in problems if not re.search(r": (matmul|link) ", line)]
 
 
 def doctor(*arguments: object, **environ: object) -> Finished:
@@ -334,9 +336,11 @@ def test_nodes_with_different_folders(tmp_path: Path) -> None:
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [1, 1, 1], outputs
-    told = [line for line in outputs[0].splitlines() if line.startswith("problem: n")]
-    assert len(told) == 1
-    assert told[0].startswith(f"problem: n2: {tmp_path}/shared: does not show what rank 0 wrote")
+    problems = [line for line in outputs[0].splitlines() if line.startswith("problem: n")]
+    assert len(problems) == 1
+    assert problems[0].startswith(
+        f"problem: n2: {tmp_path}/shared: does not show what rank 0 wrote"
+    )
     assert outputs[1:] == ["", ""]
 
 

@@ -320,8 +320,8 @@ def test_made_items_are_parts_of_documents(tmp_path: Path) -> None:
     texts = write_documents(tmp_path, 6)
     config = tiny_config(tmp_path)
     assert list(read_documents(config, BYTES)) == texts
-    told = list(make_tasks(config, tmp_path / "out"))
-    assert "package.jsonl: not made" in told[2]
+    messages = list(make_tasks(config, tmp_path / "out"))
+    assert "package.jsonl: not made" in messages[2]
     found = {name: (tmp_path / f"out/{name}.jsonl").read_text() for name in ("cloze", "order")}
     documents = [Lines(text) for text in texts]
     assert found["cloze"] == "".join(json.dumps(one) + "\n" for one in cloze(documents))

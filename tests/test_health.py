@@ -46,10 +46,10 @@ class Reporter(Recorder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def go_back(self, step: int, why: str) -> None:
-        self.told.append(why)
+        self.messages.append(why)
         self.records = [record for record in self.records if record["step"] <= step]
 
 
@@ -73,7 +73,7 @@ def train(
     whole = {name: bool(p.isfinite().all()) for name, p in trainer.state.tensors().items()}
     return {
         "records": reporter.records,
-        "told": reporter.told,
+        "messages": reporter.messages,
         "error": error,
         "whole": all(whole.values()),
         "weights": {n: _sum(p) for n, p in trainer.state.model.named_parameters()},
@@ -137,8 +137,8 @@ def test_it_rolls_back_once_and_passes_over_the_data(tmp_path: Path) -> None:
     bad = range(10 * 6, 15 * 6)
     result, other = run_ranks(train, 2, settings, bad, 1, float("nan"))
     assert (result["error"], other["error"]) == (None, None)
-    assert "going back to step 8" in result["told"][0]
-    assert len(result["told"]) == 1
+    assert "going back to step 8" in result["messages"][0]
+    assert len(result["messages"]) == 1
     # What was passed over begins with the first bad step, and the two or three steps that were
     # on their way when the third was known belong to it.
     assert result["skip"].start == 60
@@ -190,7 +190,7 @@ def resumed(rank: int, world_size: int, config: Config, at: str, samples: range)
     trainer.run(reporter if rank == 0 else SILENT)
     checkpointer.close()
     return {
-        "told": reporter.told,
+        "messages": reporter.messages,
         "skip": trainer.segment.progress.skip,
         "records": reporter.records,
     }
@@ -210,9 +210,9 @@ def test_a_row_of_bad_steps_outlasts_interruptions(tmp_path: Path) -> None:
     rest = config(tmp_path, train__max_bad_steps=4)
     result = run_ranks(resumed, 2, rest, str(path), bad)[0]
     # The row of four is known when the steps that were on their way by then have been taken, too.
-    (told,) = result["told"]
-    assert any(f"not finite for {count} steps in a row: going" in told for count in range(4, 8))
-    assert "going back to step 4; samples 36 to" in told
+    (message,) = result["messages"]
+    assert any(f"not finite for {count} steps in a row: going" in message for count in range(4, 8))
+    assert "going back to step 4; samples 36 to" in message
     assert result["skip"].start == 36, "the first bad step of the row, before the interruption"
     assert result["records"][-1]["bad_steps"] >= 4
 

@@ -254,8 +254,8 @@ def test_another_validation_set_is_told_when_resuming(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     before = RunState(Progress(), to_dict(config), "data", "a:0")
     assert differences(tmp_path, before, config, "data", "a:0") == []
-    (told,) = differences(tmp_path, before, config, "data", "a:5")
-    assert told.startswith("changed since the checkpoint: the validation data (data.val,")
+    (message,) = differences(tmp_path, before, config, "data", "a:5")
+    assert message.startswith("changed since the checkpoint: the validation data (data.val,")
     old = replace(before, validation_fingerprint=None)  # a checkpoint that does not say
     assert differences(tmp_path, old, config, "data", "a:5") == []
 

@@ -117,14 +117,14 @@ def starts(rank: int, world_size: int, folders: list[str]) -> list[tuple[str, ..
     """What ``find_start`` says of each run directory on this rank."""
     config = Config()
     world = start_world(config.parallel)
-    told = []
+    messages = []
     for folder in folders:
         try:
             found = find_start(config, Path(folder), "data", world)
-            told.append(found.messages)
+            messages.append(found.messages)
         except UserError as error:
-            told.append(error.problems)
-    return told
+            messages.append(error.problems)
+    return messages
 
 
 def test_states_of_the_wrong_type_or_shape_are_one_line_on_every_rank(
@@ -195,8 +195,8 @@ def read_everything(run: Path) -> Callable[[], None]:
         RunHistory(run, 3, 1, read_status(run).get("state")).record(1.0, 1.0)
 
     def writer() -> None:
-        told: list[str] = []
-        MetricsWriter(run, 3, told.append).close()
+        warnings: list[str] = []
+        MetricsWriter(run, 3, warnings.append).close()
 
     return in_turn(
         lambda: check_run_files(run),
@@ -232,8 +232,8 @@ def test_surprises_among_run_files(tmp_path: Path, kind: str) -> None:
     assert_ended_well(outcome)
     if kind in ("FIFO", "device", "folder"):
         for run, name in zip(runs, RUN_FILES[:-1], strict=False):
-            told = f"{run / name}: not a regular file; move it away, or name another run.dir"
-            assert told in outcome.lines
+            message = f"{run / name}: not a regular file; move it away, or name another run.dir"
+            assert message in outcome.lines
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "logs", "heartbeats", "tensorboard"])

@@ -181,9 +181,9 @@ def export_to(rank: int, world_size: int, folder: Path, config: Config) -> str:
 
 def test_a_folder_that_cannot_be_written_fails_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    told = run_ranks(export_to, 2, tmp_path / "file", tiny_config(tmp_path))
-    assert told[0] == told[1]
-    assert "cannot be written" in told[0]
+    messages = run_ranks(export_to, 2, tmp_path / "file", tiny_config(tmp_path))
+    assert messages[0] == messages[1]
+    assert "cannot be written" in messages[0]
 
 
 # ------------------------------------------------------------------ final_model.pt

@@ -326,11 +326,11 @@ def test_an_objective_without_gradient_is_noticed(corpus: Path) -> None:
     config = tiny_config(corpus, monitor__jepa_every=5)
     records = run_ranks(train_cut_off, 2, config)[0][:-1]
     alarms = JepaAlarms(config.monitor.dead_gradient_ratio, config.monitor.collapse_share)
-    told = [(record["step"], text) for record in records for text in alarms.observe(record)]
+    warnings = [(record["step"], text) for record in records for text in alarms.observe(record)]
     assert all(record["loss/jepa"] > 0 for record in records)
-    assert [step for step, _ in told] == [5]
-    assert "lambda 0.1" in told[0][1]
-    assert "does nothing" in told[0][1]
+    assert [step for step, _ in warnings] == [5]
+    assert "lambda 0.1" in warnings[0][1]
+    assert "does nothing" in warnings[0][1]
 
 
 # ------------------------------------------------------------------ alarms and images
@@ -350,12 +350,12 @@ def test_alarms_are_told_once_until_things_recover() -> None:
         record(10, rank=9, ratio=0), record(11, ratio=1e-6), record(12),
         record(13, ratio=1e-6, rank=math.nan),
     ]  # fmt: skip
-    told = {item["step"]: alarms.observe(item) for item in course}
-    assert [step for step, texts in told.items() if texts] == [6, 10, 13]
-    assert "8.0 directions" in told[6][0]
-    assert "at step 1 it was 100.0" in told[6][0]
-    assert len(told[10]) == 2
-    assert "does nothing" in told[13][0]
+    warnings = {item["step"]: alarms.observe(item) for item in course}
+    assert [step for step, texts in warnings.items() if texts] == [6, 10, 13]
+    assert "8.0 directions" in warnings[6][0]
+    assert "at step 1 it was 100.0" in warnings[6][0]
+    assert len(warnings[10]) == 2
+    assert "does nothing" in warnings[13][0]
 
 
 def test_alarms_remember_over_a_restart(tmp_path: Path) -> None:

@@ -273,11 +273,11 @@ def test_two_debug_runs(trainable: Path) -> None:
 def test_mistakes_are_told_before_torchrun_starts(trainable: Path) -> None:
     finished = debug(trainable, "jepa.lamda=1", "seed=x", VENV=sys.prefix)
     assert finished.code == 2
-    told = finished.output.splitlines()
-    assert len(told) == 3
-    assert told[0] == "set-up"
-    assert told[1].startswith("error: command line: jepa.lamda: unknown key")
-    assert told[2].startswith("error: command line: seed='x': ")
+    lines = finished.output.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == "set-up"
+    assert lines[1].startswith("error: command line: jepa.lamda: unknown key")
+    assert lines[2].startswith("error: command line: seed='x': ")
     assert not (trainable / "runs").exists()
 
 

@@ -17,11 +17,11 @@ SMALL = ("parallel.compile=false", "batch.sequences=2", "batch.micro=2", "model.
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_turns_are_taken(tmp_path: Path) -> None:
-    told = tmp_path / "result.json"
-    options = ("--rounds", 3, "--steps", 2, "--json", told, "--set", *SMALL)
+    path = tmp_path / "result.json"
+    options = ("--rounds", 3, "--steps", 2, "--json", path, "--set", *SMALL)
     done = run_command(*BENCH, *options, "train.log_every=1", "monitor.jepa_every=2", timeout=300)
     assert done.code == 0, done.output
-    result = json.loads(told.read_text())
+    result = json.loads(path.read_text())
     for clock in ("wall", "processor"):
         assert len(result[clock]["ratios"]) == 3
         assert result[clock]["off"] > 0

@@ -62,19 +62,19 @@ def test_a_record_is_written_whole_or_not_at_all(small_disk: Path) -> None:
 
 
 def test_told_once_and_gone_on_with(small_disk: Path) -> None:
-    told: list[str] = []
-    writer = MetricsWriter(small_disk, warn=told.append)
+    warnings: list[str] = []
+    writer = MetricsWriter(small_disk, warn=warnings.append)
     writer.write({"step": 1, "loss": 1.0})
     filler = fill(small_disk)
     for step in range(2, 200):  # the last pages of both files have some room
         writer.write({"step": step, "loss": 2.0, "note": "x" * 200})
-    assert len(told) == 1
-    assert "No space left on device" in told[0]
+    assert len(warnings) == 1
+    assert "No space left on device" in warnings[0]
     filler.unlink()
     writer.write({"step": 200, "loss": 3.0})
     writer.close()
-    assert len(told) == 2
-    assert "written again" in told[1]
+    assert len(warnings) == 2
+    assert "written again" in warnings[1]
     lines = [json.loads(x) for x in (small_disk / "metrics.jsonl").read_text().splitlines()]
     assert (lines[0]["step"], lines[-1]["step"]) == (1, 200)
     assert len(lines) < 200
@@ -85,14 +85,14 @@ def test_told_once_and_gone_on_with(small_disk: Path) -> None:
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file stands where the run directory should")
-    told: list[str] = []
-    writer = MetricsWriter(tmp_path / "run", warn=told.append)
+    warnings: list[str] = []
+    writer = MetricsWriter(tmp_path / "run", warn=warnings.append)
     for step in (1, 2):
         writer.write({"step": step, "loss": 1.0})
     writer.text("note", "text")
     writer.summary({"step": 2, "val/loss": 1.0}, {"seed": 0})
     writer.close()
-    assert len(told) == 1
+    assert len(warnings) == 1
 
 
 def steps_in(metrics: Path) -> list[int]:
@@ -100,9 +100,9 @@ def steps_in(metrics: Path) -> list[int]:
 
 
 def test_a_file_that_is_moved_away_is_begun_anew(tmp_path: Path) -> None:
-    told: list[str] = []
+    warnings: list[str] = []
     metrics, kept = tmp_path / "run/metrics.jsonl", tmp_path / "run/kept.jsonl"
-    writer = MetricsWriter(metrics.parent, warn=told.append)
+    writer = MetricsWriter(metrics.parent, warn=warnings.append)
     writer.write({"step": 1, "loss": 1.0})
     metrics.rename(kept)
     writer.write({"step": 2, "loss": 1.0})
@@ -110,24 +110,24 @@ def test_a_file_that_is_moved_away_is_begun_anew(tmp_path: Path) -> None:
     metrics.mkdir()
     for step in (3, 4):
         writer.write({"step": step, "loss": 1.0})
-    assert len(told) == 1
-    assert told[0].startswith("metrics cannot be written (")
+    assert len(warnings) == 1
+    assert warnings[0].startswith("metrics cannot be written (")
     metrics.rmdir()
     writer.write({"step": 5, "loss": 1.0})
-    assert told[1:] == ["metrics are written again; 2 entries are missing"]
+    assert warnings[1:] == ["metrics are written again; 2 entries are missing"]
     writer.close()
     assert (steps_in(kept), steps_in(metrics)) == ([1], [5])
 
 
 def test_a_run_directory_that_is_moved_away_is_told_and_not_made_again(tmp_path: Path) -> None:
-    told: list[str] = []
-    writer = MetricsWriter(tmp_path / "run", warn=told.append)
+    warnings: list[str] = []
+    writer = MetricsWriter(tmp_path / "run", warn=warnings.append)
     writer.write({"step": 1, "loss": 1.0})
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     for step in (2, 3):
         writer.write({"step": step, "loss": 1.0})
-    assert len(told) == 1
-    assert f"(No such file or directory: {tmp_path / 'run'}" in told[0]
+    assert len(warnings) == 1
+    assert f"(No such file or directory: {tmp_path / 'run'}" in warnings[0]
     assert not (tmp_path / "run").exists()
     (tmp_path / "elsewhere").rename(tmp_path / "run")
     writer.write({"step": 4, "loss": 1.0})
@@ -149,10 +149,10 @@ def test_tensorboard_s_folder_is_created_again(tmp_path: Path) -> None:
 
 
 def test_the_status_needs_the_run_directory_alone(tmp_path: Path) -> None:
-    told: list[str] = []
+    warnings: list[str] = []
     run = tmp_path / "run"
     write_run_dir(run, {})
-    status = RunStatus(run, told.append)
+    status = RunStatus(run, warnings.append)
     (run / "logs").rmdir()
     (run / "logs").write_text("a file")
     status.update(state="running", step=1)
@@ -160,8 +160,8 @@ def test_the_status_needs_the_run_directory_alone(tmp_path: Path) -> None:
     shutil.rmtree(run)
     for step in (2, 3):
         status.update(step=step)
-    assert len(told) == 1
-    assert f"(No such file or directory: {run}" in told[0]
+    assert len(warnings) == 1
+    assert f"(No such file or directory: {run}" in warnings[0]
     assert not run.exists()
 
 

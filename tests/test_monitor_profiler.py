@@ -18,13 +18,13 @@ from tests.tiny import REPOSITORY, tiny_overrides, write_corpus
 
 
 def profiled(folder: Path, config: ProfileConfig, steps: int, rank: int = 0) -> list[str]:
-    told: list[str] = []
-    with StepProfiler(config, folder, rank, told.append) as profiler:
+    messages: list[str] = []
+    with StepProfiler(config, folder, rank, messages.append) as profiler:
         for step in range(steps):
             profiler.step()
             with torch.profiler.record_function(f"step_{step}"):
                 torch.ones(8) @ torch.ones(8)
-    return told
+    return messages
 
 
 def names(folder: Path, rank: int = 0) -> set[str]:
@@ -33,8 +33,8 @@ def names(folder: Path, rank: int = 0) -> set[str]:
 
 
 def test_the_steps_asked_for_are_traced(tmp_path: Path) -> None:
-    (told,) = profiled(tmp_path, ProfileConfig(start=2, steps=2), steps=6)
-    assert "profile of 2 steps" in told
+    (message,) = profiled(tmp_path, ProfileConfig(start=2, steps=2), steps=6)
+    assert "profile of 2 steps" in message
     seen = names(tmp_path)
     assert {"step_2", "step_3", "aten::dot"} <= seen
     assert not {"step_1", "step_4"} & seen
@@ -56,8 +56,8 @@ def test_nothing_is_left_unless_asked_for(tmp_path: Path, config: ProfileConfig)
 
 def test_a_profile_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("a file in the way")
-    (told,) = profiled(tmp_path, ProfileConfig(start=0, steps=1), steps=2)
-    assert told.startswith("warning: the profile cannot be written")
+    (message,) = profiled(tmp_path, ProfileConfig(start=0, steps=1), steps=2)
+    assert message.startswith("warning: the profile cannot be written")
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ def test_the_slow_rank_is_named(corpus: Path, world_size: int) -> None:
         highest = (world_size - 1) ** 0.5  # what one outlier among so many can have
         assert record["straggler/zscore"] == pytest.approx(highest, rel=0.1)
     alarm = StragglerAlarm(config.monitor.straggler_ratio)
-    told = [(r["step"], text) for r in records for text in alarm.observe(r)]
-    assert [step for step, _ in told] == [30]
-    assert f"rank {SLOW_RANK} (host {compared[0]['straggler/host']})" in told[0][1]
+    warnings = [(r["step"], text) for r in records for text in alarm.observe(r)]
+    assert [step for step, _ in warnings] == [30]
+    assert f"rank {SLOW_RANK} (host {compared[0]['straggler/host']})" in warnings[0][1]
 
 
 def test_waiting_for_a_slow_rank_is_communication(corpus: Path) -> None:
@@ -152,14 +152,14 @@ def test_one_bad_moment_is_no_straggler() -> None:
 def test_warnings_are_rare() -> None:
     alarm = StragglerAlarm(1.3)
 
-    def told(rank: int, ratio: float) -> bool:
+    def warns(rank: int, ratio: float) -> bool:
         numbers = {"straggler/slowest_rank": rank, "straggler/ratio": ratio}
         return bool(alarm.observe({"step": 1, "straggler/host": "h", **numbers}))
 
-    assert [told(1, 2.0) for _ in range(6)] == [False, False, True, False, False, False]
-    assert not told(1, 1.1)
-    assert [told(1, 2.0) for _ in range(3)] == [False, False, True]
-    assert [told(rank, 2.0) for rank in (0, 1, 0, 1)] == [False] * 4  # not the same one
+    assert [warns(1, 2.0) for _ in range(6)] == [False, False, True, False, False, False]
+    assert not warns(1, 1.1)
+    assert [warns(1, 2.0) for _ in range(3)] == [False, False, True]
+    assert [warns(rank, 2.0) for rank in (0, 1, 0, 1)] == [False] * 4  # not the same one
     assert alarm.observe({"step": 1}) == []
     assert not any(
         StragglerAlarm(0.0).observe({"straggler/ratio": 9.0} | {"straggler/slowest_rank": 0})

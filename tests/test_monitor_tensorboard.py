@@ -135,15 +135,15 @@ def test_texts(run_dir: Path, board: EventAccumulator) -> None:
 def test_the_run_is_a_line_of_the_table_that_compares_runs(
     run_dir: Path, board: EventAccumulator
 ) -> None:
-    told = {
+    hparams = {
         tag: HParamsPluginData.FromString(content)
         for tag, content in board.PluginTagToContent("hparams").items()
     }
-    start = told["_hparams_/session_start_info"].session_start_info
+    start = hparams["_hparams_/session_start_info"].session_start_info
     assert start.hparams["jepa.lambda"].number_value == pytest.approx(0.1)
     assert start.hparams["optim.matrix_lr"].number_value == pytest.approx(0.002)
     assert start.hparams["seed"].number_value == 0
-    metrics = [m.name.tag for m in told["_hparams_/experiment"].experiment.metric_infos]
+    metrics = [m.name.tag for m in hparams["_hparams_/experiment"].experiment.metric_infos]
     assert "val/bpb" in metrics
     assert set(metrics) <= set(board.Tags()["tensors"])
 

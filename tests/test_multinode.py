@@ -88,7 +88,7 @@ def test_what_a_slurm_job_would_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--head", "h1", "x.yaml"], "--nodes: missing; expected the number of hosts"),
         (["--nodes", "2", "x.yaml"], "--head: missing; expected the name or address"),
@@ -109,12 +109,12 @@ def test_what_a_slurm_job_would_run() -> None:
         (["--nodes", "2", "--head", "no-such-host.invalid", "x"], "no-such-host.invalid: not rea"),
     ],
 )
-def test_mistakes(arguments: list[str], told: str) -> None:
+def test_mistakes(arguments: list[str], message: str) -> None:
     finished = multinode(*arguments)
     assert finished.code == 2
     (line,) = finished.output.splitlines()
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
 
 
 def test_a_port_in_use_is_told_at_once() -> None:

@@ -259,7 +259,7 @@ def test_the_probe_of_next_state_describes_both_states() -> None:
 def test_the_trivial_solution_is_noticed() -> None:
     alarms = JepaAlarms(dead_gradient_ratio=0, collapse_share=0)
     course = [(0.9, 50.0, 20.0), (0.01, 48.0, 19.0), (0.3, 40.0, 2.0), (0.01, 45.0, 9.0)]
-    told = [
+    warnings = [
         alarms.observe(
             {
                 "step": step,
@@ -270,6 +270,6 @@ def test_the_trivial_solution_is_noticed() -> None:
         )
         for step, (relative, rank, target) in enumerate(course)
     ]
-    assert [len(texts) for texts in told] == [0, 0, 0, 1]
-    assert "solved trivially" in told[3][0]
-    assert "jepa/target_effective_rank fell to 45%" in told[3][0]
+    assert [len(texts) for texts in warnings] == [0, 0, 0, 1]
+    assert "solved trivially" in warnings[3][0]
+    assert "jepa/target_effective_rank fell to 45%" in warnings[3][0]

@@ -64,7 +64,7 @@ def test_a_run_beyond_its_end_stays_at_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["schedule.decay_from=now"], "schedule.decay_from=now: schedule.kind=warmdown has no"),
         (["schedule.kind=cosine", "schedule.decay_from=0.5"], "schedule.kind=cosine has no decay"),
@@ -76,8 +76,8 @@ def test_a_run_beyond_its_end_stays_at_the_end() -> None:
         (["schedule.kind=wsd", "schedule.decay_from=later"], "schedule.decay_from"),
     ],
 )
-def test_what_makes_no_schedule_is_refused(overrides: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_makes_no_schedule_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load(None, overrides)
 
 

@@ -43,11 +43,11 @@ def test_curriculum(tmp_path: Path) -> None:
 
 def test_phases_logging_and_end(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, train__log_every=3, eval__every=8)
-    told = plans(config, 20)
-    assert [plan.phase for plan in told] == [0] * 6 + [1] * 6 + [2] * 8
-    assert [p.step for p in told if p.evaluate] == [7, 15, 19]
-    assert [p.step for p in told if p.log] == [2, 5, 7, 8, 11, 14, 15, 17, 19]
-    assert [p.step for p in told if p.last] == [19]
+    made = plans(config, 20)
+    assert [plan.phase for plan in made] == [0] * 6 + [1] * 6 + [2] * 8
+    assert [p.step for p in made if p.evaluate] == [7, 15, 19]
+    assert [p.step for p in made if p.log] == [2, 5, 7, 8, 11, 14, 15, 17, 19]
+    assert [p.step for p in made if p.last] == [19]
 
 
 def test_wall_clock_drives_all_schedules(tmp_path: Path) -> None:
@@ -90,21 +90,21 @@ def receive(rank: int, world_size: int, config: Config) -> tuple[list[StepPlan],
 
     dist.broadcast = counted
     channel = PlanChannel(config, start_world(config.parallel), TrainingClock())
-    told = []
+    received = []
     channel.request(0)
     for step in range(20):
-        told.append(channel.take())
+        received.append(channel.take())
         if step < 19:
             channel.request(step + 1)
-    return told, broadcasts
+    return received, broadcasts
 
 
 def test_every_rank_is_told_the_same(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     expected = plans(config, 20)
-    for told, broadcasts in run_ranks(receive, 3, config):
+    for received, broadcasts in run_ranks(receive, 3, config):
         assert broadcasts == [True] * 20  # one a step, and none that is waited for at once
-        for ours, plan in zip(told, expected, strict=True):
+        for ours, plan in zip(received, expected, strict=True):
             assert ours.step == plan.step
             assert ours.phase == plan.phase
             assert np.array_equal(ours.samples, plan.samples)

@@ -81,7 +81,7 @@ def test_alone(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "told"),
+    ("environ", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE='2' is set, but RANK is not"),
         ({"RANK": "", "WORLD_SIZE": "1"}, "RANK='', but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PO"),
@@ -97,11 +97,11 @@ def test_alone(environ: dict[str, str]) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE='2' is set, but RANK is not: mpir"),
     ],
 )
-def test_incomplete(environ: dict[str, str], told: str) -> None:
+def test_incomplete(environ: dict[str, str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         adopt_launcher(dict(environ))
     (problem,) = caught.value.problems
-    assert told in problem
+    assert message in problem
 
 
 def test_a_check_may_be_told_the_number_of_ranks() -> None:

@@ -41,7 +41,7 @@ def run_thread(target: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (RuntimeError("a deliberate failure"), 1, "RuntimeError: a deliberate failure"),
         (UserError("x: is wrong"), 2, "[rank 3] error: x: is wrong"),
@@ -53,7 +53,7 @@ def test_an_error_in_the_watchdog_ends_the_rank(
     capsys: pytest.CaptureFixture[str],
     error: Exception,
     code: int,
-    told: str,
+    message: str,
 ) -> None:
     def fail() -> None:
         raise error
@@ -66,7 +66,7 @@ def test_an_error_in_the_watchdog_ends_the_rank(
         watchdog._thread.join(20)
     assert exits == [code]
     assert noted == [str(error)]
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ READ_ERROR = (
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (RuntimeError("can't start new thread"), "limit of processes and threads (ulimit -u"),
         (OSError(24, "Too many open files", "/x"), "limit of open files (ulimit -n) is reached"),
@@ -120,13 +120,13 @@ def test_limits_and_lost_ranks_are_told_in_a_line(
     exits: list[int],
     capsys: pytest.CaptureFixture[str],
     error: Exception,
-    told: str,
+    message: str,
 ) -> None:
     with pytest.raises(SystemExit), exit_on_rank_error(3):
         raise error
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("[rank 3] error: ")
-    assert told in line
+    assert message in line
     assert exits == [1]
 
 
@@ -135,16 +135,16 @@ def test_an_allocation_that_failed_without_an_exception(
 ) -> None:
     """CPython's own failure is one of memory where memory is limited, and a bug elsewhere."""
 
-    def told() -> str:
+    def printed() -> str:
         with pytest.raises(SystemExit), exit_on_rank_error(3):
             raise SystemError("error return without exception set")
         return capsys.readouterr().err
 
-    assert "Traceback" in told()
+    assert "Traceback" in printed()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**50, hard))  # more than there is
     try:
-        line = told()
+        line = printed()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert line.startswith("[rank 3] error: out of memory: the limit of memory (ulimit -v")

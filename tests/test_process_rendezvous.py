@@ -96,7 +96,7 @@ def test_signals_that_torchrun_forwards(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (SignalException("x", signal.SIGTERM), "the ranks were stopped (SIGTERM)"),
         (RendezvousConnectionError("no store"), "no store"),
@@ -104,11 +104,11 @@ def test_signals_that_torchrun_forwards(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_torchrun_s_own_ends_have_no_traceback(
-    error: Exception, told: str, capsys: pytest.CaptureFixture[str]
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_without_traceback(type(error), error, None)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(told)
+    assert line.endswith(message)
 
 
 def test_loopback_is_for_one_host() -> None:

@@ -155,8 +155,8 @@ def upload(url: str, *paths: Path) -> list[str]:
 
 def test_a_copy_is_the_checkpoint(memory: Any, run: Path, tmp_path: Path) -> None:
     steps = published(run)
-    told = upload("memory://copies/run", *steps.values())
-    assert [line.rpartition(": ")[2] for line in told] == [
+    messages = upload("memory://copies/run", *steps.values())
+    assert [line.rpartition(": ")[2] for line in messages] == [
         f"step_{step:08d} uploaded" for step in (2, 4, 6)
     ]
     left = sorted(name.rpartition("/")[2] for name in memory.ls("/copies/run", detail=False))
@@ -310,8 +310,8 @@ def test_on_an_s3_server(bucket: str, run: Path, tmp_path: Path) -> None:
     found = find_shards(f"{bucket}/data/train_*.bin", "data.train")
     assert [path.read_bytes() for path in found] == contents[:2]
     assert read_shard(found[0]).max() < 60
-    told = upload(f"{bucket}/copies", *published(run).values())
-    assert len(told) == 3, told
+    messages = upload(f"{bucket}/copies", *published(run).values())
+    assert len(messages) == 3, messages
     (line,) = fetch_newest(f"{bucket}/copies", tmp_path / "empty")
     assert "step_00000006 copied" in line
     assert verify(tmp_path / "empty/step_00000006") == []

@@ -139,23 +139,23 @@ def test_mesh_and_jepa_may_change_and_it_is_said(corpus: Path) -> None:
     changes = {"parallel__dp_replicate": 2, "jepa__lambda": 0.3}
     part = run_ranks(train, 4, config(corpus, "run", **changes))[0]
     assert part["start"].step == 5
-    told = "\n".join(part["start"].messages)
-    assert "jepa.objective: was 'span', is 'next_state'" in told
-    assert "jepa.lambda: was 0.1, is 0.3" in told
-    assert "parallel.dp_replicate: was 1, is 2" in told
+    messages = "\n".join(part["start"].messages)
+    assert "jepa.objective: was 'span', is 'next_state'" in messages
+    assert "jepa.lambda: was 0.1, is 0.3" in messages
+    assert "parallel.dp_replicate: was 1, is 2" in messages
 
 
 @pytest.mark.parametrize(
-    ("changes", "fingerprint", "told"),
+    ("changes", "fingerprint", "message"),
     [
         ({"model__num_layers": 5}, "data", r"model\.num_layers: was 4, is 5"),
         ({"seed": 7}, "data", r"seed: was 0, is 7"),
         ({}, "other", r"data\.train: not the shards"),
     ],
 )
-def test_another_run_is_refused(corpus: Path, changes, fingerprint, told) -> None:
+def test_another_run_is_refused(corpus: Path, changes, fingerprint, message) -> None:
     run_ranks(train, 1, config(corpus, "run", train__stop_at=2))
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(RuntimeError, match=message):
         run_ranks(train, 1, config(corpus, "run", **changes), fingerprint)
     allowed = config(corpus, "run", checkpoint__allow_other_data=True, train__stop_at=3)
     if fingerprint == "other":

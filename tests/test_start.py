@@ -43,8 +43,8 @@ def rank_environment(world_size: int) -> list[dict[str, str]]:
 
 def test_what_differs_is_named_with_values_and_ranks() -> None:
     stated = [{"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}, {"a": "1"}]
-    told = differences(stated)
-    assert told == [
+    found = differences(stated)
+    assert found == [
         "a: 1 on ranks 0-1, 3, 2 on rank 2",
         "b: x on ranks 0, 2, y on rank 1, absent on rank 3",
     ]

@@ -223,8 +223,8 @@ def arms(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_refused(tmp_path: Path, changes: Mapping[str, Any], expected: str) -> None:
-    told = problems(tmp_path, **changes)
-    assert any(problem.startswith(expected) for problem in told), told
+    messages = problems(tmp_path, **changes)
+    assert any(problem.startswith(expected) for problem in messages), messages
 
 
 def test_an_arm_given_twice(tmp_path: Path) -> None:
@@ -237,15 +237,15 @@ def test_an_arm_given_twice(tmp_path: Path) -> None:
 def test_overrides_cannot_undo_an_arm(tmp_path: Path) -> None:
     expected = "arm delayed: jepa.start_frac: is set in common, too; set it in one place"
     assert problems(tmp_path, "jepa.start_frac=0.5") == [expected]
-    told = problems(tmp_path, "train.steps")
-    assert told == ["command line: 'train.steps': expected KEY=VALUE, e.g. train.steps=100"]
+    messages = problems(tmp_path, "train.steps")
+    assert messages == ["command line: 'train.steps': expected KEY=VALUE, e.g. train.steps=100"]
 
 
 def test_switches_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forgotten JEPA_LAYER would change the arms that do not set it."""
     monkeypatch.setenv("JEPA_LAYER", "2")
-    (told,) = problems(tmp_path)
-    assert told == "environment JEPA_LAYER: a sweep's settings come from its file; unset it"
+    (message,) = problems(tmp_path)
+    assert message == "environment JEPA_LAYER: a sweep's settings come from its file; unset it"
 
 
 # ---------------------------------------------------------------------------- pairs
@@ -380,16 +380,16 @@ def test_a_diverged_member_counts_against_its_arm(tmp_path: Path, value: float) 
     results = read_results(members)
     assert results.left_out == []
     assert list(results.diverged) == [("full", 2), ("delayed", 3)]
-    told = "\n".join(describe(results))
-    assert "nan" not in told.replace("loss is nan", "")
+    output = "\n".join(describe(results))
+    assert "nan" not in output.replace("loss is nan", "")
     assert (
         "full: diverged at seed 2, where the control did not: worse than the control; the other "
-        "seeds: -0.1000 +- 0.0000 over 2 pairs\n" in told
+        "seeds: -0.1000 +- 0.0000 over 2 pairs\n" in output
     )
-    assert "2 + 1 diverged" in told
-    assert f"  {tmp_path}/runs/delayed-seed3: diverged: at step 10: not finite" in told
+    assert "2 + 1 diverged" in output
+    assert f"  {tmp_path}/runs/delayed-seed3: diverged: at step 10: not finite" in output
     alone = "delayed: diverged at seed 3, where the control did not: worse than the control"
-    assert alone in told
+    assert alone in output
 
 
 def test_one_pair_has_no_error(tmp_path: Path) -> None:
@@ -457,9 +457,9 @@ def test_without_bits_per_byte(tmp_path: Path) -> None:
 
 
 def test_nothing_yet(tmp_path: Path) -> None:
-    told = describe(read_results(members_in(tmp_path, [1])))
-    assert told[0] == "no member is finished"
-    assert told[-1] == f"  {tmp_path}/runs/delayed-seed1: not started yet"
+    lines = describe(read_results(members_in(tmp_path, [1])))
+    assert lines[0] == "no member is finished"
+    assert lines[-1] == f"  {tmp_path}/runs/delayed-seed1: not started yet"
 
 
 def test_added_seeds_are_members(tmp_path: Path) -> None:
@@ -507,10 +507,10 @@ def test_seeds_are_added_until_every_arm_is_decided(
     assert "not decided after 3 seeds: full, delayed" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", command)
     assert sweep_main.main() == 0
-    told = capsys.readouterr().out
-    assert "delayed: " in told
-    assert "equivalent to the control within 0.01" in told
-    assert "worse than the control" in told
+    output = capsys.readouterr().out
+    assert "delayed: " in output
+    assert "equivalent to the control within 0.01" in output
+    assert "worse than the control" in output
     seeds = {member.seed for member in read_sweep(file, [run_dir])}
     assert 4 < len(seeds) < 20
 
@@ -607,9 +607,9 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path) -> None:
         - records(runs / f"control-seed{seed}")[-1]["val/bpb"]
         for seed in (1, 2)
     ]
-    told = sweep_command("results", file, f"run.dir={runs}").output
+    output = sweep_command("results", file, f"run.dir={runs}").output
     error = np.std(differences, ddof=1) / math.sqrt(2)
-    assert f"delayed: {np.mean(differences):+.4f} +- {error:.4f} over 2 pairs" in told
+    assert f"delayed: {np.mean(differences):+.4f} +- {error:.4f} over 2 pairs" in output
 
 
 def test_a_member_that_cannot_start(tmp_path: Path) -> None:
@@ -618,13 +618,13 @@ def test_a_member_that_cannot_start(tmp_path: Path) -> None:
     missing = f"data.train={tmp_path}/none_*.bin"
     finished = sweep_command("run", file, f"run.dir={tmp_path}/runs", missing, NPROC_PER_NODE=1)
     assert finished.code == 1
-    told = finished.output.splitlines()
-    assert len(told) == 6, told
+    lines = finished.output.splitlines()
+    assert len(lines) == 6, lines
     for number, arm in enumerate(("control", "full")):
         where = f"{tmp_path}/runs/{arm}-seed1"
-        assert told[2 * number] == f"member {number} of 2: {where}"
-        assert told[2 * number + 1].startswith("error: data.train=")
-        assert told[4 + number] == (
+        assert lines[2 * number] == f"member {number} of 2: {where}"
+        assert lines[2 * number + 1].startswith("error: data.train=")
+        assert lines[4 + number] == (
             f"error: {where}: not started (exit code 2); see its messages above"
         )
 
@@ -670,11 +670,11 @@ def test_several_members_at_a_time(
     assert max(at_once) == 2
     for member in members:
         assert output_of(member).read_text() == f"training {member.run_dir.name}\n"
-    told = capfd.readouterr()
-    assert "training" not in told.out
-    assert f"member 5 of 6: {members[5].run_dir} (output: {output_of(members[5])})" in told.out
-    assert f"{members[3].run_dir}: done" in told.out
-    assert told.err.splitlines() == [
+    captured = capfd.readouterr()
+    assert "training" not in captured.out
+    assert f"member 5 of 6: {members[5].run_dir} (output: {output_of(members[5])})" in captured.out
+    assert f"{members[3].run_dir}: done" in captured.out
+    assert captured.err.splitlines() == [
         f"error: {member.run_dir}: not finished (exit code 0, state failed); "
         f"see its messages in {output_of(member)}"
         for member in members[4:]
@@ -936,8 +936,8 @@ def test_members_are_quantized_again_with_other_settings(
 def test_quantized_results_need_numbers_of_bits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"names no numbers of bits; .*quantize: \[4, 6\]"):
         read_widths(write_sweep(tmp_path))
-    (told, *_) = problems(tmp_path, evaluate={"quantize": [9]})
-    assert told.startswith("evaluate.quantize.0: ")
+    (message, *_) = problems(tmp_path, evaluate={"quantize": [9]})
+    assert message.startswith("evaluate.quantize.0: ")
 
 
 def test_urls_of_the_sweep_are_repeated_for_the_evaluation(tmp_path: Path) -> None:

@@ -164,13 +164,13 @@ def test_what_is_decided_for_good() -> None:
 
 
 def test_the_table_shows_all_that_was_tested() -> None:
-    told = describe(results(next_state=PAIRS))
-    (header,) = [line for line in told if line.startswith("val/bpb")]
-    row = told[told.index(header) + 1]
+    lines = describe(results(next_state=PAIRS))
+    (header,) = [line for line in lines if line.startswith("val/bpb")]
+    row = lines[lines.index(header) + 1]
     assert header.split("  ")[-1].strip() == "80 % from"
     for value in ("-0.0203 to +0.0045", "0.162", "0.188"):
         assert value in row
-    assert told[-1].startswith("next_state: -0.0079 +- 0.0048 over 6 pairs: undecided: ")
+    assert lines[-1].startswith("next_state: -0.0079 +- 0.0048 over 6 pairs: undecided: ")
 
 
 def test_a_plot_shows_every_pair_and_its_interval(tmp_path: Path) -> None:

@@ -109,9 +109,9 @@ def test_it_serves_this_machine_alone(tmp_path: Path) -> None:
     launch = ["bash", tmp_path / "launch/tensorboard.sh"]
     with Command(launch, environ={"VENV": sys.prefix}) as command:
         command.wait_for(lambda: "ssh -N -L" in command.output(), 60)
-        told = re.search(r"runs in runs: (http://127\.0\.0\.1:(\d+))", command.output())
-        assert told is not None, command.output()
-        url, port = told.groups()
+        match = re.search(r"runs in runs: (http://127\.0\.0\.1:(\d+))", command.output())
+        assert match is not None, command.output()
+        url, port = match.groups()
         assert f"ssh -N -L {port}:127.0.0.1:{port} " in command.output()
         command.wait_for(lambda: answers(url), 120)
         listening = [

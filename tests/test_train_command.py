@@ -78,13 +78,13 @@ def alone(corpus: Path, run_dir: Path) -> Finished:
 def test_without_torchrun(alone: Finished, run_dir: Path) -> None:
     assert alone.code == 0, alone.output
     final = records(run_dir)[-1]
-    for told in (
+    for message in (
         f"{final['val/loss']:.4f} nats per token, {final['val/bpb']:.4f} bits per byte",
         f"bigram {final['baseline/bigram_bpb']:.4f}, trigram {final['baseline/trigram_bpb']:.4f}",
         f"{final['tokens_per_second']:,.0f} tokens/s",
         f"run directory: {run_dir}",
     ):
-        assert told in alone.output
+        assert message in alone.output
     assert "Warning" not in alone.output
 
 
@@ -324,7 +324,7 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "message"),
     [
         ("model.safetensors", {}, "is a file; expected the folder of a checkpoint"),
         ("missing", {}, "no such folder"),
@@ -332,7 +332,7 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(
     ],
 )
 def test_what_cannot_be_continued_from(
-    alone: Finished, corpus: Path, run_dir: Path, name: str, changes: dict[str, Any], told: str
+    alone: Finished, corpus: Path, run_dir: Path, name: str, changes: dict[str, Any], message: str
 ) -> None:
     other = settings(
         corpus, run__dir=corpus / "other", checkpoint__resume=run_dir / name, **SHORT, **changes
@@ -341,7 +341,7 @@ def test_what_cannot_be_continued_from(
     assert finished.code == 2
     (line, *advice) = finished.output.splitlines()
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
     assert len(advice) <= 1
     assert not (corpus / "other").exists()
 
@@ -396,8 +396,8 @@ def test_damaged_data_met_by_one_rank(tmp_path: Path, workers: int) -> None:
         tokens[token] = 9999
         finished = job.wait(120)
     assert finished.code != 0
-    told = f"[rank 1] error: {shard}: holds token id 9999"
-    assert finished.output.count(told) == 1, finished.output
+    message = f"[rank 1] error: {shard}: holds token id 9999"
+    assert finished.output.count(message) == 1, finished.output
     assert "holds token id 9999" in (tmp_path / "run/logs/rank_1.log").read_text()
     last = records(tmp_path / "run")[-1]
     assert last["step"] <= 100

@@ -59,8 +59,8 @@ def test_heartbeats_that_cannot_be_written(
         folder.write_text("a file")
         for _ in range(2):
             watchdog._tick()
-        told = f"warning: heartbeats cannot be written (File exists: {folder})"
-        assert capsys.readouterr().err.count(told) == 1
+        message = f"warning: heartbeats cannot be written (File exists: {folder})"
+        assert capsys.readouterr().err.count(message) == 1
         folder.unlink()
         watchdog._tick()
         assert read_heartbeats(folder, 1)[0].step == 2

@@ -195,8 +195,8 @@ def stop_rank_for_good(run: Run) -> None:
     rank = run.pick_rank()
     victim = run.ranks()[rank]
     run.send(signal.SIGSTOP, victim, f"rank {rank}")
-    told = f"pid {victim.pid}) sends no heartbeat"
-    run.wait_for(lambda: told in run.output())
+    message = f"pid {victim.pid}) sends no heartbeat"
+    run.wait_for(lambda: message in run.output())
 
 
 def stall_rank(run: Run) -> None:
@@ -323,13 +323,13 @@ def kill_loader(run: Run) -> None:
 # ---------------------------------------------------------------------------- limits
 
 
-def under_limits(what: str, script: str, *, told: str = "") -> Fault:
+def under_limits(what: str, script: str, *, message: str = "") -> Fault:
     """A run starts in a shell that has set limits.
 
     Args:
         what: In words.
         script: Sets them; ``$SMALL`` is a folder of its own.
-        told: What a start says that cannot be; without it, the run must get to its end.
+        message: What a start says that cannot be; without it, the run must get to its end.
     """
 
     def fault(run: Run) -> None:
@@ -345,11 +345,11 @@ def under_limits(what: str, script: str, *, told: str = "") -> Fault:
         run.start(max_restarts=0)
         ended = run.wait_for_end()
         assert "Traceback" not in ended.output, "a traceback instead of a line"
-        if not told:
+        if not message:
             assert len(run.starts) == 1, "the run did not get to its end"
             return
         assert ended.code != 0, f"it started, although it cannot: {what}"
-        assert told in ended.output, f"not told: {told}"
+        assert message in ended.output, f"not printed: {message}"
         run.under = []
         run.start()
         run.wait_for_end()
@@ -372,8 +372,8 @@ def few_processes(run: Run) -> None:
     finally:
         group.rmdir()
     assert ended.code != 0, "it got to its end, although it cannot"
-    told = ("the limit of processes and threads", "a data loader process died")
-    assert any(line in ended.output for line in told), f"not told: {' or '.join(told)}"
+    messages = ("the limit of processes and threads", "a data loader process died")
+    assert any(line in ended.output for line in messages), f"not printed: {' or '.join(messages)}"
     run.under = []
     run.start()
     run.wait_for_end()
@@ -450,7 +450,7 @@ def read_only(run: Run) -> None:
 def _see_it_fail(run: Run, why: str) -> None:
     ended = run.wait_for_end()
     assert ended.code != 0, "the save failed, but the run says that all is well"
-    assert why in ended.output, f"not told: {why}"
+    assert why in ended.output, f"not printed: {why}"
     assert run.status["state"] == "failed", run.status
     assert why in run.status["reason"], run.status
 
@@ -499,13 +499,13 @@ def _fill(path: Path) -> bool:
 # ---------------------------------------------------------------------------- files
 
 
-def damage(what: str, hurt: Callable[[Run, Path], str], *, told: str = "") -> Fault:
+def damage(what: str, hurt: Callable[[Run, Path], str], *, message: str = "") -> Fault:
     """Something happens to the newest checkpoint between two starts.
 
     Args:
         what: In words.
         hurt: Does it, and says to which file.
-        told: What the next start must say.
+        message: What the next start must say.
     """
 
     def fault(run: Run) -> None:
@@ -514,7 +514,7 @@ def damage(what: str, hurt: Callable[[Run, Path], str], *, told: str = "") -> Fa
         run.strike(f"{what}: {hurt(run, newest)}")
         run.start()
         run.wait_for_end()
-        assert told in run.output(), f"not told: {told}"
+        assert message in run.output(), f"not printed: {message}"
 
     return fault
 
@@ -660,8 +660,8 @@ def replace_folders(run: Run) -> None:
     (run.dir / name).write_text("a file")
     run.wait_for_end()
     assert len(run.starts) == 1, "a folder that cannot be written cost a restart"
-    told = _FOLDERS[name]
-    assert not told or run.output().count(told) == 1, f"expected exactly one warning: {told}"
+    message = _FOLDERS[name]
+    assert not message or run.output().count(message) == 1, f"not printed once: {message}"
     (run.dir / name).unlink()
     (run.dir.parent / name).rename(run.dir / name)
 
@@ -746,23 +746,23 @@ FAULTS: dict[str, Fault] = {
     "tiny /dev/shm": under_limits(
         "64 KiB in /dev/shm",
         "mount -t tmpfs -o size=64k none /dev/shm",
-        told="error: /dev/shm: 0.1 MiB are free",
+        message="error: /dev/shm: 0.1 MiB are free",
     ),
     "no room in TMPDIR": under_limits(
         "a full TMPDIR",
         "mount -t tmpfs -o size=4k none $SMALL; echo full > $SMALL/file; export TMPDIR=$SMALL",
     ),
     "little address space": under_limits(
-        "700,000 KiB of address space", "ulimit -v 700000", told="error: out of memory: "
+        "700,000 KiB of address space", "ulimit -v 700000", message="error: out of memory: "
     ),
     "few processes": few_processes,
     "full disk": full_disk,
     "full disk while saving": full_disk_while_saving,
     "full disk at the export": full_disk_at_the_export,
     "read-only checkpoints": read_only,
-    "truncated checkpoint": damage("truncated", truncate, told="skipped, damaged or incomplete"),
-    "incomplete checkpoint": damage("lost", lose, told="skipped, damaged or incomplete"),
-    "flipped bit": damage("bit flipped", flip_bit, told="skipped, damaged or incomplete"),
+    "truncated checkpoint": damage("truncated", truncate, message="skipped, damaged or incomplete"),
+    "incomplete checkpoint": damage("lost", lose, message="skipped, damaged or incomplete"),
+    "flipped bit": damage("bit flipped", flip_bit, message="skipped, damaged or incomplete"),
     "foreign files": damage("dropped in", drop_in),
     "latest names nothing": damage("overwritten", lead_astray),
     "clock jump": jump_in_time,

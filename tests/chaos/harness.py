@@ -495,9 +495,9 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 def _describe(error: Exception, outputs: list[str]) -> str:
     """What went wrong, and the end of what the run printed."""
-    told = f"{type(error).__name__}: {error}".splitlines()[:8]
+    lines = f"{type(error).__name__}: {error}".splitlines()[:8]
     printed = "\n".join(outputs).splitlines()[-30:]
-    return "\n".join([*told, "the run's last lines:", *printed])
+    return "\n".join([*lines, "the run's last lines:", *printed])
 
 
 def _is_deterministic(run: Run) -> bool:

@@ -53,12 +53,12 @@ def test_the_debug_run_on_eight_nodes_is_the_run_of_one_process(checkout: Checko
             [record[key] for record in ours], [record[key] for record in expected], rtol=1e-5
         )
     output = job.output()
-    for told in (
+    for message in (
         f"run       {run_dir}\n",
         "nodes     8 (continues on 4 or more): n1 n2 n3 n4 n5 n6 n7 n8\n",
         f"finished after step 6: {run_dir}\n",
     ):
-        assert told in output
+        assert message in output
 
 
 def test_options_overrides_and_environment_are_taken(checkout: Checkout, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_drained_node(checkout: Checkout, cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "environ", "told"),
+    ("changed", "environ", "message"),
     [
         ("jepa.lamda=1", {}, "error: command line: jepa.lamda: unknown key"),
         ("run.dir=/dev/null/x", {}, "error: run.dir=/dev/null/x: cannot be written"),
@@ -265,10 +265,10 @@ def test_a_drained_node(checkout: Checkout, cluster: Cluster) -> None:
     ],
 )
 def test_mistakes_fail_in_seconds(
-    checkout: Checkout, changed: str, environ: dict[str, object], told: str
+    checkout: Checkout, changed: str, environ: dict[str, object], message: str
 ) -> None:
     job = checkout.submit(*checkout.settings(), changed, options=("--nodes=2",), **environ)
-    _fails(job, checkout, told)
+    _fails(job, checkout, message)
 
 
 def test_a_missing_configuration(checkout: Checkout) -> None:
@@ -281,12 +281,12 @@ def test_an_option_at_the_wrong_place(checkout: Checkout) -> None:
     _fails(job, checkout, "error: --nodes=4: options of sbatch must come before")
 
 
-def _fails(job: Job, checkout: Checkout, told: str) -> None:
+def _fails(job: Job, checkout: Checkout, message: str) -> None:
     """In seconds, with one message, before any rank is started."""
     assert job.wait(120) == "FAILED", job.output()
     output = job.output()
     assert output.count("error: ") == 1 + output.count("srun: error: "), output
-    assert told in output
+    assert message in output
     assert "start 1" not in output, "no rank is started"
     assert not (checkout.folder / "runs").exists()
 

@@ -52,10 +52,10 @@ def submit(checkout: Checkout, sweep: Path) -> list[Job]:
     """As a user does; one job for each member."""
     environ = [f"VENV={sys.prefix}", "MAX_RUNNING=2"]
     output = f"--output={sweep.parent}/%x-%A_%a.out"
-    told = checkout.cluster.run("env", *environ, "bash", script(checkout), output, sweep)
-    found = re.search(r"Submitted batch job (\d+)", told)
-    assert found is not None, told
-    assert f"launch/sweep.py results {sweep}" in told
+    printed = checkout.cluster.run("env", *environ, "bash", script(checkout), output, sweep)
+    found = re.search(r"Submitted batch job (\d+)", printed)
+    assert found is not None, printed
+    assert f"launch/sweep.py results {sweep}" in printed
     return [Job(checkout.cluster, f"{found[1]}_{index}") for index in range(len(ARMS))]
 
 
