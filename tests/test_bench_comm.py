@@ -62,7 +62,7 @@ def test_every_setting_is_at_its_minimum(counted: dict[str, Any], config: Config
             assert least.bytes <= sent <= 1.005 * least.bytes + SCALARS, (name, kind)
 
 
-def test_known_counts(counted: dict[str, Any]) -> None:
+def test_counts_derived_by_hand(counted: dict[str, Any]) -> None:
     """By hand, for eight blocks and the root; nothing here is computed by the formulas."""
     gathers = {name: c["launches"].get("all_gather", 0) for name, c in counted.items()}
     reductions = {name: c["launches"].get("reduce_scatter", 0) for name, c in counted.items()}

@@ -94,7 +94,7 @@ def test_where_a_step_waits_for_the_device() -> None:
     assert source[int(line) - 1].strip() == "call()"
 
 
-def test_a_trace_is_summed_up() -> None:
+def test_a_trace_is_summarized() -> None:
     events = [
         {"cat": "kernel", "name": "gemm", "dur": 1500.0},
         {"cat": "kernel", "name": "add", "dur": 4000.0},
@@ -183,7 +183,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> dict[str, Any
     return result
 
 
-def test_what_is_off_is_told_in_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_deviation_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     result = judged(monkeypatch, Settings((), small=False, ranks=1))
     assert result["off"] == [
         "step gpt_36m: a step waits at x:1",
@@ -202,7 +202,7 @@ def test_what_is_off_is_told_in_one_line_each(monkeypatch: pytest.MonkeyPatch) -
     [Settings(("optim.matrix=adamw",), False, 1), Settings((), False, 8)],
     ids=["changed", "several ranks"],
 )
-def test_what_is_not_comparable_is_not_compared(
+def test_incomparable_results_are_not_compared(
     monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:
     result = judged(monkeypatch, settings)
@@ -213,7 +213,7 @@ def test_what_is_not_comparable_is_not_compared(
 
 
 @pytest.mark.slow
-def test_only_what_hangs_is_lost(tmp_path: Path) -> None:
+def test_only_the_hanging_part_is_lost(tmp_path: Path) -> None:
     """A process that hangs is killed at the part's time limit, and another one continues."""
     tasks = [Task("collectives"), Task("copies"), Task("launches")]
     reported: list[Outcome] = []
@@ -247,7 +247,7 @@ def test_only_what_hangs_is_lost(tmp_path: Path) -> None:
     assert found[1].reason == "it took more than 60 s"
 
 
-def test_no_time(tmp_path: Path) -> None:
+def test_parts_without_remaining_time_are_left_out(tmp_path: Path) -> None:
     supervisor = Supervisor(meet(), SMALL, tmp_path, 5.0, patience=1.0, report=lambda _: None)
     (outcome,) = supervisor.run([Task("launches")])
     assert (outcome.status, outcome.reason) == ("left out", "no time left")
@@ -266,7 +266,7 @@ def bench(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_part_runs_small(tmp_path: Path) -> None:
+def test_every_part_runs_with_toy_sizes(tmp_path: Path) -> None:
     finished, result = bench(tmp_path, *PARTS)
     assert finished.code == 0, finished.output
     assert result["off"] == []
@@ -294,7 +294,7 @@ def test_every_part_runs_small(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_under_torchrun_a_rank_that_dies_costs_its_part_alone(tmp_path: Path) -> None:
+def test_a_rank_that_dies_under_torchrun_fails_only_its_part(tmp_path: Path) -> None:
     def kill_rank_1_in_the_second_process(running: Command) -> None:
         def training() -> list[psutil.Process]:
             return [
@@ -332,7 +332,7 @@ def test_under_torchrun_a_rank_that_dies_costs_its_part_alone(tmp_path: Path) ->
     assert row["GB/s"] == pytest.approx(2 * (1 - 1 / 2) * 2**20 / row["ms"] / 1e6)
 
 
-def test_mistakes_are_told() -> None:
+def test_user_errors_are_reported() -> None:
     changes = ("--set", "parallel.dp_replicate=2", "--dir", "/does/not/exist", "--minutes", -1)
     finished = run_command(sys.executable, *GPU, "--config", CONFIG, CONFIG, *changes)
     assert finished.code == 2

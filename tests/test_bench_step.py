@@ -40,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------ memory
 
 
-def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
+def test_peak_bytes_counts_simultaneous_allocations() -> None:
     outside = torch.ones(4096)
 
     def call() -> None:
@@ -57,7 +57,7 @@ def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
 # ------------------------------------------------------------------ head
 
 
-def test_head_is_exact_and_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_head_is_exact_and_uses_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_bench, "_compiled", lambda fn: fn)
     arguments = argparse.Namespace(
         vocab=[256, 8192], rows=1024, width=16, dtype="float32", rounds=2
@@ -121,7 +121,7 @@ def test_the_floor_does_what_the_trainer_does(
     assert result["apart"] < tolerance * result["moved"]
 
 
-def test_rounds_are_of_steps_that_are_all_alike(corpus: Path) -> None:
+def test_steps_of_a_round_are_alike(corpus: Path) -> None:
     config = steady(tiny_config(corpus, eval__every=2), rounds=3, steps=4)
     planner = Planner(config, TrainingClock())
     plans = [planner.plan(step) for step in range(12)]
@@ -145,7 +145,7 @@ def new_graphs(rank: int, world_size: int, config: Config) -> dict[str, int]:
     return {name: variant["new_graphs"] for name, variant in measured["variants"].items()}
 
 
-def test_jepa_off_has_the_graphs_of_its_absence(corpus: Path) -> None:
+def test_jepa_off_compiles_the_same_graphs_as_without_it(corpus: Path) -> None:
     config = steady(tiny_config(corpus, parallel__compile=True), rounds=1, steps=1)
     (graphs,) = run_ranks(new_graphs, 1, config, timeout=240)
     assert graphs == {"absent": 5, "off": 0, "on": 1}
@@ -201,7 +201,7 @@ def test_step_command(tmp_path: Path) -> None:
     assert sum(result["breakdown"].values()) == pytest.approx(1.0, abs=0.2)
 
 
-def test_mistakes_are_told(tmp_path: Path) -> None:
+def test_user_errors_are_reported(tmp_path: Path) -> None:
     finished = run_command(*BENCH, "jepa", "--rounds", 0, timeout=300)
     assert finished.code == 2
     assert "--rounds and --steps must be at least 1" in finished.output

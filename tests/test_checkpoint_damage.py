@@ -90,7 +90,7 @@ def try_all(rank: int, world_size: int, folders: list[str]) -> Any:
     return results
 
 
-def test_damage_is_named_on_every_rank_and_the_one_before_is_taken(saved, tmp_path):
+def test_every_rank_names_the_damage_and_loads_the_previous_checkpoint(saved, tmp_path):
     for name, (file, damage) in DAMAGES.items():
         shutil.copytree(saved, tmp_path / name)
         damage(tmp_path / name / "step_00000008" / file)
@@ -114,7 +114,7 @@ def find_nothing(rank: int, world_size: int, folder: str) -> Any:
     return nothing, find_resumable(Path(folder), world)
 
 
-def test_nothing_there_and_everything_damaged_are_told_apart(folder):
+def test_an_empty_folder_and_only_damaged_checkpoints_differ(folder):
     for path in published(folder).values():
         flip_a_bit(path / SHARD)
     (folder / "step_00000100").mkdir()
@@ -128,7 +128,7 @@ def test_nothing_there_and_everything_damaged_are_told_apart(folder):
         ]
 
 
-def test_no_flipped_bit_and_no_cut_of_a_manifest_passes(folder):
+def test_every_flipped_bit_or_truncation_of_a_manifest_is_detected(folder):
     path = folder / "step_00000008"
     file = path / "manifest.json"
     original = file.read_bytes()
@@ -145,7 +145,7 @@ def test_no_flipped_bit_and_no_cut_of_a_manifest_passes(folder):
     assert verify(path)
 
 
-def test_another_format_version_is_told(folder):
+def test_another_format_version_is_reported(folder):
     file = folder / "step_00000008" / "manifest.json"
     body = json.loads(file.read_text())
     del body["blake2b"]

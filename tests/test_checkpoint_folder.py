@@ -12,7 +12,7 @@ from jepa_dist.errors import UserError
 from jepa_dist.run.lock import RunLock
 
 
-def test_whatever_has_the_name_of_a_staging_folder_goes(tmp_path: Path) -> None:
+def test_entries_named_like_staging_folders_are_deleted(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "x").write_text("x")
@@ -29,7 +29,9 @@ def test_whatever_has_the_name_of_a_staging_folder_goes(tmp_path: Path) -> None:
     assert (precious / "x").read_text() == "x"
 
 
-def test_what_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_that_cannot_be_deleted_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / ".staging-x").mkdir()
 
     def refuse(path: Path) -> None:
@@ -41,7 +43,7 @@ def test_what_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "folder"])
-def test_a_step_is_removed_whatever_it_is(tmp_path: Path, kind: str) -> None:
+def test_a_step_is_removed_whatever_its_file_type(tmp_path: Path, kind: str) -> None:
     step, precious = tmp_path / "step_00000001", tmp_path / "precious"
     precious.mkdir()
     if kind == "link":
@@ -54,7 +56,7 @@ def test_a_step_is_removed_whatever_it_is(tmp_path: Path, kind: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_a_lock_that_leads_nowhere_is_taken_over(
+def test_a_lock_that_is_a_dangling_link_is_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run.lock").symlink_to("nowhere")

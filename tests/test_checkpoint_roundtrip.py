@@ -150,7 +150,7 @@ def load_something_else(rank: int, world_size: int, folder: str) -> Any:
     return caught.value.problems
 
 
-def test_everything_that_does_not_fit_is_listed_on_every_rank(tmp_path):
+def test_every_rank_lists_all_mismatches(tmp_path):
     run_ranks(save_steps, 2, str(tmp_path), [1])
     first, second = run_ranks(load_something_else, 2, str(tmp_path))
     path = tmp_path / "step_00000001"

@@ -94,7 +94,7 @@ def train_on_while_saving(rank: int, world_size: int, folder: str) -> Any:
     return report.bytes
 
 
-def test_a_snapshot_does_not_see_what_training_does_next(tmp_path):
+def test_training_after_a_snapshot_does_not_change_it(tmp_path):
     sizes = run_ranks(train_on_while_saving, 2, str(tmp_path))
     path = tmp_path / "step_00000001"
     files = [file for file in path.iterdir() if file.name != "manifest.json"]
@@ -213,7 +213,7 @@ def save_no_json(rank: int, world_size: int, folder: str) -> None:
         ([10, 20, 30, 40, 50, 60], RetentionPolicy(last=1), [60]),
     ],
 )
-def test_retention_keeps_the_last_the_nth_and_the_last_healthy_one(unhealthy, keep, kept):
+def test_retention_keeps_the_last_every_nth_and_the_last_healthy(unhealthy, keep, kept):
     health = {step: step not in unhealthy for step in (10, 20, 30, 40, 50, 60)}
     assert [step for step in health if step not in superseded_steps(health, keep)] == kept
 

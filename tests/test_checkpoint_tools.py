@@ -131,7 +131,7 @@ def test_verify_names_what_is_damaged(run, capsys):
     assert call("verify", run / "checkpoints/step_00000010") == 0
 
 
-def test_diff_tells_configuration_tensors_and_norms(run, trained, capsys):
+def test_diff_shows_configuration_tensors_and_norms(run, trained, capsys):
     checkpoints = run / "checkpoints"
     assert call("diff", checkpoints / "step_00000010", checkpoints / "step_00000020") == 1
     lines = capsys.readouterr().out.splitlines()
@@ -154,7 +154,7 @@ def save_variant(rank: int, world_size: int, folder: str) -> None:
     checkpointer.save(1, tensors, state, wait=True)
 
 
-def test_diff_tells_other_names_shapes_and_settings(tmp_path, capsys):
+def test_diff_shows_names_shapes_and_settings_that_differ(tmp_path, capsys):
     for number in ("2", "3"):
         run_ranks(save_variant, 1, str(tmp_path / number))
     assert call("diff", tmp_path / "2", tmp_path / "3") == 1
@@ -169,7 +169,7 @@ def test_diff_tells_other_names_shapes_and_settings(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "prefix", "stem"), [([], "model", "model"), (["--ema"], "ema", "ema")]
 )
-def test_export_gives_the_model_that_interop_reads(run, trained, tmp_path, flag, prefix, stem):
+def test_interop_reads_an_exported_model(run, trained, tmp_path, flag, prefix, stem):
     assert call("export", run, tmp_path / "out", *flag) == 0
     file = tmp_path / f"out/{stem}.safetensors"
     description = read_description(file)
@@ -181,7 +181,7 @@ def test_export_gives_the_model_that_interop_reads(run, trained, tmp_path, flag,
         assert torch.equal(tensor, trained[1][f"{prefix}/{name}"])
 
 
-def test_export_takes_the_newest_whole_one_and_says_so(run, tmp_path, capsys):
+def test_export_takes_the_newest_intact_checkpoint_and_prints_it(run, tmp_path, capsys):
     damage(run, 30)
     assert call("export", run, tmp_path / "out") == 0
     assert read_description(tmp_path / "out/model.safetensors").step == 20
@@ -189,7 +189,7 @@ def test_export_takes_the_newest_whole_one_and_says_so(run, tmp_path, capsys):
     assert call("export", run / "checkpoints/step_00000030", tmp_path / "out") == 2
 
 
-def test_prune_says_what_it_would_delete_and_then_deletes_it(run, capsys):
+def test_prune_lists_with_dry_run_and_then_deletes(run, capsys):
     checkpoints = run / "checkpoints"
     assert call("prune", run, "--keep-last", 1, "--dry-run") == 0
     doomed = checkpoints / "step_00000010"
@@ -218,6 +218,6 @@ def test_prune_deletes_damaged_ones_but_nothing_if_all_are(run, capsys):
 @pytest.mark.parametrize(
     "command", [["ls", "RUN"], ["verify", "RUN"], ["export", "RUN", "out"], ["diff", "RUN", "RUN"]]
 )
-def test_a_folder_without_checkpoints_is_told(tmp_path, capsys, command):
+def test_a_folder_without_checkpoints_is_reported(tmp_path, capsys, command):
     assert call(*(str(tmp_path) if word == "RUN" else word for word in command)) == 2
     assert f"{tmp_path}: holds no checkpoints" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def call(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_overview_names_every_subcommand_and_takes_no_torch(tmp_path: Path) -> None:
+def test_the_overview_names_every_subcommand_without_importing_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from jepa_dist.__main__ import main; main(['--help']); "
         "sys.exit('torch' in sys.modules)"
@@ -47,7 +47,7 @@ def test_the_overview_names_every_subcommand_and_takes_no_torch(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["tasks", "--help"]])
-def test_it_ends_quietly_when_nobody_reads_on(arguments: list[str], tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_it_quietly(arguments: list[str], tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)  # as after | head
     with os.fdopen(writer) as output:

@@ -62,7 +62,7 @@ def test_limits_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> N
         assert line.startswith("error: ")
 
 
-def test_a_rank_that_fails_alone_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_that_fails_alone_prints_its_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), exit_on_user_error(3):
         memory()
     assert capsys.readouterr().err.startswith("[rank 3] error: there is not enough memory")
@@ -96,7 +96,7 @@ class _LeftError(BaseException):
 
 
 @pytest.mark.parametrize("reason", ["file too short", "invalid ELF header"])
-def test_a_library_that_was_cut_short_is_named(
+def test_an_incomplete_library_is_named(
     tmp_path: Path,
     reason: str,
     capsys: pytest.CaptureFixture[str],
@@ -116,7 +116,7 @@ def test_a_library_that_was_cut_short_is_named(
     assert "TORCHINDUCTOR_CACHE_DIR" in line
 
 
-def test_a_note_that_hangs_does_not_keep_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_failure_note_does_not_delay_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jepa_dist.process.failure._NOTE_SECONDS", 0.05)
     released = threading.Event()
 
@@ -133,7 +133,7 @@ def test_a_note_that_hangs_does_not_keep_the_rank(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("command", ["sweep list objectives_debug", "checkpoint ls RUN"])
-def test_a_reader_that_leaves_ends_a_command_quietly(command: str, tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_a_command_quietly(command: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
     words = command.replace("RUN", str(tmp_path)).split()
     reading, writing = os.pipe()

@@ -95,7 +95,7 @@ def test_describe_shows_every_key() -> None:
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", ".001", "0.001", "+1e-3"])
-def test_floats_however_written(tmp_path: Path, text: str) -> None:
+def test_notations_of_floats(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"jepa: {{lambda: {text}}}\n")
     assert load(file, environ={}).config.jepa.lambda_ == 1e-3
@@ -108,7 +108,7 @@ def test_an_integer_is_a_float_but_not_the_other_way_round() -> None:
     assert "valid integer" in problems("seed=1.5")[0]
 
 
-def test_null_where_it_means_something() -> None:
+def test_null_where_it_is_allowed() -> None:
     assert load(None, ["model.embedding_dim=null"], {}).config.model.embedding_dim is None
     assert problems("model.model_dim=null")
 
@@ -145,7 +145,7 @@ def test_unknown_key(tmp_path: Path, key: str, suggestion: str) -> None:
     assert problem == f"file {file}: {key}: unknown key (did you mean {suggestion!r}?)"
 
 
-def test_unknown_key_unlike_any_other() -> None:
+def test_unknown_key_without_suggestion() -> None:
     assert problems("xyzzy=1") == ("command line: xyzzy: unknown key",)
 
 
@@ -229,7 +229,7 @@ def test_impossible_combinations(overrides: list[str], start: str) -> None:
     assert problem.startswith(start)
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     found = problems("jepa.lamda=1", "seed=x", "batch.micro=0", "model.width=1")
     assert len(found) == 4
     assert [found[0].split(":")[1], found[1].split(":")[1]] == [" jepa.lamda", " model.width"]
@@ -250,7 +250,9 @@ def test_all_problems_are_told_at_once() -> None:
         (["parallel.dp_replicate=2", "parallel.dp_shard=4"], 4, "parallel.dp_replicate=2"),
     ],
 )
-def test_what_the_world_cannot_run(overrides: list[str], world_size: int, start: str) -> None:
+def test_configurations_that_a_world_size_cannot_run(
+    overrides: list[str], world_size: int, start: str
+) -> None:
     config = load(None, overrides, {}).config
     with pytest.raises(UserError) as caught:
         check_world(config, world_size)
@@ -258,7 +260,7 @@ def test_what_the_world_cannot_run(overrides: list[str], world_size: int, start:
     assert problem.startswith(start)
 
 
-def test_what_the_world_can_run() -> None:
+def test_configurations_that_a_world_size_can_run() -> None:
     check_world(load(None, ["batch.sequences=4"], {}).config, 4)
     check_world(load(None, ["parallel.dp_replicate=2", "parallel.dp_shard=2"], {}).config, 4)
     check_world(load(None, ["parallel.dp_replicate=4"], {}).config, 4)

@@ -65,11 +65,11 @@ def value(config: Config, key: str) -> Any:
         ("model.tie_embeddings=off", False),
     ],
 )
-def test_the_command_line_s_text(override: str, expected: Any) -> None:
+def test_text_on_the_command_line(override: str, expected: Any) -> None:
     assert value(load(None, [override], {}).config, override.partition("=")[0]) == expected
 
 
-def test_what_an_override_reads_is_what_was_written() -> None:
+def test_overrides_read_back_what_was_written() -> None:
     config = load(
         None, ["run.dir=runs/exp #2", "eval.prompt=' a", "data.tokenizer=null"], {}
     ).config
@@ -85,7 +85,7 @@ def test_numbers_are_decimal(tmp_path: Path, text: str) -> None:
     problems(path=file)
 
 
-def test_a_file_s_text(tmp_path: Path) -> None:
+def test_text_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("run: {dir: 2026-11-26}\neval: {prompt: yes}\ntrain: {steps: 010}\n")
     config = load(file, environ={}).config
@@ -106,7 +106,7 @@ def test_a_file_s_text(tmp_path: Path) -> None:
         ("eval.prompt", "a\udcff", "is not valid UTF-8"),
     ],
 )
-def test_what_is_no_path_or_text(key: str, text: str, complaint: str) -> None:
+def test_invalid_paths_and_text(key: str, text: str, complaint: str) -> None:
     (problem,) = problems(f"{key}={text}")
     assert complaint in problem
 
@@ -182,7 +182,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         "monitor.late_seconds=1e300",
     ],
 )
-def test_sizes_beyond_reason(override: str) -> None:
+def test_excessive_sizes(override: str) -> None:
     assert "less than or equal to" in problems(override)[0]
 
 

@@ -87,7 +87,7 @@ def counted(tokenizer: Tokenizer, text: bytes) -> int:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.binary() | st.text().map(str.encode) | st.sampled_from([t.encode() for t in TEXT]))
-def test_every_byte_is_counted_once_and_comes_back(tokenizer: Tokenizer, text: bytes) -> None:
+def test_every_byte_is_counted_once_and_decoded(tokenizer: Tokenizer, text: bytes) -> None:
     ids = tokenizer.encode(text)
     assert counted(tokenizer, text) == len(text)
     assert ids.dtype == np.uint16
@@ -106,7 +106,7 @@ def test_ids_are_those_of_the_library(hugging_face: Path, tiktoken_file: Path) -
     assert (small.bos_id, small.vocab_size) == (264, 271)
 
 
-def test_it_keeps_all_and_has_nothing_to_note(tokenizer: Tokenizer) -> None:
+def test_lossless_tokenizers_have_no_note(tokenizer: Tokenizer) -> None:
     assert tokenizer.note is None
 
 
@@ -116,7 +116,7 @@ def test_text_that_spells_a_special_token_is_text(tokenizer: Tokenizer) -> None:
     assert counted(tokenizer, f"a{BOS}b".encode()) == 2 + len(BOS)
 
 
-def test_another_process_encodes_alike(tokenizer: Tokenizer) -> None:
+def test_another_process_encodes_identically(tokenizer: Tokenizer) -> None:
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert (
         copy.encode(b"the low\xff tide").tolist() == tokenizer.encode(b"the low\xff tide").tolist()
@@ -124,7 +124,7 @@ def test_another_process_encodes_alike(tokenizer: Tokenizer) -> None:
     assert copy.name == tokenizer.name
 
 
-def test_the_identity_is_the_content(hugging_face: Path, tmp_path: Path) -> None:
+def test_the_identity_is_a_digest_of_the_content(hugging_face: Path, tmp_path: Path) -> None:
     copy = tmp_path / "other.json"
     copy.write_bytes(hugging_face.read_bytes())
     assert load_tokenizer(str(copy)).name == load_tokenizer(str(hugging_face)).name
@@ -136,7 +136,7 @@ def test_the_identity_is_the_content(hugging_face: Path, tmp_path: Path) -> None
     assert counted(other, b"two herons run") == 14
 
 
-def test_bos_is_what_the_configuration_beside_says(tmp_path: Path) -> None:
+def test_bos_comes_from_tokenizer_config(tmp_path: Path) -> None:
     model = trained()
     model.add_special_tokens(["<start>"])
     model.save(str(tmp_path / "tokenizer.json"))
@@ -148,7 +148,7 @@ def test_bos_is_what_the_configuration_beside_says(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path / "tokenizer.json")).bos_id == model.token_to_id(BOS)
 
 
-def test_a_token_of_text_begins_no_document(tmp_path: Path) -> None:
+def test_a_text_token_is_refused_as_bos(tmp_path: Path) -> None:
     """Real ones have such tokens: "<s>" is a piece of Qwen's vocabulary."""
     model = trained()
     model.add_tokens(["<s>"])
@@ -161,7 +161,7 @@ def test_a_token_of_text_begins_no_document(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
-def test_a_normalizer_that_changes_text_is_said(tmp_path: Path) -> None:
+def test_a_normalizer_that_changes_text_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     trained(normalizer=tokenizers.normalizers.NFC()).save(str(path))
     note = load_tokenizer(str(path)).note
@@ -234,7 +234,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @settings(max_examples=300, deadline=None)
 @given(text=mixed_text)
-def test_bytes_of_llama3_and_qwen_add_up(family: tuple[str, Tokenizer], text: bytes) -> None:
+def test_byte_counts_of_llama3_and_qwen_add_up(family: tuple[str, Tokenizer], text: bytes) -> None:
     """To the text, also where it is no UTF-8; with Qwen to the text that NFC makes of it."""
     name, tokenizer = family
     expected = text
@@ -248,7 +248,7 @@ def test_bytes_of_llama3_and_qwen_add_up(family: tuple[str, Tokenizer], text: by
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prepare_says_what_a_normalizer_changes(
+def test_prepare_reports_what_a_normalizer_changes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     FAMILIES[name][0]().save(str(tmp_path / "tokenizer.json"))
@@ -290,7 +290,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_counted_is_refused(tmp_path: Path, name: str) -> None:
+def test_tokenizers_whose_bytes_cannot_be_counted_are_refused(tmp_path: Path, name: str) -> None:
     make, message = REFUSED[name]
     make(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match=message) as error:

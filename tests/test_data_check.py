@@ -43,7 +43,7 @@ def test_good_data_pass(folder: Path) -> None:
     check_data(config(folder))
 
 
-def test_one_window_is_enough_and_less_is_not(folder: Path) -> None:
+def test_at_least_one_window_is_needed(folder: Path) -> None:
     check_data(config(folder, seq_len=99))
     with pytest.raises(UserError) as error:  # windows of validation run through all shards
         check_data(config(folder, seq_len=100))
@@ -54,14 +54,14 @@ def test_one_window_is_enough_and_less_is_not(folder: Path) -> None:
         check_data(config(folder, seq_len=200))
 
 
-def test_every_header_is_looked_at(folder: Path) -> None:
+def test_every_header_is_checked(folder: Path) -> None:
     path = folder / "train_1.bin"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"train_1\.bin: the header promises 100 tokens"):
         check_data(config(folder))
 
 
-def test_all_problems_come_at_once(folder: Path) -> None:
+def test_all_problems_are_reported_at_once(folder: Path) -> None:
     with pytest.raises(UserError) as error:
         check_data(config(folder, vocab_size=256, train=f"{folder}/none_*.bin", tokenizer="x"))
     text = str(error.value)
@@ -69,14 +69,14 @@ def test_all_problems_come_at_once(folder: Path) -> None:
     assert "data.tokenizer" in text
 
 
-def test_a_vocabulary_unlike_the_model_is_told(folder: Path) -> None:
+def test_a_vocabulary_size_unlike_the_model_is_reported(folder: Path) -> None:
     with pytest.raises(UserError) as error:
         check_data(config(folder, vocab_size=300))
     assert "data.tokenizer='bytes': has 257 ids, but model.vocab_size=300" in str(error.value)
     assert "meta.json says vocab_size=257, but model.vocab_size=300" in str(error.value)
 
 
-def test_another_tokenizer_of_the_same_size_is_told(folder: Path) -> None:
+def test_another_tokenizer_of_the_same_size_is_reported(folder: Path) -> None:
     meta = {"tokenizer": "sentencepiece 00", "vocab_size": 257, "shards": {}}
     (folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match=r"the tokenizer was 'sentencepiece 00'"):
@@ -84,13 +84,13 @@ def test_another_tokenizer_of_the_same_size_is_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_a_damaged_meta_is_told(folder: Path, text: str) -> None:
+def test_a_damaged_meta_is_reported(folder: Path, text: str) -> None:
     (folder / "meta.json").write_text(text)
     with pytest.raises(UserError, match=r"meta\.json: damaged"):
         check_data(config(folder))
 
 
-def test_checking_and_preparing_do_without_torch() -> None:
+def test_checking_and_preparing_do_not_import_torch() -> None:
     code = (
         "import sys, jepa_dist.data.check, jepa_dist.data.prepare, jepa_dist.data.baseline;"
         "sys.exit('torch' in sys.modules)"

@@ -91,7 +91,7 @@ def test_equal_documents_are_in_one_split_and_one_stays(
     assert [set(documents) for documents in kept] == [set(documents) for documents in found]
 
 
-def test_text_files_are_like_lines(
+def test_text_files_are_compared_as_lines_are(
     tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "TASK_BYTES", 64)
@@ -108,7 +108,7 @@ def test_text_files_are_like_lines(
     assert same[0] == same[1]
 
 
-def test_all_can_be_kept_and_older_outputs_are_done(
+def test_duplicates_can_be_kept_and_older_outputs_are_accepted(
     tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*inputs, "--out", str(tmp_path / "out")]

@@ -106,7 +106,7 @@ SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", SHARDS)
-def test_what_is_no_shard_is_one_line(folder: Path, name: str) -> None:
+def test_an_invalid_shard_is_one_line(folder: Path, name: str) -> None:
     make, message = SHARDS[name]
     make(folder / "train_1.bin")
     outcome = run_limited(check_data, config(folder))
@@ -138,7 +138,7 @@ def test_any_bytes_are_a_shard_or_one_line(
         ("{folder}/none_*.bin", "no token shard matches"),
     ],
 )
-def test_patterns_are_answered_at_once(folder: Path, pattern: str, message: str) -> None:
+def test_patterns_are_resolved_quickly(folder: Path, pattern: str, message: str) -> None:
     changed = config(folder, train=pattern.format(folder=folder))
     outcome = run_limited(check_data, changed)
     assert outcome.code == 2, outcome.output
@@ -146,7 +146,7 @@ def test_patterns_are_answered_at_once(folder: Path, pattern: str, message: str)
     assert message in outcome.output.splitlines()[0]
 
 
-def test_brackets_in_a_path_are_taken_as_they_are(folder: Path) -> None:
+def test_brackets_in_a_path_are_literal(folder: Path) -> None:
     odd = folder.rename(folder.with_name("run[1]*?"))
     write_shard(odd / "t[ab].bin", np.arange(50))
     assert [p.name for p in find_shards(f"{odd}/train_*.bin", "x")] == [
@@ -249,7 +249,7 @@ def test_a_bad_meta_is_one_line(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("make", [fifo, link("/dev/zero"), link("."), link("meta.json")])
-def test_a_meta_that_is_no_file_is_one_line(folder: Path, make: Callable[[Path], None]) -> None:
+def test_a_meta_that_is_not_a_file_is_one_line(folder: Path, make: Callable[[Path], None]) -> None:
     (folder / "meta.json").touch()
     make(folder / "meta.json")
     outcome = run_limited(check_data, config(folder))
@@ -347,7 +347,7 @@ def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path: Path) -> None
     assert_one_line(outcome.output, "a.jsonl:2: a line of more than 64 MiB")
 
 
-def test_what_is_not_read_in_a_folder_is_one_line(
+def test_skipped_entries_of_a_folder_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in"
@@ -379,7 +379,7 @@ def test_overlapping_folders_are_refused(
     assert_one_line(capsys.readouterr().err, "a.txt: the same file as")
 
 
-def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+def test_byte_order_marks_are_dropped(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     (tmp_path / "a.txt").write_bytes(mark + b"first|" + mark + b"second")
     (tmp_path / "b.jsonl").write_bytes(mark + b'{"text": "third"}\r\n')
@@ -392,7 +392,9 @@ def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
     assert ids == [256, *b"first", 256, *b"second", 256, *b"third"]
 
 
-def test_an_edit_of_equal_size_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_edit_of_equal_size_is_detected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a.txt"
     path.write_text("|".join(f"text {i:03d}" for i in range(300)))
     arguments = [str(path), "--separator", "|", "--workers", "1", "--out", str(tmp_path / "out")]

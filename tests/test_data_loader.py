@@ -120,7 +120,7 @@ def test_any_ids_in_any_order(
 
 
 @pytest.mark.slow
-def test_thousands_of_shards_fit_in_few_file_handles(tmp_path: Path) -> None:
+def test_thousands_of_shards_need_few_file_handles(tmp_path: Path) -> None:
     for i in range(1500):
         write_shard(tmp_path / f"{i:04d}.bin", np.full(2 * SEQ_LEN + 1, i))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -159,7 +159,7 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches(dataset: TokenDa
             assert global_batches(dataset, world_size, micro, steps=10) == expected
 
 
-def test_batches_that_do_not_divide_are_exact_too(dataset: TokenDataset) -> None:
+def test_uneven_batches_are_exact(dataset: TokenDataset) -> None:
     expected = global_batches(dataset, 1, 7, steps=3, sequences=7)
     for world_size in (2, 3, 4, 7):
         for micro in (1, 2, 3):
@@ -177,7 +177,7 @@ def test_an_epoch_visits_every_window_once(dataset: TokenDataset, paths: list[Pa
 
 
 @pytest.mark.timeout(60)
-def test_resuming_elsewhere_goes_on_where_it_was(dataset: TokenDataset) -> None:
+def test_resuming_at_another_world_size_continues_the_order(dataset: TokenDataset) -> None:
     """4 -> 3 -> 1 -> 2 ranks with changing numbers of loader processes."""
     expected, digests = global_batches(dataset, 1, 12, steps=12)
     start = 0
@@ -214,7 +214,7 @@ def test_digest_sees_order_and_content() -> None:
     assert all(0 <= digest < 2**64 for digest in seen)
 
 
-def test_digest_adds_up_over_any_cut_and_ignores_padding() -> None:
+def test_digest_adds_up_over_any_split_and_ignores_padding() -> None:
     rows = np.arange(27).reshape(3, 9)
     whole = make_batch(rows, range(3), 3).digest
     parts = [make_batch(rows[:1], range(1), 4), make_batch(rows[1:], range(1, 3), 4)]
@@ -301,7 +301,7 @@ def test_loader_processes_do_not_touch_the_random_generators(dataset: TokenDatas
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("no_process_left")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_shard_surfaces_as_its_own_message(tmp_path: Path, workers: int) -> None:
+def test_a_bad_shard_raises_its_own_message(tmp_path: Path, workers: int) -> None:
     write_shard(tmp_path / "a.bin", np.arange(SEQ_LEN * 20 + 1) % 50)
     write_shard(tmp_path / "b.bin", np.full(SEQ_LEN + 1, 60))
     dataset = TokenDataset(sorted(tmp_path.iterdir()), SEQ_LEN, 51)
@@ -316,7 +316,7 @@ def test_a_bad_shard_surfaces_as_its_own_message(tmp_path: Path, workers: int) -
 
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("no_process_left")
-def test_a_shard_that_vanishes_surfaces_too(tmp_path: Path) -> None:
+def test_a_deleted_shard_raises_its_own_message(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.bin", np.arange(100))
     dataset = TokenDataset([tmp_path / "a.bin"], SEQ_LEN, 100)
     (tmp_path / "a.bin").unlink()
@@ -354,7 +354,7 @@ def test_loader_processes_leave_signals_to_the_trainer(dataset: TokenDataset) ->
             next(loader)
 
 
-def test_a_closed_loader_says_so(dataset: TokenDataset) -> None:
+def test_a_closed_loader_raises(dataset: TokenDataset) -> None:
     loader = TrainLoader(dataset, BatchLayout(12, 4, 0, 1), seed=7)
     loader.close()
     loader.close()

@@ -98,7 +98,7 @@ def test_every_source_visits_all_of_its_samples_before_it_repeats_one() -> None:
     assert set(ids[300:].tolist()) > set(range(57, 177))
 
 
-def test_sources_of_one_size_are_not_in_step() -> None:
+def test_sources_of_equal_size_have_different_orders() -> None:
     order = one_stage([0.5, 0.5], 1000)
     ids = order.ids(0, 2000, seed=0)
     first, second = ids[ids < 1000], ids[ids >= 1000] - 1000
@@ -124,7 +124,7 @@ def test_the_order_is_pinned() -> None:
 PINNED = [1043, 729, 856, 1000, 108, 413, 1026, 586, 420, 603]
 
 
-def test_weights_are_exact_where_they_can_be() -> None:
+def test_representable_weights_are_exact() -> None:
     assert whole_weights([0.7, 0.2, 0.1]) == (700_000_000, 200_000_000, 100_000_000)
     assert whole_weights([2, 0, 1e-12]) == (10**9, 0, 1)
 
@@ -173,9 +173,7 @@ MIXED = {
         ({"data__train": MIXED["data__train"].replace('"b"', '"a"')}, "2 sources are named a"),
     ],
 )
-def test_lists_that_cannot_be_are_refused(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_invalid_lists_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny_config(tmp_path, **{**MIXED, **changes})
 
@@ -229,7 +227,7 @@ def test_the_dataset_reads_the_windows_of_the_sources(tmp_path: Path) -> None:
     assert sources.sum() == 18
 
 
-def test_start_says_what_is_mixed_and_records_follow(tmp_path: Path) -> None:
+def test_the_mixture_is_printed_at_the_start_and_recorded(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, **write_mixture(tmp_path))
     order = training_order(config)
     first, second = describe_mixture(config, order)
@@ -250,7 +248,7 @@ def checked(folder: Path, **changes: Any) -> Config:
     return config
 
 
-def test_checks_look_at_every_source(tmp_path: Path) -> None:
+def test_checks_cover_every_source(tmp_path: Path) -> None:
     checked(tmp_path)
     write_shard(tmp_path / "other" / "train_0.bin", np.arange(5))
     with pytest.raises(UserError) as error:

@@ -48,7 +48,7 @@ def test_epochs_and_seeds_differ(n: int, seed: int, epoch: int) -> None:
 
 
 @pytest.mark.parametrize("n", [3, 17, 60])
-def test_every_place_takes_every_value_alike(n: int) -> None:
+def test_every_position_takes_every_value_equally_often(n: int) -> None:
     """Chi-square of where a few positions land over many epochs, against uniform."""
     epochs = 60 * n
     images = np.stack([permute(np.arange(n), n, epoch_key(5, e)) for e in range(epochs)])
@@ -75,7 +75,9 @@ def test_neighbors_are_scattered() -> None:
     seed=seeds,
 )
 @settings(max_examples=30, deadline=None)
-def test_any_cut_of_the_order_is_the_same_order(n: int, first: int, count: int, seed: int) -> None:
+def test_any_split_of_the_order_is_the_same_order(
+    n: int, first: int, count: int, seed: int
+) -> None:
     """Element by element, from the definition: epoch = i // n, position = i % n."""
     expected = [
         int(permute(np.array([i % n]), n, epoch_key(seed, i // n))[0])
@@ -103,7 +105,7 @@ def test_batches_that_straddle_epochs_neither_repeat_nor_skip(
     length=st.integers(0, 50),
 )
 @settings(max_examples=60, deadline=None)
-def test_batches_of_any_size_pass_over_the_same_places(
+def test_batches_of_any_size_skip_the_same_positions(
     batches: list[int], start: int, length: int
 ) -> None:
     """After a roll-back, also when batch.sequences is changed: the rest comes once, in order."""

@@ -99,7 +99,7 @@ def test_jsonl_lines_are_documents(tmp_path: Path, capsys: pytest.CaptureFixture
     assert str(tmp_path) in capsys.readouterr().out
 
 
-def test_a_folder_is_read_whole_in_name_order(tmp_path: Path) -> None:
+def test_all_files_of_a_folder_are_read_in_name_order(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
     expected = []
@@ -146,7 +146,7 @@ def test_sentencepiece_text_becomes_the_golden_shards(case: Case, tmp_path: Path
     task_bytes=st.integers(8, 40),
 )
 @settings(max_examples=200, deadline=None)
-def test_any_cutting_gives_the_same_documents(
+def test_documents_do_not_depend_on_block_boundaries(
     tmp_path_factory: pytest.TempPathFactory,
     text: str,
     separator: bytes | None,
@@ -172,7 +172,7 @@ def test_any_cutting_gives_the_same_documents(
 
 @given(sizes=st.lists(st.integers(0, 60), max_size=30), task_bytes=st.integers(1, 100))
 @settings(max_examples=100, deadline=None)
-def test_any_cutting_of_lines_gives_whole_lines(
+def test_lines_do_not_depend_on_block_boundaries(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], task_bytes: int
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "a.jsonl"
@@ -247,7 +247,7 @@ def test_another_result_is_never_overwritten_silently(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_a_damaged_result_is_told(
+def test_a_damaged_result_is_reported(
     mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(mixed), "--out", str(tmp_path / "out"), "--workers", "1"]
@@ -257,7 +257,7 @@ def test_a_damaged_result_is_told(
     assert "val_000000.bin" in capsys.readouterr().err
 
 
-def test_a_folder_of_somebody_else_is_left_alone(
+def test_a_foreign_folder_is_not_changed(
     mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -323,7 +323,7 @@ def test_mistakes_are_one_line_and_exit_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_single_text_without_validation_says_what_to_do(
+def test_a_single_text_without_validation_gives_advice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("one document")
@@ -337,7 +337,7 @@ def test_a_single_text_without_validation_says_what_to_do(
 # ---------------------------------------------------------------------------- default corpus
 
 
-def test_the_default_corpus_is_the_library_without_its_guests(
+def test_the_default_corpus_is_the_python_files_of_the_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "lib"
@@ -362,7 +362,7 @@ def test_the_default_corpus_is_the_library_without_its_guests(
     assert documents_of(tmp_path / "data/stdlib", "val") == by_name
 
 
-def test_a_python_without_sources_is_told(
+def test_a_python_without_sources_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
@@ -414,7 +414,7 @@ def interrupt(process: subprocess.Popen[str], how: signal.Signals) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_leaves_nothing_half_done(tmp_path: Path, how: signal.Signals) -> None:
+def test_an_interrupted_run_leaves_no_partial_output(tmp_path: Path, how: signal.Signals) -> None:
     write_jsonl(tmp_path / "a.jsonl", texts(300_000))  # so many that it is not done soon
     out, staging = tmp_path / "out", tmp_path / ".out.partial"
     arguments = [str(tmp_path / "a.jsonl"), "--out", str(out), "--workers", "2"]
@@ -444,7 +444,7 @@ def test_an_interrupted_run_leaves_nothing_half_done(tmp_path: Path, how: signal
 
 
 @pytest.mark.timeout(60)
-def test_a_killed_helper_is_one_error(tmp_path: Path) -> None:
+def test_a_killed_worker_is_one_error(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", texts(300_000))  # so many that it is not done soon
     out = tmp_path / "out"
     marker = f"{os.getpid()}-{time.monotonic_ns()}"

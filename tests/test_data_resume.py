@@ -71,7 +71,9 @@ def killed_after(writes: int, arguments: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("more", [(), ("--shuffle", "3"), ("--keep-duplicates",)])
-def test_killed_anywhere_and_resumed(text: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_resumes_after_a_kill_at_any_write(
+    text: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     assert main(command(text, tmp_path / "whole", *more)) == 0
     expected = files_of(tmp_path / "whole")
     assert len(expected) > 4
@@ -151,7 +153,7 @@ def interrupt_after(writes: int, number: int, patch: pytest.MonkeyPatch) -> None
         patch.setattr(sink, "write", write)
 
 
-def test_interrupted_before_anything_is_noted(
+def test_interrupted_before_the_first_journal_entry(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(journal, "_SECONDS", 100.0)
@@ -161,7 +163,7 @@ def test_interrupted_before_anything_is_noted(
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_an_error_keeps_nothing(text: Path, tmp_path: Path) -> None:
+def test_an_error_removes_the_partial_output(text: Path, tmp_path: Path) -> None:
     with text.open("a") as file:
         file.write("{oops")
     assert main(command(text, tmp_path / "out", "--keep-duplicates")) == 2
@@ -179,7 +181,7 @@ def test_an_error_keeps_nothing(text: Path, tmp_path: Path) -> None:
         lambda folder, text: text.write_text(text.read_text().replace("word", "work")),
     ],
 )
-def test_what_cannot_be_resumed_begins_anew(spoil: Any, text: Path, tmp_path: Path) -> None:
+def test_changed_input_or_settings_start_anew(spoil: Any, text: Path, tmp_path: Path) -> None:
     arguments = command(text, tmp_path / "out")
     assert killed_after(30, arguments)
     spoil(tmp_path / ".out.partial", text)

@@ -34,7 +34,7 @@ def test_a_written_shard_is_the_format_byte_for_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [[], [7], list(range(300))])
-def test_a_foreign_shard_is_read_as_it_is(tmp_path: Path, tokens: list[int]) -> None:
+def test_a_foreign_shard_is_read_unchanged(tmp_path: Path, tokens: list[int]) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(shard_bytes(tokens))
     assert read_count(path) == len(tokens)
@@ -85,7 +85,7 @@ def test_find_shards_sorts_by_name(tmp_path: Path) -> None:
     assert [path.name for path in found] == ["t_1.bin", "t_10.bin", "t_2.bin"]
 
 
-def test_an_empty_glob_names_the_key_the_pattern_and_the_way_out(tmp_path: Path) -> None:
+def test_an_empty_glob_names_the_key_the_pattern_and_the_fix(tmp_path: Path) -> None:
     pattern = str(tmp_path / "t_*.bin")
     with pytest.raises(UserError) as error:
         find_shards(pattern, "data.train")

@@ -32,7 +32,7 @@ def test_bytes_are_their_own_ids(text: bytes) -> None:
     assert tokenizer.decode([tokenizer.bos_id, *ids]) == text.decode("utf-8", "replace")
 
 
-def test_bytes_count_one_each_and_bos_none() -> None:
+def test_bytes_count_as_one_and_bos_as_zero() -> None:
     counter = load_tokenizer("bytes").byte_counter()
     assert counter.count(np.array([256, 65, 66]), np.array([65, 256, 255])).tolist() == [1, 0, 1]
     assert counter.is_boundary.tolist() == [False] * 256 + [True]
@@ -195,7 +195,7 @@ def test_every_byte_of_a_text_is_counted_once(models: dict[str, Path], kind: str
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "default" in kind])
-def test_what_a_tokenizer_loses_is_said(models: dict[str, Path], kind: str) -> None:
+def test_bytes_that_a_tokenizer_loses_are_reported(models: dict[str, Path], kind: str) -> None:
     note = load_tokenizer(str(models[kind])).note
     assert note is not None
     assert "runs of spaces 18 of 24" in note
@@ -204,7 +204,7 @@ def test_what_a_tokenizer_loses_is_said(models: dict[str, Path], kind: str) -> N
     assert "\n" not in note
 
 
-def test_what_is_lost_of_a_corpus_is_counted(
+def test_lost_bytes_of_a_corpus_are_counted(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, text in (("a.txt", "low  tide"), ("val.txt", "low tide")):

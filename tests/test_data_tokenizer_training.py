@@ -79,7 +79,7 @@ def test_large_input_is_sampled(
 
 
 @pytest.mark.parametrize("value", ["256", "many", "9999999"])
-def test_a_size_that_makes_no_vocabulary_is_refused(
+def test_an_invalid_vocabulary_size_is_refused(
     corpus: list[str], value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*corpus, "--out", "out", "--train-tokenizer", value]) == 2

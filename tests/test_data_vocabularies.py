@@ -88,7 +88,7 @@ def test_ids_are_those_of_the_models(family: Family, tokenizer: Tokenizer) -> No
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.binary() | st.text().map(str.encode))
-def test_every_byte_is_counted_once_and_comes_back(tokenizer: Tokenizer, text: bytes) -> None:
+def test_every_byte_is_counted_once_and_decoded(tokenizer: Tokenizer, text: bytes) -> None:
     ids = tokenizer.encode(text)
     assert counted(tokenizer, text) == len(text)
     assert tokenizer.decode(ids.tolist()) == text.decode("utf-8", "replace")

@@ -91,11 +91,11 @@ def test_versions_that_differ() -> None:
         ),
     ],
 )
-def test_a_sick_node_is_told_about_once(changes: dict[str, Any], expected: str) -> None:
+def test_a_faulty_node_is_reported_once(changes: dict[str, Any], expected: str) -> None:
     assert found((2, changes), (3, changes)) == [expected]
 
 
-def test_a_clock_that_cannot_be_told_is_not_blamed() -> None:
+def test_a_clock_that_may_be_within_the_limit_is_not_reported() -> None:
     assert found((2, {"clock_ahead": 1.4, "clock_error": 0.5})) == []
 
 
@@ -234,7 +234,7 @@ def _speed(rank: int, world_size: int) -> tuple[float | None, float | None]:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_links_are_measured_where_there_are_any(world_size: int) -> None:
+def test_links_are_measured_on_several_ranks(world_size: int) -> None:
     for bandwidth, ring in run_ranks(_speed, world_size):
         if world_size == 1:
             assert (bandwidth, ring) == (None, None)
@@ -295,7 +295,7 @@ def test_a_full_disk_ends_with_code_1(tmp_path: Path) -> None:
     assert re.search(r"problem: .*GiB free, less than 1e\+09 \(--need-gib\)", finished.output)
 
 
-def test_loopback_ends_before_anybody_waits(tmp_path: Path) -> None:
+def test_loopback_is_refused_before_the_rendezvous(tmp_path: Path) -> None:
     """Two nodes in torchrun's environment variables; the other one need not exist."""
     environ = {
         **{"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 2},

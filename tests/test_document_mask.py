@@ -132,7 +132,7 @@ def test_kernels_agree(name: str) -> None:
     torch.testing.assert_close(bound(q, k, v, numbers), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_flex_sees_the_same() -> None:
+def test_flex_agrees() -> None:
     """Its forward pass, which the CPU has."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 32, 16, generator=generator) for heads in (4, 2, 2))
@@ -175,7 +175,7 @@ def test_any_number_of_ranks_and_one_graph(corpus: Path) -> None:
     assert_same_run(run_ranks(train, 2, config)[0][:-1], records)
 
 
-def test_the_stored_run_is_enough_to_use_the_model(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_directory_suffices_to_use_the_model(corpus: Path, tmp_path: Path) -> None:
     """``data.bos_id`` is filled in from what is beside the shards, or from the tokenizer."""
     plain = masked(corpus, model__vocab_size=257, data__tokenizer="bytes", data__bos_id="null")
     config = with_bos(plain)
@@ -194,7 +194,7 @@ def test_the_stored_run_is_enough_to_use_the_model(corpus: Path, tmp_path: Path)
 # ---------------------------------------------------------------------------- mistakes
 
 
-def test_what_cannot_be(tmp_path: Path, corpus: Path) -> None:
+def test_impossible_settings(tmp_path: Path, corpus: Path) -> None:
     def problems(**changes: Any) -> list[str]:
         with pytest.raises(UserError) as caught:
             load(None, tiny_overrides(tmp_path, **changes), {})

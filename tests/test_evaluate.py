@@ -207,7 +207,7 @@ def numbers(output: str) -> dict[str, float]:
     return {word[0]: float(word[1]) for word in words if word[0] in ("loss", "bpb", "tokens")}
 
 
-def test_the_command_finds_the_last_validation_again(trained: tuple[Path, dict]) -> None:
+def test_the_command_reproduces_the_last_validation(trained: tuple[Path, dict]) -> None:
     folder, validation = trained
     done = evaluate(str(folder / "run"))
     assert done.returncode == 0, done.stderr
@@ -232,7 +232,7 @@ def test_the_command_on_several_ranks(trained: tuple[Path, dict]) -> None:
     assert one["bpb"] < validation["val/bpb"]  # more context
 
 
-def test_the_command_tells_mistakes_once_without_a_traceback(trained: tuple[Path, dict]) -> None:
+def test_user_errors_are_printed_once_without_a_traceback(trained: tuple[Path, dict]) -> None:
     done = evaluate(str(trained[0] / "run"), "data.tokenizer=nowhere.model")
     assert done.returncode == 2
     assert done.stderr.startswith("error: data.tokenizer: tokenizer 'nowhere.model': no such file")
@@ -278,7 +278,7 @@ def test_a_foreign_tokenizer_or_too_little_text_is_refused(tmp_path: Path) -> No
         find_windows(config, stride=None)
 
 
-def test_validation_limits_its_set_and_knows_its_windows(tmp_path: Path) -> None:
+def test_validation_limits_its_set_and_counts_its_windows(tmp_path: Path) -> None:
     paths = write_shards(tmp_path, 40, 30)
     counts, windows = run_ranks(validate, 1, paths)[0]
     assert counts == {"all": 8, "some": 3}

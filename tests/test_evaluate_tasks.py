@@ -129,7 +129,7 @@ def scores_of_rank(rank: int, world_size: int, run: Path) -> tuple[list[float], 
     return passes.log_likelihoods(requests).total_N.tolist(), states.tobytes()
 
 
-def test_any_number_of_ranks_finds_the_same_bits(run: Path) -> None:
+def test_results_are_bit_equal_on_any_number_of_ranks(run: Path) -> None:
     """27 rows in batches of 4: 7 batches, which neither 2 nor 3 ranks share evenly."""
     first = run_ranks(scores_of_rank, 1, run)[0]
     for world_size in (2, 3):
@@ -356,7 +356,7 @@ def test_documents_are_labeled_by_package(tmp_path: Path) -> None:
     assert all(900 < len(one["text"]) <= 1000 for one in made)
 
 
-def test_the_page_names_all_files() -> None:
+def test_the_documentation_names_all_files() -> None:
     page = (REPOSITORY / "docs/evaluation.md").read_text()
     for name in ("cloze.jsonl", "order.jsonl", "package.jsonl", "evaluation.json"):
         assert name in page

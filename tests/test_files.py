@@ -40,7 +40,9 @@ SURPRISES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("surprise", SURPRISES.values(), ids=SURPRISES)
-def test_surprises_are_refused_at_once(tmp_path: Path, surprise: Callable[[Path], object]) -> None:
+def test_special_files_are_refused_at_once(
+    tmp_path: Path, surprise: Callable[[Path], object]
+) -> None:
     path = tmp_path / "file"
     surprise(path)
     for read in (
@@ -81,7 +83,7 @@ def test_lines_are_read_up_to_the_size_that_the_file_had(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "dangling link", "folder"])
-def test_nothing_is_written_through_what_has_the_name(
+def test_nothing_is_written_through_links_or_fifos(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:  # however somebody comes to know the name
@@ -115,7 +117,7 @@ def _plant(tmp_path: Path, kind: str) -> None:
 # ---------------------------------------------------------------------------- metrics.jsonl
 
 
-def test_numbers_that_json_does_not_have_are_null_with_a_reason(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_null_with_a_reason(tmp_path: Path) -> None:
     record = {"step": 3, "a": math.nan, "b": -math.inf, "c": 1.5, "d": None}
     table = {"jepa/cos_table": {"lengths": [1, 2], "cos": [[0.5, math.nan]]}}
     line = encode({**record, **table})
@@ -131,7 +133,7 @@ def test_numbers_that_json_does_not_have_are_null_with_a_reason(tmp_path: Path) 
     assert decode(b'{"step": 1, "old": NaN}') is not None, "lines of earlier versions"
 
 
-def test_what_is_no_record(tmp_path: Path) -> None:
+def test_invalid_records(tmp_path: Path) -> None:
     for line in (b"", b"{", b"[]", b"{}", b'{"step": "1"}', b'{"step": true}', b'{"step": -1}'):
         assert decode(line) is None
     assert decode(b'{"step": 1%s}' % (b"0" * 30)) is None

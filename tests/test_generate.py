@@ -58,7 +58,7 @@ def test_a_sample_is_a_function_of_its_seed(tmp_path: Path) -> None:
     assert len(sample(model, prompt="", num_tokens=3)) <= 3
 
 
-def test_temperature_zero_takes_the_likeliest_of_the_context(tmp_path: Path) -> None:
+def test_temperature_zero_takes_the_likeliest_token(tmp_path: Path) -> None:
     """Against whole, growing rows; from the 24th token on the window slides."""
     model = tiny_model(tiny_config(tmp_path))
     ids = [BYTES.bos_id, *b"def"]
@@ -100,7 +100,7 @@ def train_and_sample(rank: int, world_size: int, config: Config) -> tuple[str, i
 
 
 @pytest.mark.slow
-def test_a_sharded_model_writes_the_same_and_compiles_nothing(tmp_path: Path) -> None:
+def test_a_sharded_model_generates_the_same_and_compiles_nothing(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     config = tiny_config(tmp_path, parallel__compile=True, train__steps=2)
     alone = run_ranks(train_and_sample, 1, config)

@@ -374,7 +374,7 @@ def trained_and_then(config: Config, look: Callable[[Trainer], Any]) -> Any:
         stop_world()
 
 
-def test_a_trained_model_writes_on_the_device(corpus: Path) -> None:
+def test_a_trained_model_generates_on_the_device(corpus: Path) -> None:
     config = tiny_config(corpus, train__steps=8, optim__matrix_lr=0.02, optim__embed_lr=0.3)
 
     def look(trainer: Trainer) -> tuple[list[str], GPT]:

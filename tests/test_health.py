@@ -132,7 +132,7 @@ def test_skipping_is_as_if_the_optimizer_had_not_been_called(tmp_path: Path) -> 
     assert seen[5:8] == expected[5:]
 
 
-def test_it_rolls_back_once_and_passes_over_the_data(tmp_path: Path) -> None:
+def test_it_rolls_back_once_and_skips_the_samples(tmp_path: Path) -> None:
     settings = config(tmp_path, train__max_bad_steps=3)
     bad = range(10 * 6, 15 * 6)
     result, other = run_ranks(train, 2, settings, bad, 1, float("nan"))
@@ -151,7 +151,7 @@ def test_it_rolls_back_once_and_passes_over_the_data(tmp_path: Path) -> None:
     assert (state["skip_start"], state["skip_count"]) == (60, len(result["skip"]))
 
 
-def test_then_it_stops_with_a_report(tmp_path: Path) -> None:
+def test_after_the_roll_back_it_stops_with_a_report(tmp_path: Path) -> None:
     settings = config(tmp_path, train__max_bad_steps=3)
     results = run_ranks(train, 2, settings, range(60, 10**6), 0, float("nan"))
     for result in results:
@@ -197,7 +197,7 @@ def resumed(rank: int, world_size: int, config: Config, at: str, samples: range)
 
 
 @pytest.mark.slow
-def test_a_row_of_bad_steps_outlasts_interruptions(tmp_path: Path) -> None:
+def test_consecutive_bad_steps_are_counted_across_restarts(tmp_path: Path) -> None:
     """Two bad steps before the interruption and two after it are four in a row."""
     settings = config(tmp_path, train__max_bad_steps=4, train__stop_at=8)
     bad = range(6 * 6, 14 * 6)

@@ -49,7 +49,7 @@ def test_a_branch_is_not_credited_with_its_parent(tmp_path: Path) -> None:
     assert share == pytest.approx(0.6, rel=0.02)
 
 
-def test_idle_time_is_no_time_between_failures(tmp_path: Path) -> None:
+def test_idle_time_is_not_time_between_failures(tmp_path: Path) -> None:
     RunHistory(tmp_path, 0, 1, None)
     starts = tmp_path / "starts.jsonl"
     began = json.loads(starts.read_text())
@@ -74,7 +74,7 @@ def test_starts_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert (second.step, second.config, second.facts) == (5, {"seed": 1}, {"torch": "2"})
 
 
-def test_starts_that_were_gone_back_behind_left_no_steps(tmp_path: Path) -> None:
+def test_starts_beyond_a_later_start_are_dropped(tmp_path: Path) -> None:
     for step in (0, 10, 30, 20, 40):
         RunHistory(tmp_path, step, 1, "stopped")
     assert [start.step for start in lasting(read_starts(tmp_path))] == [0, 10, 20, 40]
@@ -222,7 +222,7 @@ def test_tokens_are_those_that_were_counted(tmp_path: Path) -> None:
     np.testing.assert_array_equal(old.tokens_at(steps), [0, 128, 256, 384, 512])
 
 
-def test_validations_on_other_data_are_no_part_of_the_curve(tmp_path: Path) -> None:
+def test_validations_on_other_data_are_not_part_of_the_curve(tmp_path: Path) -> None:
     records = [
         {"step": s, "loss/ce": 2.0, "val/loss": s, "val/set": "ab"[s > 2]} for s in (1, 2, 4)
     ]
@@ -235,7 +235,7 @@ def test_validations_on_other_data_are_no_part_of_the_curve(tmp_path: Path) -> N
     assert any("validation data" in reason for reason in pairing([run, other]))
 
 
-def test_settings_that_changed_and_other_precision_are_no_pair(tmp_path: Path) -> None:
+def test_runs_with_changed_settings_or_precision_are_not_paired(tmp_path: Path) -> None:
     records = [{"step": s, "loss/ce": 2.0, "tokens_digest": "a"} for s in (2, 4)]
     start = {"step": 0, "config": {"optim": {"beta1": 0.9}}, "facts": {"torch": "2.13"}}
     later = {**start, "step": 2, "config": {"optim": {"beta1": 0.8}, "run": {"dir": "x"}}}
@@ -250,7 +250,7 @@ def test_settings_that_changed_and_other_precision_are_no_pair(tmp_path: Path) -
     assert pairing([plain, unlike]) == ["other: torch 2.11 against 2.13"]
 
 
-def test_another_validation_set_is_told_when_resuming(tmp_path: Path) -> None:
+def test_another_validation_set_is_reported_when_resuming(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     before = RunState(Progress(), to_dict(config), "data", "a:0")
     assert differences(tmp_path, before, config, "data", "a:0") == []
@@ -306,5 +306,5 @@ def test_nothing_that_is_not_finite_is_exported_without_being_asked_for(
     export_final_model(source, tmp_path / "final_model.pt", allow_not_finite=True)
 
 
-def test_defaults_are_a_run_that_can_be_made() -> None:
+def test_the_defaults_are_valid() -> None:
     assert load(None, [], {}).config == Config()

@@ -95,7 +95,7 @@ def commands(path: Path) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("spoil", MANIFESTS.values(), ids=MANIFESTS)
-def test_lying_checkpoints(checkpoints: Path, spoil: Spoil) -> None:
+def test_crafted_checkpoints(checkpoints: Path, spoil: Spoil) -> None:
     path = checkpoints / "step_00000008"
     spoil(path)
     outcome = run_limited(commands(path), SECONDS, MEGABYTES)
@@ -222,7 +222,7 @@ def test_contents_of_run_files(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SURPRISES if kind != "terabyte"])
-def test_surprises_among_run_files(tmp_path: Path, kind: str) -> None:
+def test_special_files_among_run_files(tmp_path: Path, kind: str) -> None:
     """What no reader may open; ``check_run_files`` names it before a rank gets that far."""
     runs = [make_run(tmp_path / str(i)) for i in range(len(RUN_FILES))]
     for run, name in zip(runs, RUN_FILES, strict=True):

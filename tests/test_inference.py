@@ -170,7 +170,7 @@ def streamed(tokenizer: Any, ids: list[int]) -> list[str]:
     return [*(stream.add(i) for i in ids), stream.finish()]
 
 
-def test_characters_come_when_they_are_whole() -> None:
+def test_characters_are_streamed_once_complete() -> None:
     euro, frog = "\u20ac".encode(), "\U0001f438".encode()
     assert streamed(BYTES, [*euro]) == ["", "", "\u20ac", ""]
     assert streamed(BYTES, [*frog, *b"x"]) == ["", "", "", "\U0001f438", "x", ""]
@@ -274,7 +274,7 @@ def test_what_a_loaded_run_refuses(run: Path) -> None:
             call()
 
 
-def test_a_run_whose_tokenizer_is_not_here_still_loads(tmp_path: Path) -> None:
+def test_a_run_with_a_missing_tokenizer_loads(tmp_path: Path) -> None:
     for name, tokenizer, problem in (
         ("none", "null", "data.tokenizer=null"),
         ("gone", "gone.model", "data.tokenizer: tokenizer 'gone.model': no such file"),

@@ -99,7 +99,7 @@ def test_another_architecture_is_refused_in_one_line(sources: dict[str, Path]) -
         find_initial(folder / "nowhere", other)
 
 
-def test_first_values_are_no_part_of_the_architecture(sources: dict[str, Path]) -> None:
+def test_initial_values_are_not_part_of_the_architecture(sources: dict[str, Path]) -> None:
     config = tiny_config(
         sources["run"].parent, model__qk_gain_init=2, model__tied_embed_init_std=0.1
     )

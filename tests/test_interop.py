@@ -63,7 +63,7 @@ def exported(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------ safetensors
 
 
-def test_an_export_says_what_it_is(exported: Path) -> None:
+def test_an_export_describes_itself(exported: Path) -> None:
     source = find_weights(exported, "live")
     assert source.path == exported / "model.safetensors"
     assert (source.description.step, source.description.phase) == (7, 1)
@@ -137,7 +137,7 @@ def test_bad_tensors_are_all_listed(exported: Path) -> None:
     ]
 
 
-def test_what_is_not_a_whole_export_is_refused(exported: Path) -> None:
+def test_incomplete_exports_are_refused(exported: Path) -> None:
     path, beside = exported / "model.safetensors", exported / "model.json"
     text, whole = beside.read_text(), path.read_bytes()
     path.write_bytes(whole[:-100])
@@ -252,7 +252,7 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
         parameter_golf.read_final_model(tmp_path / "final_model.pt")
 
 
-def test_what_wrappers_put_before_names_is_taken_off(tmp_path: Path) -> None:
+def test_prefixes_of_wrappers_are_removed(tmp_path: Path) -> None:
     names = ["module._orig_mod.blocks.0.attn.w", "_orig_mod.tok.w", "blocks.1._orig_mod.mlp.w"]
     torch.save({name: torch.zeros(1) for name in names}, tmp_path / "final_model.pt")
     state = parameter_golf.read_final_model(tmp_path / "final_model.pt")
@@ -288,7 +288,7 @@ def test_bad_states_and_settings_are_all_listed() -> None:
         parameter_golf.model_config(settings | {"num_heads": 7})
 
 
-def test_settings_without_effect_in_the_script_do_no_harm() -> None:
+def test_settings_without_effect_in_the_script_are_ignored() -> None:
     settings = cases("gpt")[0].values[0].info["settings"] | {"num_loops": 0}
     idle = settings | {"untie_loop_mlps": True, "parallel_residual_start": 99}
     off = settings | {"untie_loop_mlps": False, "parallel_residual_start": -1}

@@ -53,7 +53,7 @@ def export(model: GPT, folder: Path, phase: int = PHASE, **options: Any) -> None
 
 
 @torch.no_grad()
-def test_documents_that_do_not_see_each_other_are_rows_of_their_own(tmp_path: Path) -> None:
+def test_masked_documents_are_separate_rows(tmp_path: Path) -> None:
     """Padding has the id that begins documents; it is none."""
     mask = {"model__document_mask": True, "model__reset_positions": True}
     config = tiny_config(tmp_path, jepa__within_documents=True, **mask)
@@ -234,7 +234,7 @@ def test_a_tokenizer_json_is_copied(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ reading a folder
 
 
-def test_a_folder_is_read_back(tmp_path: Path) -> None:
+def test_an_exported_folder_loads_as_a_run(tmp_path: Path) -> None:
     model = noisy_model(tiny_config(tmp_path))
     export(model, tmp_path / "hf", shard_bytes=50_000)
     loaded = jepa_dist.load(tmp_path / "hf")

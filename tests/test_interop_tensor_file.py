@@ -86,7 +86,7 @@ def write_header(path: Path, header: bytes, data: int = 44, length: int | None =
         (b'{"a\x00\xff": 1}', "header"),
     ],
 )
-def test_headers_that_lie_are_refused(tmp_path: Path, header: bytes, word: str) -> None:
+def test_inconsistent_headers_are_refused(tmp_path: Path, header: bytes, word: str) -> None:
     write_header(tmp_path / "x.safetensors", header)
     with pytest.raises(UserError) as caught:
         TensorFile(tmp_path / "x.safetensors")

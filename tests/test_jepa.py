@@ -78,7 +78,7 @@ def spans_for(h: Tensor, count: int = 1, step: int = 0) -> Tensor:
     return torch.from_numpy(sample_spans(0, step, (len(h), count), h.size(1), 0.5))
 
 
-def test_context_plus_patch_is_the_whole_way() -> None:
+def test_context_plus_patch_is_the_total_displacement() -> None:
     h = random_states(5, 17, 8)
     context, patch = context_and_patch(h, spans_for(h, 3))
     torch.testing.assert_close(context + patch, (h[:, -1:] - h[:, :1]).expand_as(patch))

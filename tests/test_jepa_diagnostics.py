@@ -98,7 +98,7 @@ def test_a_row_may_go_straight_without_a_clock() -> None:
     assert seen["jepa/effective_rank"] > 20
 
 
-def test_a_clock_is_measured_against_the_rest() -> None:
+def test_clock_share_is_relative_to_the_total_variance() -> None:
     speed = 0.2
     direction = torch.nn.functional.normalize(normal(WIDTH), dim=0)
     time = torch.arange(float(LENGTH))
@@ -140,7 +140,7 @@ def test_ranks_against_numpy() -> None:
     assert seen["mean_share"].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_sink_is_recognized_and_hides_nothing_else() -> None:
+def test_a_sink_is_measured_and_leaves_other_metrics_unchanged() -> None:
     h = gaussian()
     h[:, 0] *= 100
     seen, without = look(h), look(gaussian())
@@ -194,7 +194,7 @@ def test_losses_by_documents_are_split_where_documents_begin() -> None:
         assert seen["cross_loss"][row].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_without_a_bos_nothing_is_said_of_documents() -> None:
+def test_without_a_bos_document_metrics_are_absent() -> None:
     probe = SpanProbe(LENGTH, 0.5, bos_id=None, device=torch.device("cpu"))
     h = gaussian()
     probe.watch([h], torch.zeros(h.shape[:2], dtype=torch.int64), len(h))
@@ -274,7 +274,7 @@ def test_gradients_are_those_of_the_two_losses(corpus: Path, layer: int) -> None
         assert seen[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
-def test_ranks_look_together(corpus: Path) -> None:
+def test_ranks_compute_the_diagnostics_together(corpus: Path) -> None:
     """Two ranks of three rows each see what one sees of six, where that is a sum over rows."""
     changes = {"monitor__jepa_every": 1, "train__steps": 4}
     one = run_ranks(train, 1, tiny_config(corpus, batch__micro=6, **changes))[0]
@@ -288,7 +288,7 @@ def test_ranks_look_together(corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_looking_changes_nothing_and_happens_when_due(corpus: Path) -> None:
+def test_diagnostics_change_nothing_and_run_when_due(corpus: Path) -> None:
     """Also with padding rows and several micro-batches; looked-at steps are logged."""
     changes = {"train__log_every": 7, "jepa__start_frac": 0.2}
     looked = run_ranks(train, 2, tiny_config(corpus, monitor__jepa_every=3, **changes))[0][:-1]
@@ -342,7 +342,7 @@ def record(step: int, ratio: float = 0.1, rank: float = 100.0) -> dict[str, Any]
     }  # fmt: skip
 
 
-def test_alarms_are_told_once_until_things_recover() -> None:
+def test_alarms_are_raised_once_and_rearm_after_recovery() -> None:
     alarms = JepaAlarms(dead_gradient_ratio=1e-5, collapse_share=0.1)
     course = [
         record(1), record(2, rank=9), record(3, rank=11), record(4, rank=9), {"step": 5},
@@ -358,7 +358,7 @@ def test_alarms_are_told_once_until_things_recover() -> None:
     assert "does nothing" in warnings[13][0]
 
 
-def test_alarms_remember_over_a_restart(tmp_path: Path) -> None:
+def test_alarms_keep_their_state_across_a_restart(tmp_path: Path) -> None:
     """What the run recorded says what is normal and what has been told."""
     course = [record(1), record(2, rank=9), record(3, rank=9)]
     metrics = tmp_path / "metrics.jsonl"

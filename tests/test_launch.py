@@ -67,7 +67,7 @@ def test_unsuitable_python(project: Path, python: str) -> None:
     assert not (project / ".venv").exists()
 
 
-def test_folder_of_somebody_else(project: Path, tmp_path: Path) -> None:
+def test_foreign_folder_is_refused(project: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("three years")
@@ -142,7 +142,7 @@ def test_interrupted_set_up_is_repaired(project: Path) -> None:
     assert setup(project).output == ""
 
 
-def test_failed_set_up_says_so(project: Path) -> None:
+def test_failed_set_up_is_reported(project: Path) -> None:
     """With pip's own complaint, and without starting to train."""
     bin_folder = project / ".venv/bin"
     bin_folder.mkdir(parents=True)
@@ -270,7 +270,7 @@ def test_two_debug_runs(trainable: Path) -> None:
         assert json.loads(lines[-1])["final"] is True
 
 
-def test_mistakes_are_told_before_torchrun_starts(trainable: Path) -> None:
+def test_user_errors_are_printed_before_torchrun_starts(trainable: Path) -> None:
     finished = debug(trainable, "jepa.lamda=1", "seed=x", VENV=sys.prefix)
     assert finished.code == 2
     lines = finished.output.splitlines()

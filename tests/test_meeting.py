@@ -22,7 +22,7 @@ def meet(store: Store, world_size: int) -> list[Store]:
         return list(found)
 
 
-def test_each_start_has_a_part_of_its_own() -> None:
+def test_each_start_has_its_own_prefix() -> None:
     store = HashStore()
     first = meet(store, 4)
     first[0].set("address", "of the dead")
@@ -42,7 +42,7 @@ def test_ranks_killed_while_they_met_are_no_obstacle() -> None:
     assert other.get("x") == b"1"
 
 
-def test_ranks_that_do_not_come_are_told() -> None:
+def test_missing_ranks_are_reported() -> None:
     with pytest.raises(UserError, match="only 1 of 3 ranks have connected within"):
         store_of_this_start(HashStore(), 0, 3, timedelta(seconds=0.1))
 

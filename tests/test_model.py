@@ -84,7 +84,7 @@ def test_defaults_are_a_plain_gpt() -> None:
     )
 
 
-def test_the_future_is_not_seen() -> None:
+def test_attention_is_causal() -> None:
     config = ModelConfig(
         vocab_size=50, seq_len=16, num_layers=4, model_dim=32, x0_mix=True, unet_skips=True,
         num_loops=2, loop_start=1, loop_end=2, xsa_last_n=4,
@@ -100,7 +100,7 @@ def test_the_future_is_not_seen() -> None:
 # ------------------------------------------------------------------ taps and weights
 
 
-def test_the_final_tap_is_the_very_tensor_that_the_head_reads() -> None:
+def test_the_final_tap_is_the_tensor_that_the_head_reads() -> None:
     model, seen = randomized(ModelConfig(vocab_size=50, seq_len=16)), []
     model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     assert model(tokens(1, 16), taps=(-1,)).taps[0] is seen[0]

@@ -18,7 +18,7 @@ from jepa_dist.monitor.step_timer import TRAINING_PHASES, RollingDigest, StepTim
 from jepa_dist.monitor.writer import MetricsWriter
 
 
-def test_recompiles_are_graphs_that_nothing_new_explains() -> None:
+def test_recompiles_are_unexpected_graphs() -> None:
     counter = CompileCounter()
     counter.observe(5, {"train"})
     counter.observe(5, {"train"})
@@ -73,7 +73,7 @@ def test_evaluation_is_not_training_time() -> None:
 
 
 @pytest.mark.usefixtures("exact_sleep")
-def test_communication_is_set_apart_from_the_pass_that_waits_for_it() -> None:
+def test_communication_is_timed_apart_from_the_pass_that_waits_for_it() -> None:
     meter = StepTimer(1000, torch.device("cpu"))
     meter.step(0, times_communication=True)
     with meter.phase("forward"):
@@ -94,7 +94,7 @@ def test_communication_is_set_apart_from_the_pass_that_waits_for_it() -> None:
 
 
 @pytest.mark.usefixtures("exact_sleep")
-def test_communication_of_timed_steps_stands_for_all() -> None:
+def test_communication_is_extrapolated_from_timed_steps() -> None:
     """Measured in one step of three: 0.1 s of each step's 0.15 s."""
     meter = StepTimer(1000, torch.device("cpu"))
     for step in range(3):

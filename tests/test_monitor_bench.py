@@ -16,7 +16,7 @@ SMALL = ("parallel.compile=false", "batch.sequences=2", "batch.micro=2", "model.
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_turns_are_taken(tmp_path: Path) -> None:
+def test_runs_are_interleaved(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     options = ("--rounds", 3, "--steps", 2, "--json", path, "--set", *SMALL)
     done = run_command(*BENCH, *options, "train.log_every=1", "monitor.jepa_every=2", timeout=300)
@@ -29,7 +29,7 @@ def test_turns_are_taken(tmp_path: Path) -> None:
     assert "| processor |" in done.output
 
 
-def test_a_turn_has_steps() -> None:
+def test_rounds_and_steps_must_be_positive() -> None:
     done = run_command(*BENCH, "--rounds", 0, timeout=200)
     assert done.code == 2
     assert "--rounds and --steps must be at least 1" in done.output

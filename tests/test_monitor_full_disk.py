@@ -61,7 +61,7 @@ def test_a_record_is_written_whole_or_not_at_all(small_disk: Path) -> None:
     assert (small_disk / "log").stat().st_size == whole + len("last\n")
 
 
-def test_told_once_and_gone_on_with(small_disk: Path) -> None:
+def test_a_full_disk_is_reported_once(small_disk: Path) -> None:
     warnings: list[str] = []
     writer = MetricsWriter(small_disk, warn=warnings.append)
     writer.write({"step": 1, "loss": 1.0})
@@ -83,7 +83,7 @@ def test_told_once_and_gone_on_with(small_disk: Path) -> None:
     assert (steps[-1], sorted(steps[3:])) == (200, steps[3:])
 
 
-def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_file_is_reported_once(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file stands where the run directory should")
     warnings: list[str] = []
     writer = MetricsWriter(tmp_path / "run", warn=warnings.append)
@@ -99,7 +99,7 @@ def steps_in(metrics: Path) -> list[int]:
     return [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
 
 
-def test_a_file_that_is_moved_away_is_begun_anew(tmp_path: Path) -> None:
+def test_a_moved_file_is_created_again(tmp_path: Path) -> None:
     warnings: list[str] = []
     metrics, kept = tmp_path / "run/metrics.jsonl", tmp_path / "run/kept.jsonl"
     writer = MetricsWriter(metrics.parent, warn=warnings.append)
@@ -119,7 +119,7 @@ def test_a_file_that_is_moved_away_is_begun_anew(tmp_path: Path) -> None:
     assert (steps_in(kept), steps_in(metrics)) == ([1], [5])
 
 
-def test_a_run_directory_that_is_moved_away_is_told_and_not_made_again(tmp_path: Path) -> None:
+def test_a_moved_run_directory_is_reported_and_not_created_again(tmp_path: Path) -> None:
     warnings: list[str] = []
     writer = MetricsWriter(tmp_path / "run", warn=warnings.append)
     writer.write({"step": 1, "loss": 1.0})
@@ -167,7 +167,7 @@ def test_the_status_needs_the_run_directory_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_training_goes_on_over_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
+def test_training_continues_on_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
     """A real run whose disk is full temporarily; stopped when there is space for a checkpoint."""
     write_corpus(tmp_path)
     config = tmp_path / "config.yaml"

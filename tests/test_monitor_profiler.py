@@ -41,7 +41,7 @@ def test_the_steps_asked_for_are_traced(tmp_path: Path) -> None:
     assert "aten::dot" in (tmp_path / "profile" / "rank_0.txt").read_text()
 
 
-def test_a_run_that_ends_meanwhile_leaves_what_there_was(tmp_path: Path) -> None:
+def test_a_run_that_ends_early_writes_a_partial_trace(tmp_path: Path) -> None:
     profiled(tmp_path, ProfileConfig(start=1, steps=50), steps=3)
     assert {"step_1", "step_2"} <= names(tmp_path)
 
@@ -49,12 +49,12 @@ def test_a_run_that_ends_meanwhile_leaves_what_there_was(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "config", [ProfileConfig(), ProfileConfig(steps=2, start=0, ranks=[1]), ProfileConfig(steps=2)]
 )
-def test_nothing_is_left_unless_asked_for(tmp_path: Path, config: ProfileConfig) -> None:
+def test_nothing_is_written_by_default(tmp_path: Path, config: ProfileConfig) -> None:
     assert profiled(tmp_path, config, steps=4) == []
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_profile_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_profile_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("a file in the way")
     (message,) = profiled(tmp_path, ProfileConfig(start=0, steps=1), steps=2)
     assert message.startswith("warning: the profile cannot be written")
@@ -74,7 +74,7 @@ def test_settings_may_be_given_as_a_mapping(text: str) -> None:
     assert load(None, ["monitor.profile=null"], {}).config.monitor.profile == ProfileConfig()
 
 
-def test_mistakes_in_a_mapping_are_named() -> None:
+def test_errors_in_a_mapping_are_named() -> None:
     with pytest.raises(UserError, match=r"monitor\.profile\.stpes.*did you mean"):
         load(None, ["monitor.profile={stpes: 2}"], {})
 
@@ -95,7 +95,7 @@ def test_ranks_of_a_real_run_are_traced(tmp_path: Path) -> None:
         assert any("all_gather" in name for name in seen)
 
 
-def test_memory_that_runs_out_gives_advice(tmp_path: Path) -> None:
+def test_out_of_memory_gives_advice(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught, explain_out_of_memory(tmp_path, 0, snapshot=True):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
     text = "\n".join(caught.value.problems)
@@ -137,7 +137,7 @@ def test_a_run_without_memory_ends_with_advice(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_snapshot_is_left_when_memory_runs_out(tmp_path: Path) -> None:
+def test_a_snapshot_is_written_when_memory_runs_out(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="memory_viz"),
         explain_out_of_memory(tmp_path, 3, snapshot=True),

@@ -132,9 +132,7 @@ def test_texts(run_dir: Path, board: EventAccumulator) -> None:
     assert text(board, "sample").strip()
 
 
-def test_the_run_is_a_line_of_the_table_that_compares_runs(
-    run_dir: Path, board: EventAccumulator
-) -> None:
+def test_the_run_is_a_row_of_the_hparams_table(run_dir: Path, board: EventAccumulator) -> None:
     hparams = {
         tag: HParamsPluginData.FromString(content)
         for tag, content in board.PluginTagToContent("hparams").items()
@@ -174,7 +172,7 @@ def test_an_event_file_holds_what_was_given(tmp_path: Path) -> None:
     assert second.summary.value[0].tensor.string_val == [b"    two\n    lines"]
 
 
-def test_what_a_roll_back_takes_again_is_shown_once(tmp_path: Path) -> None:
+def test_steps_repeated_after_a_roll_back_are_shown_once(tmp_path: Path) -> None:
     first = MetricsWriter(tmp_path)
     for step in range(1, 6):
         first.write({"step": step, "loss": 1.0})

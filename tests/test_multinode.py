@@ -109,7 +109,7 @@ def test_what_a_slurm_job_would_run() -> None:
         (["--nodes", "2", "--head", "no-such-host.invalid", "x"], "no-such-host.invalid: not rea"),
     ],
 )
-def test_mistakes(arguments: list[str], message: str) -> None:
+def test_user_errors(arguments: list[str], message: str) -> None:
     finished = multinode(*arguments)
     assert finished.code == 2
     (line,) = finished.output.splitlines()
@@ -117,7 +117,7 @@ def test_mistakes(arguments: list[str], message: str) -> None:
     assert message in line
 
 
-def test_a_port_in_use_is_told_at_once() -> None:
+def test_a_port_in_use_is_reported_at_once() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

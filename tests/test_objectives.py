@@ -218,7 +218,7 @@ def test_flops_are_those_of_the_head(tmp_path: Path) -> None:
         (["jepa.objective=nothing"], "jepa.objective"),
     ],
 )
-def test_settings_of_next_state_that_cannot_be(
+def test_impossible_settings_of_next_state(
     tmp_path: Path, settings: list[str], expected: str
 ) -> None:
     overrides = tiny_overrides(tmp_path, jepa__objective="next_state")
@@ -256,7 +256,7 @@ def test_the_probe_of_next_state_describes_both_states() -> None:
     assert seen["jepa/target_mean_cosine"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_trivial_solution_is_noticed() -> None:
+def test_the_trivial_solution_raises_an_alarm() -> None:
     alarms = JepaAlarms(dead_gradient_ratio=0, collapse_share=0)
     course = [(0.9, 50.0, 20.0), (0.01, 48.0, 19.0), (0.3, 40.0, 2.0), (0.01, 45.0, 9.0)]
     warnings = [

@@ -172,7 +172,7 @@ def test_ranks_equal_a_single_process_with_other_settings():
     _assert_same(run_ranks(_train_sharded, 3, 1, settings)[0], expected, 1e-5)
 
 
-def test_bfloat16_travels():
+def test_bfloat16_is_communicated():
     settings = MuonSettings(dtype=torch.bfloat16)
     expected = _train(_Net(SHAPES), settings)
     _assert_same(run_ranks(_train_sharded, 2, 1, settings)[0], expected, 1e-3)
@@ -230,6 +230,6 @@ def _disagree(rank: int, world_size: int) -> str:
     return "no error"
 
 
-def test_ranks_that_disagree_on_gradients_are_told():
+def test_ranks_that_disagree_on_gradients_are_reported():
     for message in run_ranks(_disagree, 2):
         assert "gradient: wide;" in message

@@ -76,7 +76,7 @@ def test_a_run_beyond_its_end_stays_at_the_end() -> None:
         (["schedule.kind=wsd", "schedule.decay_from=later"], "schedule.decay_from"),
     ],
 )
-def test_what_makes_no_schedule_is_refused(overrides: list[str], message: str) -> None:
+def test_invalid_schedules_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(None, overrides)
 
@@ -102,7 +102,7 @@ class TestBranch:
         planner = Planner(config, TrainingClock())
         return [planner.plan(step).lr_multiplier for step in range(first, config.train.steps)]
 
-    def test_is_the_run_that_was_to_decay_there(self) -> None:
+    def test_equals_a_run_with_the_same_decay_from(self) -> None:
         now = self.config("schedule.decay_from=now", "checkpoint.resume=runs/a")
         branch = self.branch(now, 21, self.config("train.steps=1000"))
         uninterrupted = self.config(f"schedule.decay_from={21 / 30}")
@@ -110,7 +110,7 @@ class TestBranch:
         assert self.rates(uninterrupted, 0)[3:22] == [1.0] * 19
         assert self.rates(branch, 21)[-1] == pytest.approx(1 / 9)
 
-    def test_goes_on_with_its_own_decay(self) -> None:
+    def test_continues_its_own_decay(self) -> None:
         now = self.config("schedule.decay_from=now", "checkpoint.resume=runs/a")
         branch = self.branch(now, 21, self.config())
         again = self.config("schedule.decay_from=now")  # checkpoint.resume=auto

@@ -48,6 +48,6 @@ def test_every_rank_gets_the_same() -> None:
 
 
 @pytest.mark.parametrize("octets", [b"cos\nsystem\n.", b"\xff\xfe", b"[" * 100_000])
-def test_what_is_no_json_names_its_rank(octets: bytes) -> None:
+def test_values_that_are_not_json_name_their_rank(octets: bytes) -> None:
     with pytest.raises(RuntimeError, match=r"^messages between ranks: rank 3 sent no JSON: "):
         messages._decode(torch.frombuffer(bytearray(octets), dtype=torch.uint8), 3)

@@ -56,7 +56,7 @@ with Watchdog(run_dir, 0, 2, lambda: place, 2.0, peers.leave_if_reported):
 """
 
 
-def test_ranks_that_hang_leave_when_one_is_killed(tmp_path: Path) -> None:
+def test_hanging_ranks_exit_when_one_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "hanging.py"
     program.write_text(HANGING)
     launcher = [*TORCHRUN[:-1], "--nproc-per-node=3"]

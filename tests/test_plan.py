@@ -99,7 +99,7 @@ def receive(rank: int, world_size: int, config: Config) -> tuple[list[StepPlan],
     return received, broadcasts
 
 
-def test_every_rank_is_told_the_same(tmp_path: Path) -> None:
+def test_every_rank_receives_the_same_plan(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     expected = plans(config, 20)
     for received, broadcasts in run_ranks(receive, 3, config):

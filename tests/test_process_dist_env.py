@@ -74,7 +74,7 @@ def test_tasks_on_one_node_meet_at_the_loopback_address() -> None:
         {"OMPI_COMM_WORLD_SIZE": "1"},
     ],
 )
-def test_alone(environ: dict[str, str]) -> None:
+def test_without_a_launcher(environ: dict[str, str]) -> None:
     """Also in the shell of an allocation, where nothing was started on the nodes."""
     adopt_launcher(environ)
     assert "RANK" not in environ
@@ -104,7 +104,7 @@ def test_incomplete(environ: dict[str, str], message: str) -> None:
     assert message in problem
 
 
-def test_a_check_may_be_told_the_number_of_ranks() -> None:
+def test_a_check_accepts_the_number_of_ranks() -> None:
     environ = {"WORLD_SIZE": "32"}
     adopt_launcher(environ, will_meet=False)
     with pytest.raises(UserError, match="WORLD_SIZE='x': expected a number"):
@@ -131,7 +131,7 @@ def test_a_rendezvous_that_does_not_resolve() -> None:
         (1, True, None, False),
     ],
 )
-def test_orphans_are_told_from_children_of_process_one(
+def test_orphans_are_distinguished_from_children_of_process_one(
     tmp_path: Path, parent: int, elastic: bool, init: str | None, orphan: bool
 ) -> None:
     if init is not None:
@@ -194,7 +194,7 @@ def test_a_rank_whose_torchrun_died_during_its_imports_ends(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("given", ["0", "", "-1", "8(x2)", "9" * 5000, "\u0663"])
-def test_a_number_of_local_ranks_that_is_none_counts_as_one(
+def test_an_invalid_number_of_local_ranks_counts_as_one(
     given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", given)

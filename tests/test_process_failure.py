@@ -116,7 +116,7 @@ READ_ERROR = (
         (RuntimeError(READ_ERROR), "2218: Connection reset by peer; traceback: RUN/logs)"),
     ],
 )
-def test_limits_and_lost_ranks_are_told_in_a_line(
+def test_limits_and_lost_ranks_are_reported_in_one_line(
     exits: list[int],
     capsys: pytest.CaptureFixture[str],
     error: Exception,
@@ -170,7 +170,7 @@ def test_what_ended_the_compiler(returncode: int, found: signal.Signals | None) 
     assert failure.killed_compiler(outer) is found
 
 
-def test_a_failure_is_noted_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_noted_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -193,7 +193,7 @@ def test_errors_in_threads_of_libraries_do_not(exits: list[int]) -> None:
     assert seen == ["invalid literal for int() with base 10: 'x'"]
 
 
-def test_the_hook_is_taken_back(exits: list[int]) -> None:
+def test_the_hook_is_removed(exits: list[int]) -> None:
     before = threading.excepthook
     with exit_on_rank_error(0):
         assert threading.excepthook is not before

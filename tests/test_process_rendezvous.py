@@ -103,7 +103,7 @@ def test_signals_that_torchrun_forwards(monkeypatch: pytest.MonkeyPatch) -> None
         (ValueError("bad"), "ValueError: bad"),
     ],
 )
-def test_torchrun_s_own_ends_have_no_traceback(
+def test_exits_of_torchrun_have_no_traceback(
     error: Exception, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_without_traceback(type(error), error, None)

@@ -61,7 +61,7 @@ time.sleep(50)
 """
 
 
-def test_echoes_and_repetitions_are_one_request_and_keys_are_not() -> None:
+def test_duplicate_signals_are_one_request_and_a_later_sigint_exits() -> None:
     with Command([sys.executable, "-c", PROGRAM]) as process:
         process.wait_for(lambda: "ready" in process.output(), 60)
         # As SLURM to every process of the step, and torchrun to its ranks. (Of equal ones that are
@@ -86,7 +86,7 @@ def test_what_nohup_ignores_is_not_a_request() -> None:
         assert "received SIGTERM" in process.output()
 
 
-def test_who_does_not_stop_in_time_says_so_before_the_exit() -> None:
+def test_a_rank_that_does_not_stop_in_time_prints_it_and_exits() -> None:
     with Command([sys.executable, "-c", SLOW_TO_STOP]) as process:
         process.wait_for(lambda: "ready" in process.output(), 60)
         process.signal(signal.SIGTERM)

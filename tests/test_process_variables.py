@@ -31,7 +31,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threa
 
 
 @pytest.mark.parametrize("name", [ALLOCATOR, OLD_ALLOCATOR])
-def test_what_the_user_sets_wins(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_variables_of_the_user_take_precedence(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "max_split_size_mb:512")
     monkeypatch.setenv(THREADS, "3")
     set_defaults(8)

@@ -151,7 +151,7 @@ def small_artifact(folder: Path) -> tuple[Path, dict[str, Any], Description]:
     return path, parameters, description
 
 
-def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_file_round_trips(tmp_path: Path) -> None:
     path, parameters, description = small_artifact(tmp_path)
     found = read_artifact(path)
     assert found.description == description
@@ -336,7 +336,7 @@ def test_a_model_without_large_tensors_is_not_quantized(
     assert error.count("\n") == 1
 
 
-def test_live_and_averaged_weights_are_told_apart(tmp_path: Path) -> None:
+def test_live_and_averaged_weights_are_distinguished(tmp_path: Path) -> None:
     path, _, _ = small_artifact(tmp_path)
     with pytest.raises(UserError, match="holds live weights, but ema weights were asked for"):
         find_weights(path, "ema")
@@ -374,7 +374,7 @@ def test_a_folder_stands_for_an_artifact_that_is_alone_in_it(tmp_path: Path) -> 
         (["--format", "torch", "quantization.matrix_bits=4"], "only with --format artifact"),
     ],
 )
-def test_the_command_tells_what_is_wrong(
+def test_the_command_reports_user_errors(
     run: Config,
     tmp_path: Path,
     arguments: list[str],

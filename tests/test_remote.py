@@ -108,7 +108,7 @@ def test_what_changed_or_is_missing_is_copied_again(memory: Any, tmp_path: Path)
         ("gs://bucket/train_*.bin", "needs the package gcsfs; pip install gcsfs"),
     ],
 )
-def test_urls_that_lead_nowhere(memory: Any, url: str, problem: str) -> None:
+def test_unusable_urls(memory: Any, url: str, problem: str) -> None:
     with pytest.raises(UserError) as caught:
         find_shards(url, "data.train")
     (line,) = caught.value.problems
@@ -116,7 +116,7 @@ def test_urls_that_lead_nowhere(memory: Any, url: str, problem: str) -> None:
     assert problem in line
 
 
-def test_passwords_are_not_told() -> None:
+def test_passwords_are_not_printed() -> None:
     with pytest.raises(UserError) as caught:
         open_remote("ftp://me:secret@host/a", "data.train")
     assert "secret" not in str(caught.value)
@@ -199,7 +199,7 @@ def test_a_checkpoint_may_be_deleted_while_it_is_uploaded(
     assert verify(tmp_path / "empty/step_00000006") == []
 
 
-def test_an_upload_that_fails_leaves_no_manifest_and_is_told(
+def test_an_upload_that_fails_leaves_no_manifest_and_is_reported(
     memory: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = published(run)
@@ -223,7 +223,7 @@ def test_an_upload_that_fails_leaves_no_manifest_and_is_told(
     assert memory.exists(f"/copies/step_00000004/{MANIFEST}")
 
 
-def test_a_damaged_copy_is_told_and_passed_over(memory: Any, run: Path, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_reported_and_skipped(memory: Any, run: Path, tmp_path: Path) -> None:
     steps = published(run)
     upload("memory://copies", steps[2], steps[4])
     (file, *_) = json.loads((steps[4] / MANIFEST).read_text())["files"]
@@ -236,7 +236,7 @@ def test_a_damaged_copy_is_told_and_passed_over(memory: Any, run: Path, tmp_path
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["step_00000002"]
 
 
-def test_copies_of_steps_that_were_rolled_back_go(memory: Any, run: Path) -> None:
+def test_copies_of_rolled_back_steps_are_deleted(memory: Any, run: Path) -> None:
     steps = published(run)
     upload("memory://copies", steps[6])
     upload("memory://copies", steps[2])
@@ -253,7 +253,7 @@ def train_with_cache(rank: int, world_size: int, config: Config, folder: str) ->
     return train(rank, world_size, config)
 
 
-def test_a_run_goes_on_from_the_copy_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_resumes_from_the_copy_bit_for_bit(tmp_path: Path) -> None:
     """On an empty disk, with shards that it has to copy again."""
     write_corpus(tmp_path / "source")
     source = f"file://{tmp_path}/source"

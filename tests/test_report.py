@@ -214,7 +214,7 @@ def test_chromium_shows_the_plots(trained: Path, tmp_path: Path) -> None:
         (CONFIG.replace("seq_len: 16", "seq_len: 32"), "b: tokens per step 256 against 128"),
     ],
 )
-def test_runs_of_other_settings_are_no_pair(tmp_path: Path, config: str, reason: str) -> None:
+def test_runs_of_other_settings_are_not_paired(tmp_path: Path, config: str, reason: str) -> None:
     runs = [write_run(tmp_path / "a", steps(4)), write_run(tmp_path / "b", steps(4), config)]
     report(*runs, "--out", tmp_path)
     page = Page(tmp_path / "report.html")
@@ -223,7 +223,7 @@ def test_runs_of_other_settings_are_no_pair(tmp_path: Path, config: str, reason:
     assert reason in page.text
 
 
-def test_other_data_are_no_pair_and_their_bits_are_not_compared(tmp_path: Path) -> None:
+def test_runs_on_other_data_are_neither_paired_nor_compared(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, steps(4)) for name in "ab"]
     report(*runs, "--out", tmp_path)
     assert "Paired" in Page(tmp_path / "report.html").text
@@ -297,7 +297,7 @@ def test_thinning_keeps_peaks_and_gaps() -> None:
     assert set(kept_y[~np.isnan(kept_y)]) == {7.0, -3.0, 0.0}
 
 
-def test_colors_tell_runs_apart() -> None:
+def test_colors_distinguish_runs() -> None:
     for count in (1, 2, 6, 7, 20):
         assert len(set(run_colors(count))) == count
 
@@ -305,7 +305,7 @@ def test_colors_tell_runs_apart() -> None:
 # ---------------------------------------------------------------------------- damaged and hostile
 
 
-def test_damaged_lines_are_counted_told_and_skipped(
+def test_damaged_lines_are_counted_reported_and_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "a", steps(3))
@@ -386,7 +386,7 @@ def test_hostile_names_are_only_text(tmp_path: Path, name: str) -> None:
 # ---------------------------------------------------------------------------- mistakes
 
 
-def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "a", steps(1))
     empty = write_run(tmp_path / "empty", [])
     (tmp_path / "other").mkdir()
@@ -401,7 +401,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "name another path with --out" in failure(capsys, run, "--out", out)
 
 
-def test_without_matplotlib_it_says_what_to_install(
+def test_without_matplotlib_it_names_what_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = write_run(tmp_path / "a", steps(1))
@@ -423,7 +423,7 @@ def test_where_the_page_goes(
     assert "written: report.html and report.png" in capsys.readouterr().out
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_the_same_name_are_distinguished(tmp_path: Path) -> None:
     for parent in ("one", "two"):
         (tmp_path / parent).mkdir()
     runs = [write_run(tmp_path / parent / "run", steps(2)) for parent in ("one", "two")]

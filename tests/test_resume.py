@@ -124,7 +124,7 @@ def test_any_world_size_along_the_way(corpus: Path) -> None:
     assert_same_run([*records, part["records"][-1]], straight)
 
 
-def test_the_clock_of_a_timed_run_goes_on(corpus: Path) -> None:
+def test_the_clock_of_a_timed_run_continues(corpus: Path) -> None:
     timed = {"train__max_wallclock_seconds": 1000}
     first = run_ranks(train, 1, config(corpus, "run", train__stop_at=5, **timed))[0]["records"]
     rest = run_ranks(train, 1, config(corpus, "run", train__stop_at=8, **timed))[0]["records"]
@@ -134,7 +134,7 @@ def test_the_clock_of_a_timed_run_goes_on(corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mesh_and_jepa_may_change_and_it_is_said(corpus: Path) -> None:
+def test_mesh_and_jepa_may_change_and_changes_are_printed(corpus: Path) -> None:
     run_ranks(train, 2, config(corpus, "run", train__stop_at=5, jepa__objective="span"))
     changes = {"parallel__dp_replicate": 2, "jepa__lambda": 0.3}
     part = run_ranks(train, 4, config(corpus, "run", **changes))[0]
@@ -162,7 +162,7 @@ def test_another_run_is_refused(corpus: Path, changes, fingerprint, message) -> 
         assert run_ranks(train, 1, allowed, fingerprint)[0]["start"].step == 2
 
 
-def test_damage_falls_back_and_says_so(corpus: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_and_an_earlier_one_loaded(corpus: Path) -> None:
     run_ranks(train, 2, config(corpus, "run", train__stop_at=4, checkpoint__every=2))
     folder = corpus / "run" / "checkpoints"
     shard = next((folder / "step_00000004").glob("*.safetensors"))
@@ -223,7 +223,7 @@ def stop_while_evaluating(
     return {"records": recorder.records, "summary": outcome.summary()}
 
 
-def test_a_stop_during_an_evaluation_gives_it_up(corpus: Path, straight: dict[str, Any]) -> None:
+def test_a_stop_cancels_an_evaluation(corpus: Path, straight: dict[str, Any]) -> None:
     result = run_ranks(stop_while_evaluating, 2, config(corpus, "stopped"), 1)[0]
     summary = result["summary"]
     assert not summary["finished"]

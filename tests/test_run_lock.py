@@ -93,7 +93,7 @@ def test_the_status_of_a_killed_run(dead: Path) -> None:
     lock.release()
 
 
-def test_a_pid_that_was_given_to_another_process(dead: Path) -> None:
+def test_a_reused_pid(dead: Path) -> None:
     edit(dead, pid=os.getpid())
     RunLock(dead).acquire()
 
@@ -124,7 +124,7 @@ def test_an_owner_elsewhere_that_died_just_now(dead: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "\xff" * 10000])
-def test_a_damaged_lock_without_life_is_taken_over(
+def test_a_damaged_lock_that_is_not_renewed_is_taken_over(
     run_dir: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jepa_dist.run.lock.STALE_SECONDS", 0.6)
@@ -134,7 +134,7 @@ def test_a_damaged_lock_without_life_is_taken_over(
     assert "an unknown process" in message
 
 
-def test_who_loses_the_lock_ends(run_dir: Path) -> None:
+def test_a_run_that_loses_the_lock_exits(run_dir: Path) -> None:
     with Command([sys.executable, "-c", HOLDS, run_dir]) as owner:
         owner.wait_for(lambda: "held" in owner.output(), 60)
         edit(run_dir, token="another", host="elsewhere")
@@ -143,7 +143,7 @@ def test_who_loses_the_lock_ends(run_dir: Path) -> None:
     assert f"error: run.dir={run_dir}: was taken over by process " in finished.output
 
 
-def test_of_many_at_once_one_gets_it(dead: Path) -> None:
+def test_one_of_many_concurrent_starts_gets_the_lock(dead: Path) -> None:
     """A fresh directory and a dead owner's."""
     for folder in (dead, dead.with_name("fresh")):
         owners: list[RunLock] = []

@@ -41,7 +41,7 @@ def rank_environment(world_size: int) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------------- ranks that differ
 
 
-def test_what_differs_is_named_with_values_and_ranks() -> None:
+def test_differences_are_named_with_values_and_ranks() -> None:
     stated = [{"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}, {"a": "1"}]
     found = differences(stated)
     assert found == [

@@ -195,7 +195,9 @@ def test_reading_stays_in_the_folder_and_runs_nothing(
     assert not (tmp_path / "trace").exists()
 
 
-def test_the_watch_sees_what_it_is_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_audit_hook_reports_every_action(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code.py").write_text("x = 1\n")
 

@@ -402,7 +402,7 @@ def test_one_pair_has_no_error(tmp_path: Path) -> None:
 FACTS = {"parallel.precision": "float32", "device": "CPU x86_64", "torch": "2.13"}
 
 
-def test_runs_that_computed_otherwise_or_changed_on_the_way_are_no_pairs(tmp_path: Path) -> None:
+def test_runs_that_computed_differently_or_changed_are_not_paired(tmp_path: Path) -> None:
     members = members_in(tmp_path, [1, 2])
     for member in members:
         write_run(member, {"val/bpb": 2.0})
@@ -438,7 +438,7 @@ def test_what_an_arm_declares_may_differ(tmp_path: Path) -> None:
     assert read_results(members).left_out == []
 
 
-def test_the_best_is_of_what_was_validated_on_at_the_end(tmp_path: Path) -> None:
+def test_the_best_ignores_validations_on_other_data(tmp_path: Path) -> None:
     members = members_in(tmp_path, [1])
     for member in members:
         write_run(member, {"val/bpb": 2.5, "val/set": "b:0"})
@@ -456,7 +456,7 @@ def test_without_bits_per_byte(tmp_path: Path) -> None:
     assert results.differences("full", results.metric) == (-1.0, -1.0)
 
 
-def test_nothing_yet(tmp_path: Path) -> None:
+def test_no_results_yet(tmp_path: Path) -> None:
     lines = describe(read_results(members_in(tmp_path, [1])))
     assert lines[0] == "no member is finished"
     assert lines[-1] == f"  {tmp_path}/runs/delayed-seed1: not started yet"
@@ -566,7 +566,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_is_stopped_and_resumed(tmp_path: Path) -> None:
     """Ctrl-C in the second member; the same command finishes the rest, and the pairs are pairs."""
     write_corpus(tmp_path)
     kept = ("run.dir", "jepa.lambda", "train.steps")
@@ -716,7 +716,7 @@ def test_a_request_to_stop_reaches_all_members(
         (8, 2, None, [None, None]),
     ],
 )
-def test_gpus_are_dealt_out(
+def test_gpus_are_distributed(
     ranks: int,
     jobs: int,
     visible: str | None,
@@ -791,7 +791,7 @@ def test_accuracies_are_paired_and_higher_is_better(tmp_path: Path) -> None:
     assert "+0.0520 +- 0.0006" in tables
 
 
-def test_accuracies_on_other_files_are_no_pairs(tmp_path: Path) -> None:
+def test_accuracies_on_other_files_are_not_paired(tmp_path: Path) -> None:
     _, plan, members = planned(tmp_path)
     for member in members:
         write_run(member, {"val/bpb": 2.0})

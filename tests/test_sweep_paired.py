@@ -68,7 +68,7 @@ def test_six_pairs_of_a_prototype() -> None:
     assert (equivalence_p(PAIRS, 0.1) or 1) < 1e-4
 
 
-def test_nothing_is_said_of_one_pair_or_none() -> None:
+def test_fewer_than_two_pairs_have_no_statistics() -> None:
     for pairs in ((), (0.1,)):
         assert paired_t_p(pairs) is None
         assert equivalence_p(pairs, 1.0) is None
@@ -103,7 +103,7 @@ def test_power_is_what_a_simulation_finds() -> None:
     assert power(0.0, 8) == pytest.approx(0.05, abs=1e-6)
 
 
-def test_looking_after_every_pair_is_wrong_once_in_twenty_at_most() -> None:
+def test_looking_after_every_pair_keeps_the_error_rate() -> None:
     """The plain t-test, looked at as often, is not."""
     generator = np.random.default_rng(2)
     runs = [generator.normal(0, 1, 20).tolist() for _ in range(300)]
@@ -112,7 +112,7 @@ def test_looking_after_every_pair_is_wrong_once_in_twenty_at_most() -> None:
     assert np.mean(naive) > 0.12
 
 
-def test_an_effect_is_found_at_last() -> None:
+def test_an_effect_is_found_eventually() -> None:
     values = np.random.default_rng(3).normal(1.0, 1, (100, 30)).tolist()
     assert np.mean([repeatable_p(v) <= 0.05 for v in values]) > 0.9
 
@@ -155,7 +155,7 @@ def test_one_of_many_arms_needs_more_evidence() -> None:
     assert not evidence(among, "val/bpb")["a"].is_different
 
 
-def test_what_is_decided_for_good() -> None:
+def test_undecided_arms() -> None:
     many = tuple(np.random.default_rng(4).normal(0, 0.001, 20))
     clear = tuple(1 + value for value in many)
     assert undecided_arms(results(clear=clear, none=many)) == ["none"]

@@ -104,7 +104,9 @@ def test_run_directory(alone: Finished, corpus: Path, run_dir: Path) -> None:
     assert fingerprint["train"]["tokens"] == 6777
 
 
-def test_what_a_start_chose_is_told_and_recorded(alone: Finished, run_dir: Path) -> None:
+def test_values_chosen_at_the_start_are_printed_and_recorded(
+    alone: Finished, run_dir: Path
+) -> None:
     assert "attention kernel: flash (parallel.attention=auto)" in alone.output
     (start,) = map(json.loads, (run_dir / "starts.jsonl").read_text().splitlines())
     assert start["facts"]["parallel.attention"] == "flash"
@@ -260,7 +262,7 @@ def test_print_config(corpus: Path, no_torch: dict[str, Any]) -> None:
         ({"model__seq_len": 500}, ["data.val="]),
     ],
 )
-def test_mistakes_are_told_in_a_line_each(
+def test_user_errors_are_printed_in_one_line_each(
     corpus: Path, no_torch: dict[str, Any], changes: dict[str, Any], expected: list[str]
 ) -> None:
     finished = run_command(*TRAIN, *settings(corpus, **changes), environ=no_torch)
@@ -286,7 +288,7 @@ def test_bad_command_lines(no_torch: dict[str, Any], arguments: list[str]) -> No
     assert line.startswith("error: ")
 
 
-def test_mistakes_are_told_once_under_torchrun(corpus: Path) -> None:
+def test_user_errors_are_printed_once_under_torchrun(corpus: Path) -> None:
     finished = run_command(*UNDER_TORCHRUN, *settings(corpus, batch__sequences=1, seed=1))
     assert finished.code != 0
     assert finished.output.count("error: batch.sequences=1: the global batch needs") == 1
@@ -331,7 +333,7 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(
         ("", {"optim__ema_decay": 0.9}, "optim.ema_decay: was 0.0, is 0.9: the moving average"),
     ],
 )
-def test_what_cannot_be_continued_from(
+def test_paths_that_cannot_be_resumed_from(
     alone: Finished, corpus: Path, run_dir: Path, name: str, changes: dict[str, Any], message: str
 ) -> None:
     other = settings(
@@ -456,7 +458,7 @@ def test_killed_rank(corpus: Path, tmp_path: Path, rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_asked_to_stop_while_it_waits_for_data(corpus: Path, tmp_path: Path) -> None:
+def test_stop_signal_while_waiting_for_data(corpus: Path, tmp_path: Path) -> None:
     """The step cannot be finished, so the rank exits after the grace time, with a message."""
     run_dir = tmp_path / "run"
     changes = {"train__steps": 10**6, "data__workers": 1, "checkpoint__grace_seconds": 3}
@@ -490,7 +492,7 @@ def test_asked_to_stop_while_it_waits_for_data(corpus: Path, tmp_path: Path) -> 
         ),
     ],
 )
-def test_asked_to_stop(
+def test_stop_signal(
     corpus: Path, tmp_path: Path, command: tuple[str, ...], numbers: list[signal.Signals]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -517,7 +519,7 @@ def test_asked_to_stop(
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_in_numbers_that_are_not_finite(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_that_ends_with_nonfinite_losses(corpus: Path, tmp_path: Path) -> None:
     """Not finished, exit code 3, nothing exported; the record says why; the same again after it."""
     # Each step multiplies the matrices by -1e6, until they overflow.
     growth = {"optim__matrix_lr": 1000, "optim__matrix_wd": 1000, "optim__warmdown_frac": 0}

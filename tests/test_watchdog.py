@@ -40,12 +40,12 @@ def test_the_rank_that_is_stopped_or_dead() -> None:
     ]
 
 
-def test_a_rank_that_never_came() -> None:
+def test_a_rank_that_never_started() -> None:
     before = {r: beat for r, beat in beats().items() if r != 1}
     assert diagnose(before, later(before), 3) == ["rank 1 has left no heartbeat"]
 
 
-def test_everybody_waits() -> None:
+def test_all_ranks_wait() -> None:
     assert diagnose(beats(), later(beats()), 3) == ["all ranks are at step 12 in forward"]
 
 
@@ -69,7 +69,7 @@ def test_heartbeats_that_cannot_be_written(
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_named_and_cut(tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_and_ended_by_the_time_limit(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     run_dir = tmp_path / "run"
     limits = ("parallel.timeout_seconds=15", "monitor.late_seconds=2")

@@ -72,7 +72,7 @@ def batches(draw: Any) -> Starts:
     fraction=st.floats(0, 1),
     sampler=st.sampled_from(SAMPLERS),
 )
-def test_spans_keep_within_documents(seed, step, starts, fraction, sampler) -> None:
+def test_spans_stay_within_documents(seed, step, starts, fraction, sampler) -> None:
     spans = sample_spans_within(seed, step, starts, 3, fraction, sampler)
     assert spans.shape == (4, 3, 2)
     assert spans.dtype == np.int64
@@ -191,7 +191,7 @@ def planned(rank: int, world_size: int, config: Config) -> list[tuple[Starts, ND
     return [(reader.read(step), planner.plan(step).samples) for step in range(20)]
 
 
-def test_planned_spans_keep_within_the_documents_of_their_rows(corpus: Path) -> None:
+def test_planned_spans_stay_within_the_documents_of_their_rows(corpus: Path) -> None:
     config = config_for(corpus, jepa__spans_per_sequence=2)
     seen = run_ranks(planned, 1, config)[0]
     without = 0
@@ -247,7 +247,7 @@ def test_off_by_default_and_then_other_spans(corpus: Path, single: list[dict[str
 # ------------------------------------------------------------------ which id begins a document
 
 
-def test_who_says_which_id_begins_a_document(corpus: Path, tmp_path: Path) -> None:
+def test_precedence_of_bos_id_sources(corpus: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer("bytes")
     assert known_bos(config_for(corpus), tokenizer) == BOS
     assert known_bos(tiny_config(corpus), tokenizer) == 256

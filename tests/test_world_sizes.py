@@ -64,7 +64,7 @@ def assert_same_run(ours: list[dict[str, Any]], reference: list[dict[str, Any]])
                 assert record[key] == pytest.approx(expected[key], rel=limit), key
 
 
-def test_the_single_run_is_worth_comparing(single: list[dict[str, Any]]) -> None:
+def test_the_single_run_covers_all_phases_and_learns(single: list[dict[str, Any]]) -> None:
     assert {record["phase"] for record in single} == {0, 1, 2}
     assert single[-1]["loss/ce"] < single[0]["loss/ce"] - 0.1
     assert all(record["loss/jepa"] is not None for record in single)

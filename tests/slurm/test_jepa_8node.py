@@ -264,7 +264,7 @@ def test_a_drained_node(checkout: Checkout, cluster: Cluster) -> None:
         ("seed=2", {"JEPA_LAMDA": 1}, "error: environment JEPA_LAMDA: unknown switch"),
     ],
 )
-def test_mistakes_fail_in_seconds(
+def test_user_errors_fail_in_seconds(
     checkout: Checkout, changed: str, environ: dict[str, object], message: str
 ) -> None:
     job = checkout.submit(*checkout.settings(), changed, options=("--nodes=2",), **environ)
@@ -304,7 +304,7 @@ def test_an_impossible_time_limit_ends_the_job(checkout: Checkout) -> None:
     assert job.field("Restarts") == "0"
 
 
-def test_a_copy_of_the_script_says_what_it_misses(checkout: Checkout, tmp_path: Path) -> None:
+def test_a_copy_of_the_script_names_what_is_missing(checkout: Checkout, tmp_path: Path) -> None:
     copy = tmp_path / "copy.sh"
     copy.write_text(checkout.script.read_text())
     job = checkout.cluster.sbatch("--nodes=2", copy, cwd=tmp_path)

@@ -106,7 +106,7 @@ def single(checkout: Checkout, *arguments: object, **environ: object) -> Job:
     return checkout.cluster.sbatch(*arguments, cwd=checkout.folder, environ=environ)
 
 
-def test_an_array_is_needed(checkout: Checkout, sweep: Path) -> None:
+def test_plain_sbatch_is_refused(checkout: Checkout, sweep: Path) -> None:
     """Plain sbatch would train nothing: it fails at once, and says what to type."""
     job = single(checkout, "slurm/jepa_sweep.sh", sweep)
     assert job.wait(PATIENCE) == "FAILED"

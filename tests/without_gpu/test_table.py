@@ -98,7 +98,7 @@ def test_predicted_time_is_bytes_products_and_attention() -> None:
     assert step_milliseconds([forward, back], "2", "flash", "none") == 0
 
 
-def test_a_missing_environment_says_what_to_do(
+def test_a_missing_environment_gives_advice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(environment.VARIABLE, str(tmp_path / "python"))
