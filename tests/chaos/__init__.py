@@ -1,5 +1,5 @@
-"""Runs that are killed, stopped, starved and damaged at random, and must end as if nothing was.
+"""Fault injection: runs are disturbed at random and must end like an undisturbed one.
 
-``moments`` says where a run is, ``faults`` what happens to it, ``harness`` starts it, sees it to
+``moments`` detects where a run is, ``faults`` disturbs it, ``harness`` starts it, waits for
 its end and compares it with an undisturbed one.
 """

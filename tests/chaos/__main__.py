@@ -1,6 +1,6 @@
 """Rounds of chaos: ``python -m tests.chaos --rounds 50``.
 
-In every round a small training run meets a fault and must end as an undisturbed one does: the same
+Every round injects a fault into a small run, which must end as an undisturbed one does: the same
 losses, tokens, spans and weights, every step recorded once, nothing left running.
 """
 
@@ -24,14 +24,14 @@ from tests.chaos.harness import Result, Session, play
 
 
 def main() -> int:
-    """Play the rounds and print what became of them; 1 if any failed."""
+    """Run the rounds and print their results; return 1 if any failed."""
     options = _options()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it has started
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     session = Session(folder, options.patience)
     print(f"seed {options.seed}, working in {folder}", flush=True)
     results = []
-    for number, name in _programme(options):
+    for number, name in _schedule(options):
         result = play(session, number, name, FAULTS[name], f"{options.seed}-{number}")
         results.append(result)
         print("\n".join(_report(result, options, folder)), flush=True)
@@ -58,13 +58,13 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="default: every scenario once")
     parser.add_argument("--seed", type=int, default=None, help="of all choices (default: random)")
-    parser.add_argument("--round", type=int, help="play this one alone, e.g. one that failed")
+    parser.add_argument("--round", type=int, help="run only this one, e.g. one that failed")
     parser.add_argument(
         "--only",
         choices=FAULTS,
         metavar="SCENARIO",
         action="append",
-        help="play this one, and others only if they are named in the same way",
+        help="run only this scenario; may be given several times",
     )
     parser.add_argument(
         "--patience", type=float, default=1.0, help="factor on all time limits, for a busy machine"
@@ -76,8 +76,8 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _programme(options: argparse.Namespace) -> list[tuple[int, str]]:
-    """Number and scenario of each round to play: all scenarios in random order, again and again."""
+def _schedule(options: argparse.Namespace) -> list[tuple[int, str]]:
+    """Return number and scenario of each round: all scenarios in random order, repeated."""
     generator = random.Random(options.seed)
     chosen = sorted(options.only or FAULTS)
     count = options.round or options.rounds or len(chosen)

@@ -1,7 +1,7 @@
-"""What happens to a run: one function per scenario, the table of all at the end.
+"""The injected faults: one function per scenario, and the table of all at the end.
 
-A function starts the run and hurts it; the harness sees to the rest. What it claims besides (what
-must be told, what must be left) it asserts itself.
+A function starts the run and injects the fault; the harness waits for its end and compares it.
+Messages and files that the scenario requires are asserted by the function itself.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ _LAST = STEPS - 10
 _CLOCK = Path(__file__).parent / "clock"
 _THREAD = Path(__file__).parent / "thread"
 
-# ---------------------------------------------------------------------------- moments to strike
+# ---------------------------------------------------------------------------- moments
 
 
 def while_it_starts(run: Run, strike: Fault) -> None:
-    """Importing, meeting, loading: up to some seconds after the processes are there."""
+    """Imports, rendezvous, loading: up to 8 s after the processes exist."""
     run.wait_for_ranks()
     time.sleep(run.random.uniform(0, 8))
     strike(run)
 
 
 def in_a_step(run: Run, strike: Fault) -> None:
-    """Anywhere between two records."""
+    """At a random time between two records."""
     run.wait_for_step(run.step + 1, max(run.step + 1, _LAST))
     time.sleep(run.random.uniform(0, 0.2))
     strike(run)
 
 
 def in_evaluation(run: Run, strike: Fault) -> None:
-    """A rank says that it evaluates."""
+    """A rank's heartbeat is in the evaluation."""
     run.wait_for_step(EVALUATE_EVERY - 3)
     run.wait_for_phase(run.pick_rank(), "evaluation")
     strike(run)
 
 
 def in_the_optimizer(run: Run, strike: Fault) -> None:
-    """A rank says that its optimizer is at work: most memory is in use then."""
+    """A rank's heartbeat is in the optimizer, where memory peaks."""
     run.wait_for_step(2, _LAST)
     run.wait_for_phase(run.pick_rank(), "optimizer")
     strike(run)
 
 
 def in_a_data_wait(run: Run, strike: Fault) -> None:
-    """The loader of a rank stands still until the rank waits for it."""
+    """A rank waits for its loader, which is suspended."""
     run.wait_for_step(2, _LAST)
     rank = run.pick_rank()
     loaders = run.ranks()[rank].children(recursive=True)
@@ -79,13 +79,13 @@ def in_a_data_wait(run: Run, strike: Fault) -> None:
         loader.suspend()
     run.wait_for_phase(rank, "data_wait")
     strike(run)
-    for loader in loaders:  # or it could not notice that its rank is gone
+    for loader in loaders:  # so that it notices that its rank has exited
         with suppress(psutil.NoSuchProcess):
             loader.resume()
 
 
 def at(moment: Moment) -> Callable[[Run, Fault], None]:
-    """At a moment of a save, the first one after a random step."""
+    """Return a wait for this moment in the first save after a random step."""
 
     def wait(run: Run, strike: Fault) -> None:
         run.wait_for_step(0, _LAST)
@@ -108,7 +108,7 @@ MOMENTS = {
 
 
 def kill_rank(moment: str) -> Fault:
-    """kill -9 of a random rank; torchrun starts all again."""
+    """kill -9 of a random rank; torchrun restarts all ranks."""
 
     def fault(run: Run) -> None:
         run.start()
@@ -118,7 +118,7 @@ def kill_rank(moment: str) -> Fault:
 
 
 def kill_rank_at_the_end(run: Run) -> None:
-    """The last checkpoint is published, and nothing is left to do but what follows it."""
+    """kill -9 of rank 0 after the last checkpoint is published."""
     run.start()
     run.wait_for_step(STEPS - 1)
 
@@ -130,7 +130,7 @@ def kill_rank_at_the_end(run: Run) -> None:
 
 
 def kill_agent(run: Run) -> None:
-    """kill -9 of torchrun, at a random moment; the same command goes on."""
+    """kill -9 of torchrun at a random moment; the same command resumes."""
     run.start()
     moment = run.random.choice(sorted(MOMENTS))
     run.details.append(moment)
@@ -138,7 +138,7 @@ def kill_agent(run: Run) -> None:
 
 
 def kill_three_times(run: Run) -> None:
-    """Ranks killed in one start after the other, the second before it has got anywhere."""
+    """kill -9 of a rank in three consecutive starts, in the second one during its start-up."""
     run.start()
     in_a_step(run, Run.kill_rank)
     victims = {process.pid for process in run.ranks().values()}
@@ -149,7 +149,7 @@ def kill_three_times(run: Run) -> None:
 
 
 def kill_while_it_compiles(run: Run) -> None:
-    """With regions compiled, and nothing in the compiler's cache."""
+    """kill -9 of a rank that compiles with an empty compiler cache."""
     cache = compile_anew(run)
     run.wait_for(lambda: any(cache.glob("*/*")), 2 * LONG)
     time.sleep(run.random.uniform(0, 5))
@@ -157,7 +157,7 @@ def kill_while_it_compiles(run: Run) -> None:
 
 
 def kill_compiler(run: Run) -> None:
-    """kill -9 of a compiler, as for want of memory: its rank says so, and all starts again."""
+    """kill -9 of a C++ compiler, as the OOM killer does: its rank reports it; all ranks restart."""
     compile_anew(run)
 
     found: list[tuple[int, psutil.Process]] = []
@@ -188,7 +188,7 @@ def compile_anew(run: Run) -> Path:
 
 
 def stop_rank_for_good(run: Run) -> None:
-    """SIGSTOP: cut by the time limit of collectives, and named by the watchdog before."""
+    """SIGSTOP: the watchdog names the rank; the time limit of collectives ends the run."""
     run.changes["parallel__timeout_seconds"] = 10 * run.session.patience
     run.start()
     run.wait_for_step(1, _LAST)
@@ -200,7 +200,7 @@ def stop_rank_for_good(run: Run) -> None:
 
 
 def stall_rank(run: Run) -> None:
-    """SIGSTOP and, some seconds later, SIGCONT: nothing has to start again."""
+    """SIGSTOP and, some seconds later, SIGCONT: nothing restarts."""
     run.start()
     run.wait_for_step(1, _LAST)
     rank = run.pick_rank()
@@ -237,7 +237,7 @@ def ask_to_stop(run: Run) -> None:
 
 
 def storm_of_signals(run: Run) -> None:
-    """Signals to random ranks and to torchrun until all have stopped: one checkpoint."""
+    """Signals to random ranks and to torchrun until all have stopped; a checkpoint is saved."""
     run.start(max_restarts=0)
     run.wait_for_step(1, _LAST)
     began = time.monotonic()
@@ -290,14 +290,14 @@ def _see_it_stopped(run: Run) -> None:
     ended = run.wait_for_end()
     status = run.status
     assert (status["state"], status["saved"]) == ("stopped", True), status
-    assert "Traceback" not in ended.output, "a traceback, although all is well"
+    assert "Traceback" not in ended.output, "a traceback, although the run stopped on request"
     run.start()
     run.wait_for(lambda: len(run.starts) == 2)
     assert run.starts[-1]["step"] == status["step"], "work was lost although it was saved"
 
 
 def suspend(run: Run, seconds: float = 120) -> None:
-    """Everything stands still for longer than collectives may take, and the clock jumps."""
+    """All processes are suspended for longer than the limit of collectives, and the clock jumps."""
     run.changes["parallel__timeout_seconds"] = min(60.0, seconds / 2)
     jump = run.dir.parent / "clock_jump"
     run.environ |= {"PYTHONPATH": _first_on_path(_CLOCK), "CHAOS_CLOCK_JUMP": str(jump)}
@@ -311,7 +311,7 @@ def suspend(run: Run, seconds: float = 120) -> None:
 
 
 def kill_loader(run: Run) -> None:
-    """kill -9 of a process that loads data: its rank says so, and torchrun starts all again."""
+    """kill -9 of a data loader process: its rank reports it; torchrun restarts all ranks."""
     run.start()
     run.wait_for_step(1, _LAST)
     rank = run.pick_rank()
@@ -324,12 +324,12 @@ def kill_loader(run: Run) -> None:
 
 
 def under_limits(what: str, script: str, *, message: str = "") -> Fault:
-    """A run starts in a shell that has set limits.
+    """Return a fault that starts the run in a shell with limits.
 
     Args:
-        what: In words.
-        script: Sets them; ``$SMALL`` is a folder of its own.
-        message: What a start says that cannot be; without it, the run must get to its end.
+        what: Description of the limits.
+        script: Shell commands that set them; ``$SMALL`` is an empty folder.
+        message: Expected in the output of the failing start; empty: the run must finish.
     """
 
     def fault(run: Run) -> None:
@@ -346,9 +346,9 @@ def under_limits(what: str, script: str, *, message: str = "") -> Fault:
         ended = run.wait_for_end()
         assert "Traceback" not in ended.output, "a traceback instead of a line"
         if not message:
-            assert len(run.starts) == 1, "the run did not get to its end"
+            assert len(run.starts) == 1, "the run did not finish in one start"
             return
-        assert ended.code != 0, f"it started, although it cannot: {what}"
+        assert ended.code != 0, f"the run succeeded despite the limit: {what}"
         assert message in ended.output, f"not printed: {message}"
         run.under = []
         run.start()
@@ -358,7 +358,7 @@ def under_limits(what: str, script: str, *, message: str = "") -> Fault:
 
 
 def few_processes(run: Run) -> None:
-    """No more processes and threads than some: the run says so, or that a loader died of it."""
+    """44 processes and threads: the run names the limit, or a data loader process that died."""
     group = Path(f"/sys/fs/cgroup/pids/chaos-{os.getpid()}")
     try:
         group.mkdir()
@@ -371,7 +371,7 @@ def few_processes(run: Run) -> None:
         ended = run.wait_for_end()
     finally:
         group.rmdir()
-    assert ended.code != 0, "it got to its end, although it cannot"
+    assert ended.code != 0, "the run finished despite the limit"
     messages = ("the limit of processes and threads", "a data loader process died")
     assert any(line in ended.output for line in messages), f"not printed: {' or '.join(messages)}"
     run.under = []
@@ -383,7 +383,7 @@ def few_processes(run: Run) -> None:
 
 
 def full_disk(run: Run) -> None:
-    """No room for checkpoints: the save fails and says so; with room the same command goes on."""
+    """The disk of checkpoints is full: the save fails; with space, the same command resumes."""
     with _own_disk(run):
         run.start(max_restarts=0)
         run.wait_for(lambda: run.step >= run.starts[-1]["step"] + 1)
@@ -397,7 +397,7 @@ def full_disk(run: Run) -> None:
 
 
 def full_disk_while_saving(run: Run) -> None:
-    """The disk is full from some moment of a save on: staging, between files, before the end."""
+    """The disk becomes full at a random moment of a save."""
     with _own_disk(run):
         run.start(max_restarts=0)
         name = run.random.choice(sorted(SAVING))
@@ -407,7 +407,7 @@ def full_disk_while_saving(run: Run) -> None:
         with run.frozen_at(SAVING[name]):
             run.strike("disk full")
             _fill(filler)
-        # A save that needs no more room still deletes an old checkpoint.
+        # A save that needs no more space still deletes an old checkpoint: fill that space, too.
         with suppress(MissedError):
             run.wait_for(lambda: _fill(filler))
         _see_it_fail(run, "No space left on device")
@@ -417,7 +417,7 @@ def full_disk_while_saving(run: Run) -> None:
 
 
 def full_disk_at_the_export(run: Run) -> None:
-    """There is room for the last checkpoint, but none for the weights."""
+    """The disk has space for the last checkpoint, but not for the exported weights."""
     with _own_disk(run, of_run=True):
         run.start(max_restarts=0)
         run.wait_for_step(STEPS - 2)
@@ -426,7 +426,7 @@ def full_disk_at_the_export(run: Run) -> None:
             run.strike("disk full")
             _fill(filler)
         ended = run.wait_for_end()
-        assert ended.code != 0, "nothing is exported, but the run says that all is well"
+        assert ended.code != 0, "nothing is exported, but the exit code is 0"
         assert "model.safetensors: cannot be written: " in ended.output
         assert "No space left on device" in ended.output
         filler.unlink()
@@ -435,7 +435,7 @@ def full_disk_at_the_export(run: Run) -> None:
 
 
 def read_only(run: Run) -> None:
-    """The folder of checkpoints cannot be written any more, and later it can."""
+    """The folder of checkpoints becomes read-only, and later writable again."""
     with _own_disk(run):
         run.start(max_restarts=0)
         run.wait_for(lambda: run.step >= run.starts[-1]["step"] + 1)
@@ -449,7 +449,7 @@ def read_only(run: Run) -> None:
 
 def _see_it_fail(run: Run, why: str) -> None:
     ended = run.wait_for_end()
-    assert ended.code != 0, "the save failed, but the run says that all is well"
+    assert ended.code != 0, "the save failed, but the exit code is 0"
     assert why in ended.output, f"not printed: {why}"
     assert run.status["state"] == "failed", run.status
     assert why in run.status["reason"], run.status
@@ -457,8 +457,10 @@ def _see_it_fail(run: Run, why: str) -> None:
 
 @contextmanager
 def _own_disk(run: Run, *, of_run: bool = False) -> Iterator[None]:
-    """Checkpoints on a small file system, some steps into the run; the rest of the run on one of
-    its own if ``of_run``."""
+    """Mount a small file system for the checkpoints of a stopped run.
+
+    With ``of_run`` the rest of its directory gets another one.
+    """
     run.take_over_stopped()
     place = run.dir if of_run else run.checkpoints
     kept = place.rename(place.with_name("kept"))
@@ -489,7 +491,7 @@ def _mount(*arguments: str | Path) -> None:
 
 
 def _fill(path: Path) -> bool:
-    """Let a file take all room that is left; False, for a condition that never holds."""
+    """Fill the file system with this file; return False, so that waiting for it never ends."""
     with suppress(OSError), path.open("ab", buffering=0) as file:
         while file.write(bytes(2**12)):
             pass
@@ -500,12 +502,12 @@ def _fill(path: Path) -> bool:
 
 
 def damage(what: str, hurt: Callable[[Run, Path], str], *, message: str = "") -> Fault:
-    """Something happens to the newest checkpoint between two starts.
+    """Return a fault that damages the newest checkpoint between two starts.
 
     Args:
-        what: In words.
-        hurt: Does it, and says to which file.
-        message: What the next start must say.
+        what: Description of the damage.
+        hurt: Damages a file and returns its name.
+        message: Expected in the output of the next start.
     """
 
     def fault(run: Run) -> None:
@@ -520,21 +522,21 @@ def damage(what: str, hurt: Callable[[Run, Path], str], *, message: str = "") ->
 
 
 def truncate(run: Run, checkpoint: Path) -> str:
-    """A file ends too early."""
+    """Truncate a file."""
     path = _any_file(run, checkpoint)
     os.truncate(path, run.random.randrange(path.stat().st_size))
     return path.name
 
 
 def lose(run: Run, checkpoint: Path) -> str:
-    """A file is gone."""
+    """Delete a file."""
     path = _any_file(run, checkpoint)
     path.unlink()
     return path.name
 
 
 def flip_bit(run: Run, checkpoint: Path) -> str:
-    """One bit of a file is another."""
+    """Flip a bit of a file."""
     path = _any_file(run, checkpoint)
     data = bytearray(path.read_bytes())
     data[run.random.randrange(len(data))] ^= 1 << run.random.randrange(8)
@@ -543,7 +545,7 @@ def flip_bit(run: Run, checkpoint: Path) -> str:
 
 
 def drop_in(run: Run, checkpoint: Path) -> str:
-    """Files and folders that are nobody's, some with names like a checkpoint's."""
+    """Add foreign files and folders, some with names like a checkpoint's."""
     (run.checkpoints / "notes.txt").write_text("mine")
     (run.checkpoints / "step_00000099").write_text("a file")
     (checkpoint / "extra.bin").write_bytes(b"not listed")
@@ -555,7 +557,7 @@ def drop_in(run: Run, checkpoint: Path) -> str:
 
 
 def lead_astray(run: Run, checkpoint: Path) -> str:
-    """``latest`` names nothing."""
+    """Make ``latest`` name a checkpoint that does not exist."""
     (run.checkpoints / "latest").write_text("step_99999999\n")
     return "latest"
 
@@ -568,7 +570,7 @@ def _any_file(run: Run, checkpoint: Path) -> Path:
 
 
 def jump_in_time(run: Run) -> None:
-    """The host's clock is set by a day, forward or back, and a rank is killed after that."""
+    """The host's clock is set by a day, forward or back; then a rank is killed."""
     jump = run.dir.parent / "clock_jump"
     run.environ |= {"PYTHONPATH": _first_on_path(_CLOCK), "CHAOS_CLOCK_JUMP": str(jump)}
     run.start()
@@ -580,7 +582,7 @@ def jump_in_time(run: Run) -> None:
 
 
 def fail_in_a_thread(run: Run) -> None:
-    """A Python error in a thread of a random rank ends the run, at once and with that error."""
+    """A Python error in a thread of a random rank ends the run immediately with that error."""
     named = run.dir.parent / "failing_rank"
     run.environ |= {"PYTHONPATH": _first_on_path(_THREAD), "CHAOS_THREAD_FAILS": str(named)}
     run.start(max_restarts=0)
@@ -605,7 +607,7 @@ def move_run(run: Run) -> None:
     in_a_step(run, lambda run: run.strike("run directory renamed"))
     elsewhere = run.dir.rename(run.dir.with_name("elsewhere"))
     ended = run.wait_for_end()
-    assert ended.code != 0, "the checkpoints cannot be written, but the run says that all is well"
+    assert ended.code != 0, "the checkpoints cannot be written, but the exit code is 0"
     assert f"{run.checkpoints}" in ended.output
     assert "No such file or directory" in ended.output
     shutil.rmtree(run.dir, ignore_errors=True)  # its last status
@@ -615,15 +617,15 @@ def move_run(run: Run) -> None:
 
 
 def delete_run(run: Run) -> None:
-    """The run directory is deleted: the run fails and says so; the same command begins anew."""
+    """The run directory is deleted: the run fails with a message; the same command starts at 0."""
     run.start(max_restarts=0)
     in_a_step(run, lambda run: run.strike("run directory deleted"))
-    while run.dir.exists():  # files are written meanwhile
+    while run.dir.exists():  # the run still writes files
         shutil.rmtree(run.dir, ignore_errors=True)
     ended = run.wait_for_end()
-    assert ended.code != 0, "the checkpoints cannot be written, but the run says that all is well"
+    assert ended.code != 0, "the checkpoints cannot be written, but the exit code is 0"
     assert "was removed or renamed while the run used it" in ended.output
-    assert not run.dir.exists(), f"made again: {sorted(run.dir.iterdir())}"
+    assert not run.dir.exists(), f"created again: {sorted(run.dir.iterdir())}"
     run.start()
     run.wait_for_end()
 
@@ -636,7 +638,7 @@ _FOLDERS = {
 
 
 def lose_folders(run: Run) -> None:
-    """Folders of the run directory are removed in mid-run, one after the other."""
+    """Folders of the run directory are removed one after the other during training."""
     run.start(max_restarts=0)
     names = [*_FOLDERS, "checkpoints"]
     run.wait_for_step(SAVE_EVERY + 1, STEPS // 2)
@@ -647,7 +649,7 @@ def lose_folders(run: Run) -> None:
     run.wait_for_end()
     assert len(run.starts) == 1, "a folder that was removed cost a restart"
     for name in ("tensorboard", "heartbeats", "checkpoints"):
-        assert any((run.dir / name).iterdir()), f"{name} is not there again"
+        assert any((run.dir / name).iterdir()), f"{name} was not created again"
 
 
 def replace_folders(run: Run) -> None:
@@ -667,7 +669,7 @@ def replace_folders(run: Run) -> None:
 
 
 def replace_metrics(run: Run) -> None:
-    """While metrics.jsonl is a folder, a warning says so; training continues without records."""
+    """While metrics.jsonl is a folder, the run warns and continues without records."""
     run.changes["checkpoint__every"] = STEPS  # the next start repeats the steps without a record
     run.start(max_restarts=0)
     run.wait_for_step(1, _LAST)
@@ -689,7 +691,7 @@ def replace_metrics(run: Run) -> None:
 
 
 def change_ranks(run: Run) -> None:
-    """2, 1 and 3 ranks along one run, stopped or killed in between."""
+    """2, 1 and 3 ranks in three starts of one run, stopped or killed in between."""
     for ranks, last in ((RANKS, STEPS // 3), (1, 2 * STEPS // 3)):
         run.start(ranks)
         run.wait_for_step(max(run.step, SAVE_EVERY) + 1, max(run.step, last) + 1)
@@ -703,7 +705,7 @@ def change_ranks(run: Run) -> None:
 
 
 def lose_agent(run: Run) -> None:
-    """One of two agents is killed: the other goes on alone."""
+    """One of two agents is killed: the other continues alone."""
     port = free_port()
     run.start_agent(0, port)
     run.start_agent(1, port)
@@ -714,7 +716,7 @@ def lose_agent(run: Run) -> None:
 
 
 def add_agent(run: Run) -> None:
-    """A second agent comes: both go on together."""
+    """A second agent joins: both continue together."""
     port = free_port()
     run.start_agent(0, port)
     run.wait_for_step(1, 3)

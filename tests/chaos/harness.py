@@ -1,4 +1,4 @@
-"""Starts the runs, hurts them where the faults say, sees them to their end, and compares."""
+"""Start runs, inject faults, wait for the end, and compare with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -40,41 +40,41 @@ RECIPE = {
     "optim__ema_decay": 0.9,
     "monitor__late_seconds": 2,
 }
-# Relative, of losses on CUDA in bfloat16: its default algorithms add up in no fixed order.
+# Relative, of losses on CUDA in bfloat16, whose default algorithms sum in no fixed order.
 CUDA_TOLERANCE = 1e-2
-# Seconds on a quiet machine, far more than anything should take there.
+# Seconds; far more than anything takes on an idle machine.
 LONG = 120.0
 
 _POLL_SECONDS = 0.01
 _TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
-# How long torchrun waits for ranks that it has told to end.
+# How long torchrun waits for ranks to exit after its stop signal.
 _ENVIRON = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}
 
 
 class MissedError(Exception):
-    """The run was over before the moment to hurt it came."""
+    """The run ended before the fault could be injected."""
 
 
 class SkippedError(Exception):
-    """This machine does not let the scenario happen."""
+    """This machine does not permit the scenario."""
 
 
 @dataclass
 class Strike:
-    """A fault that happened, and when the run had got over it."""
+    """An injected fault, and how long the run took to recover."""
 
     what: str
     starts: int
-    """Of the run before."""
+    """Number of starts before the fault."""
     step: int
-    """Last one recorded before."""
+    """Last step recorded before the fault."""
     time: float
     restarts: bool
-    """Whether it takes a new start to get over it."""
+    """Whether recovery needs a new start."""
     recovered: float | None = None
 
     def is_over(self, record: dict[str, Any]) -> bool:
-        """Whether ``record`` is of a step that was taken after it."""
+        """Return whether ``record`` is of a step after the recovery."""
         if self.restarts:
             return bool(record.get("goodput/starts", 0) > self.starts)
         return bool(record.get("step", 0) > self.step + 1)
@@ -82,31 +82,31 @@ class Strike:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a round."""
+    """The result of a round."""
 
     number: int
     scenario: str
     outcome: str
-    """``survived``, ``failed``, ``missed`` (the run was over before the fault could happen), or
-    ``skipped`` (it cannot happen on this machine)."""
+    """``survived``, ``failed``, ``missed`` (the run ended before the fault), or ``skipped`` (not
+    possible on this machine)."""
     details: list[str]
     redone: int = 0
     """Steps taken more than once."""
     recoveries: list[float] = field(default_factory=list)
-    """From each fault to the first new step, seconds."""
+    """Seconds from each fault to the first new step."""
     seconds: float = 0.0
     problem: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return the fields for ``--json``."""
         return asdict(self)
 
 
 class Session:
-    """What the rounds share: the corpus, and runs that are made once, when first asked for.
+    """What the rounds share: the corpus, and reference runs, each made at its first use.
 
     Args:
-        folder: To work in.
+        folder: Working folder.
         patience: Factor on all time limits, for a busy machine.
     """
 
@@ -117,17 +117,17 @@ class Session:
 
     @cached_property
     def undisturbed(self) -> Path:
-        """The run directory of a run that nothing happened to."""
+        """Run directory of an undisturbed run."""
         return self._make("undisturbed")
 
     @cached_property
     def compiled(self) -> Path:
-        """The same with compiled regions."""
+        """Run directory of an undisturbed run with compiled regions."""
         return self._make("compiled", parallel__compile=True)
 
     @cached_property
     def stopped(self) -> Path:
-        """The run directory of a run that was stopped on the way, with two checkpoints."""
+        """Run directory of a run that was stopped early, with two checkpoints."""
         return self._make("stopped", train__stop_at=3 * SAVE_EVERY + 2)
 
     def _make(self, name: str, **changes: Any) -> Path:
@@ -136,18 +136,18 @@ class Session:
             run.start()
             ended = run.wait_for_end()
         if ended.code != 0:
-            raise RuntimeError(f"the {name} run failed, so nothing can be shown:\n{ended.output}")
+            raise RuntimeError(f"the reference run {name!r} failed:\n{ended.output}")
         return run.dir
 
 
 class Run:
-    """One run of a round: its processes, through all its starts, and its directory.
+    """The run of a round: the processes of all its starts, and its directory.
 
     Args:
-        session: What it shares with others.
-        folder: Its own; the run directory is in there.
-        generator: Makes all choices of the round.
-        changes: Of its configuration, as in ``RECIPE``.
+        session: What the rounds share.
+        folder: Contains the run directory.
+        generator: Makes all random choices of the round.
+        changes: Changes of the configuration, as in ``RECIPE``.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Run:
         self.outputs: list[str] = []
         self.environ: dict[str, str] = {}
         self.under: list[str] = []
-        """What torchrun is started by, e.g. nohup; it is to replace itself by torchrun."""
+        """Command that executes torchrun, e.g. nohup."""
         self.session = session
         self.changes = dict(changes or {})
         self._folder = folder
@@ -178,7 +178,7 @@ class Run:
     # ------------------------------------------------------------------ starting
 
     def start(self, ranks: int = RANKS, max_restarts: int = 3) -> None:
-        """Start, or start again, under one torchrun."""
+        """Start or restart under one torchrun."""
         self._again = lambda: self.start(ranks, max_restarts)
         elastic = ("--nnodes=1:1", f"--max-restarts={max_restarts}", "--monitor-interval=0.5")
         workers = (f"--nproc-per-node={ranks}", "-m", "jepa_dist.train")
@@ -186,11 +186,11 @@ class Run:
         self._run([*self.under, *torchrun, *self._settings()])
 
     def start_agent(self, number: int, port: int) -> None:
-        """Start one of two agents with a rank each, as on two hosts; any one of them may be lost.
+        """Start one of two agents with a rank each, as on two hosts; either of them may be lost.
 
         Args:
-            number: 0 hosts the meeting.
-            port: Where they meet.
+            number: Agent 0 hosts the rendezvous.
+            port: Port of the rendezvous.
         """
         self._again = lambda: self.start_agent(0, free_port())
         options = ["--nodes", "2", "--min-nodes", "1", "--head", "127.0.0.1", "--port", str(port)]
@@ -200,7 +200,7 @@ class Run:
         self._run(["bash", script, *options, *identity, *self._settings()])
 
     def take_over_stopped(self) -> None:
-        """Begin with what a run left that was stopped on the way."""
+        """Begin with a copy of the session's stopped run."""
         shutil.copytree(self.session.stopped, self.dir)
 
     def _run(self, command: list[Any]) -> None:
@@ -216,12 +216,12 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last one recorded."""
+        """The last recorded step."""
         return int(last_record(self.dir).get("step", 0))
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """All starts that got as far as to say so."""
+        """All starts in starts.jsonl."""
         with suppress(FileNotFoundError):
             lines = (self.dir / "starts.jsonl").read_text(encoding="utf-8").splitlines()
             return [json.loads(line) for line in lines]
@@ -229,39 +229,39 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """How the run says that it stands."""
+        """Content of status.json."""
         return read_status(self.dir)
 
     def output(self) -> str:
-        """What all starts have printed."""
+        """Return the output of all starts."""
         return "\n".join([*self.outputs, *(command.output() for command in self._commands)])
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = LONG) -> None:
         """Watch the run until ``condition`` holds.
 
         Raises:
-            MissedError: it ended before.
-            AssertionError: it takes too long.
+            MissedError: the run ended before.
+            AssertionError: time limit exceeded.
         """
         deadline = time.monotonic() + seconds * self.session.patience
         while not condition():
             self._observe()
             if not self.agents():
                 raise MissedError("the run was over before its fault")
-            assert time.monotonic() < deadline, f"waited in vain for {seconds:g} s (x patience)"
+            assert time.monotonic() < deadline, f"waited for {seconds:g} s (x patience) in vain"
             time.sleep(_POLL_SECONDS)
 
     def wait_for_step(self, first: int, last: int | None = None) -> None:
-        """Until a step is recorded, a random one of those from ``first`` to ``last``."""
+        """Wait until a random step from ``first`` to ``last`` is recorded."""
         step = self.random.randint(first, last or first)
         self.wait_for(lambda: self.step >= step)
 
     def wait_for_ranks(self, count: int = RANKS) -> None:
-        """Until the processes of this many ranks are there."""
+        """Wait until the processes of this many ranks exist."""
         self.wait_for(lambda: len(self.ranks()) == count)
 
     def wait_for_phase(self, rank: int, phase: str) -> None:
-        """Until a rank says that it is in a phase."""
+        """Wait until a new heartbeat of a rank is in a phase."""
         began = heartbeat(self.dir, rank).get("beat")
 
         def is_there() -> bool:
@@ -271,7 +271,7 @@ class Run:
         self.wait_for(is_there)
 
     def wait_for_end(self, seconds: float = 2 * LONG) -> Finished:
-        """Until all commands have ended, leaving no process behind; the first one's end."""
+        """Wait until all commands have ended, without leftovers; return how the first one ended."""
         with suppress(MissedError):
             self.wait_for(lambda: False, seconds)
         ends = [command.wait(LONG * self.session.patience) for command in self._commands]
@@ -281,7 +281,7 @@ class Run:
         return ends[0]
 
     def _observe(self) -> None:
-        """Note how far which start has got, and which faults are over."""
+        """Note the last step of each start, and recoveries."""
         record = last_record(self.dir)
         if record:
             start = int(record["goodput/starts"])
@@ -290,14 +290,14 @@ class Run:
             if strike.recovered is None and strike.is_over(record):
                 strike.recovered = time.monotonic() - strike.time
 
-    # ------------------------------------------------------------------ hurting
+    # ------------------------------------------------------------------ injecting faults
 
     def agents(self) -> list[psutil.Process]:
-        """torchrun's processes that run."""
+        """Return the running torchrun processes."""
         return [agent for command in self._commands if (agent := command.process()) is not None]
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The ranks' processes that run."""
+        """Return the running ranks' processes, by rank."""
         ranks = {}
         for agent in self.agents():
             with suppress(psutil.Error):
@@ -307,7 +307,7 @@ class Run:
         return ranks
 
     def strike(self, what: str, *, restarts: bool = True) -> None:
-        """Note that a fault happens now."""
+        """Note that a fault is injected now."""
         self._observe()
         now = time.monotonic()
         self.strikes.append(Strike(what, len(self.starts), self.step, now, restarts))
@@ -320,30 +320,30 @@ class Run:
             process.send_signal(number)
 
     def pick_rank(self) -> int:
-        """One of those that run."""
+        """Return a random running rank."""
         self.wait_for(lambda: bool(self.ranks()))
         return self.random.choice(sorted(self.ranks()))
 
     def kill_rank(self, rank: int | None = None) -> None:
-        """kill -9 of a rank, a random one if none is named."""
+        """Send SIGKILL to a rank; None: a random one."""
         rank = self.pick_rank() if rank is None else rank
         self.send(signal.SIGKILL, self.ranks()[rank], f"rank {rank}")
 
     def kill_agent(self, number: int = 0) -> None:
-        """kill -9 of torchrun; its ranks must go with it."""
+        """Send SIGKILL to torchrun; its ranks must exit, too."""
         agent = self.agents()[number]
         self.send(signal.SIGKILL, agent, "torchrun")
         with suppress(psutil.NoSuchProcess):
-            while agent.status() != psutil.STATUS_ZOMBIE:  # ranks that are held are not let go yet
+            while agent.status() != psutil.STATUS_ZOMBIE:  # before suspended ranks resume
                 time.sleep(0.001)
 
     def press(self, number: signal.Signals) -> None:
-        """Send what a key of the terminal, or its end, sends to the command's process group."""
+        """Send a signal to the command's process group, as a terminal does."""
         os.killpg(os.getpgid(self.agents()[0].pid), number)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Hold torchrun and everything it has started, as a suspended computer does."""
+        """Suspend torchrun and all its descendants, as a suspended computer does."""
         everything = [
             process
             for agent in self.agents()
@@ -354,11 +354,11 @@ class Run:
 
     @contextmanager
     def frozen_at(self, moment: Moment, near: Moment = is_saving) -> Iterator[None]:
-        """Hold all ranks still at a moment, however short it is.
+        """Suspend all ranks at a moment, however short it is.
 
         Args:
-            moment: Which.
-            near: While this holds, they run a millisecond at a time, until the moment is met.
+            moment: When to suspend them.
+            near: While this holds, they run a millisecond at a time until ``moment`` holds.
         """
         while True:
             self.wait_for(lambda: near(self.dir))
@@ -373,7 +373,7 @@ class Run:
                 raise MissedError("the run was over before its fault")
 
     def slow_down_until(self, condition: Callable[[], bool]) -> None:
-        """Let the ranks run a tenth of the time only, so that something can catch up with them."""
+        """Let the ranks run a tenth of the time until ``condition`` holds."""
         deadline = time.monotonic() + LONG * self.session.patience
         while not condition():
             assert time.monotonic() < deadline, "what the run was slowed down for did not happen"
@@ -385,7 +385,7 @@ class Run:
     # ------------------------------------------------------------------ ending
 
     def finish(self) -> None:
-        """See it to its end; what does not get there by itself gets its command once more."""
+        """Wait for the end; if the run is not finished then, repeat its command once."""
         if self._commands:
             self.wait_for_end()
         if self.status.get("state") != "finished":
@@ -393,11 +393,11 @@ class Run:
             self.wait_for_end()
         now = time.monotonic()
         for strike in self.strikes:
-            if strike.recovered is None:  # nothing was left to do but to conclude
+            if strike.recovered is None:  # no step was left to record
                 strike.recovered = now - strike.time
 
     def redone(self) -> int:
-        """Steps that were taken more than once."""
+        """Return the number of steps that were taken more than once."""
         starts = [start["step"] for start in self.starts]
         return sum(
             max(0, self._reached.get(number, begun) - following)
@@ -412,7 +412,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End whatever still runs, and keep what it said."""
+        """End what still runs, and write its output to a file."""
         self.outputs += [command.output() for command in self._commands]
         self._end_commands()
         (self._folder / "output.txt").write_text("\n".join(self.outputs), encoding="utf-8")
@@ -421,14 +421,14 @@ class Run:
 def play(
     session: Session, number: int, name: str, fault: Callable[[Run], None], seed: str
 ) -> Result:
-    """One round: a run that meets a fault, is seen to its end and compared.
+    """Run one round: start, inject the fault, wait for the end, compare.
 
     Args:
-        session: What rounds share.
-        number: Of the round.
-        name: Of the scenario.
-        fault: What happens.
-        seed: Of all choices in it.
+        session: What the rounds share.
+        number: Number of the round.
+        name: Name of the scenario.
+        fault: Starts the run and injects the fault.
+        seed: Seed of all random choices.
     """
     reference = session.undisturbed
     began = time.monotonic()
@@ -459,12 +459,13 @@ def play(
 
 
 def compare(run: Run, reference: Path) -> None:
-    """See that a run is finished and is the undisturbed one: bit for bit if the number of ranks
-    was always the same and the device's algorithms are deterministic (the CPU's always are), within
-    a tolerance otherwise; the same tokens and spans in any case.
+    """Assert that a run is finished and equals the undisturbed one.
+
+    Bit for bit if the number of ranks never changed and the device's algorithms are deterministic
+    (the CPU's always are), within a tolerance otherwise; with equal tokens and spans in any case.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: the run differs.
     """
     status = run.status
     assert (status.get("state"), status.get("step")) == ("finished", STEPS), status
@@ -480,7 +481,7 @@ def compare(run: Run, reference: Path) -> None:
         for key in ("tokens_digest", "spans_digest"):
             assert mine[key] == theirs[key], f"{key} differs at step {mine['step']}"
         for key in ("loss/total", "val/loss", "val/ema_loss"):
-            if key in mine:  # the closing record of a run that was left to conclude has no loss
+            if key in mine:  # the last record of a start without steps has no loss
                 _assert_same(mine[key], theirs[key], tolerance, f"{key} at step {mine['step']}")
     for name in ("model.safetensors", "ema.safetensors") if is_exact else ():
         same = (run.dir / name).read_bytes() == (reference / name).read_bytes()
@@ -488,20 +489,20 @@ def compare(run: Run, reference: Path) -> None:
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl."""
+    """Return all lines of metrics.jsonl."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def _describe(error: Exception, outputs: list[str]) -> str:
-    """What went wrong, and the end of what the run printed."""
+    """Return the error and the end of the run's output."""
     lines = f"{type(error).__name__}: {error}".splitlines()[:8]
     printed = "\n".join(outputs).splitlines()[-30:]
     return "\n".join([*lines, "the run's last lines:", *printed])
 
 
 def _is_deterministic(run: Run) -> bool:
-    """Whether all starts of the run computed with deterministic algorithms."""
+    """Return whether all starts of the run used deterministic algorithms."""
     config = yaml.safe_load((run.dir / "config.yaml").read_text(encoding="utf-8"))
     on_cpu = all(start["environment"]["device"] == "CPU" for start in run.starts)
     return on_cpu or bool(config["parallel"]["deterministic"])
@@ -513,7 +514,7 @@ def _assert_same(ours: float, expected: float, tolerance: float, what: str) -> N
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on."""
+    """Return a free port of this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

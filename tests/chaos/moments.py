@@ -1,4 +1,4 @@
-"""Where a run is, as its files tell."""
+"""Where a run is, according to its files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 Moment = Callable[[Path], bool]
-"""Whether a run, of which it gets the run directory, is there now."""
+"""Given a run directory, return whether the run is at this moment now."""
 
 
 def last_record(run_dir: Path) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl that belongs to a step; nothing if there is none."""
-    with suppress(OSError):  # there is none, or something else has its name
+    """Return the last complete record of a step in metrics.jsonl; {} without one."""
+    with suppress(OSError):  # no such file, or not a regular one
         for line in reversed((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
             with suppress(ValueError):
                 record: dict[str, Any] = json.loads(line)
@@ -24,7 +24,7 @@ def last_record(run_dir: Path) -> dict[str, Any]:
 
 
 def heartbeat(run_dir: Path, rank: int) -> dict[str, Any]:
-    """Where a rank was a moment ago; nothing if it has not said so."""
+    """Return the last heartbeat of a rank; {} without one."""
     with suppress(OSError, ValueError):
         beat: dict[str, Any] = json.loads(
             (run_dir / "heartbeats" / f"rank_{rank}.json").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def heartbeat(run_dir: Path, rank: int) -> dict[str, Any]:
 
 
 def staging(run_dir: Path) -> bool:
-    """A save has begun, and no shard is there."""
+    """A save has begun, and no shard exists yet."""
     return any(not _names(folder, "shard_*") for folder in _staged(run_dir))
 
 
@@ -47,7 +47,7 @@ def writing(run_dir: Path) -> bool:
 
 
 def before_rename(run_dir: Path) -> bool:
-    """All is written but the name."""
+    """Everything is written; the folder is not renamed yet."""
     return any(_names(folder, "manifest.json") for folder in _staged(run_dir))
 
 
@@ -65,12 +65,12 @@ SAVING: dict[str, Moment] = {
 
 
 def is_saving(run_dir: Path) -> bool:
-    """At any of these."""
+    """Return whether the run is at any moment of ``SAVING``."""
     return any(moment(run_dir) for moment in SAVING.values())
 
 
 def newest(run_dir: Path) -> str:
-    """Name of the newest checkpoint; empty if there is none."""
+    """Return the name of the newest checkpoint; empty without one."""
     return max(_names(run_dir / "checkpoints", "step_*"), default="")
 
 

@@ -7,11 +7,11 @@ import pytest
 from tests.chaos.faults import FAULTS
 from tests.chaos.harness import Session, play
 
-# For machines that are busy, or slow; it only takes longer if something is wrong.
+# For busy or slow machines; costs time only if something fails.
 PATIENCE = 3.0
-# A moment of milliseconds may pass unnoticed, above all on a busy machine.
+# A moment of milliseconds may be missed, especially on a busy machine.
 ATTEMPTS = 4
-# Requests to stop, kills of a rank (tests/test_elastic.py) and of one that saves
+# Stop signals, kills of a rank (tests/test_elastic.py) and of one that saves
 # (tests/test_checkpoint_crash.py), and other numbers of ranks have tests of their own.
 CHOSEN = ("kill the agent", "flipped bit")
 

@@ -1,5 +1,6 @@
-"""Sets the clock of this process by as many seconds as CHAOS_CLOCK_JUMP's file says, once it is
-there. Python imports this module at its start when its folder is on the path.
+"""Shifts this process's clock by the seconds in the file CHAOS_CLOCK_JUMP, once it exists.
+
+Python imports this module at its start when its folder is on the path.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Raises in the watchdog thread of the rank that CHAOS_THREAD_FAILS's file names, once it is there.
+"""Raises in the watchdog thread of the rank named in the file CHAOS_THREAD_FAILS, once it exists.
 
 Python imports this module at its start when its folder is on the path.
 """
