@@ -28,7 +28,7 @@ TORCHRUN = (
 )
 
 _TAG = "COMMAND_OF_TEST"
-# Processes that notice only now that their parent is gone.
+# Time for processes that exit when their parent has exited.
 _GRACE_SECONDS = 10.0
 
 
@@ -62,7 +62,7 @@ class Command:
         )
 
     def wait(self, timeout: float) -> Finished:
-        """Wait for the end, and see that nothing is left running.
+        """Wait for the end, and assert that no process is left.
 
         Raises:
             AssertionError: it takes longer than ``patience(timeout)``, or leaves a process behind.
@@ -90,15 +90,15 @@ class Command:
         wait_until(holds, timeout, self.output)
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that runs for this command, orphans included."""
+        """Return all processes of this command, including orphans."""
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def process(self) -> psutil.Process | None:
-        """The command's own process, while it runs."""
+        """Return the command's own process; None once it has ended."""
         return psutil.Process(self._process.pid) if self._process.poll() is None else None
 
     def rank(self, rank: int) -> psutil.Process:
-        """The process of a rank that torchrun started."""
+        """Return the process of a rank that torchrun started."""
         (found,) = [
             process
             for process in psutil.Process(self._process.pid).children()
@@ -111,7 +111,7 @@ class Command:
         self._process.send_signal(number)
 
     def output(self) -> str:
-        """What it has printed up to now."""
+        """Return the output so far."""
         self._output.seek(0)
         return self._output.read()
 
@@ -168,19 +168,19 @@ def command_line_of(process: psutil.Process) -> list[str]:
 
 
 def _heed_hangups() -> None:
-    """Undo what nohup does, should the tests run under it: a program inherits ignored signals."""
+    """Restore SIGHUP: if the tests run under nohup, programs inherit that it is ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def environment(changes: dict[str, Any]) -> dict[str, str]:
-    """Ours without switches that change what is run; on the CPU whatever the machine has."""
+    """Return our environment without variables that change runs, and without GPUs."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JEPA_")}
     fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return kept | fixed | {name: str(value) for name, value in changes.items()}
 
 
 def compiles_a_kernel(process: psutil.Process) -> bool:
-    """Whether this is a C++ compiler at a kernel of Inductor.
+    """Return whether this is a C++ compiler at work on a kernel of Inductor.
 
     Before them Inductor tries what the processor can do, and takes a failure for a no.
     """

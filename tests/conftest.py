@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, order and time limits under several workers."""
+"""Settings of all tests: one thread per process; order and time limits for several workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.ranks import choose_imports_of_server
 
 torch.set_num_threads(1)
 
-# Tests of SLURM mostly wait: the file that has them starts before any other.
+# Tests of SLURM mostly wait: their files start first.
 _SLURM_WEIGHT = 100
 
 
@@ -32,12 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Before any test, and after the imports of all."""
+    """Set up the fork server before any test, after all imports."""
     choose_imports_of_server()
 
 
 def _start_long_files_first(items: list[pytest.Item]) -> None:
-    """A worker takes whole files, in this order; short ones at the end let all finish together."""
+    """Order files by length: workers take entire files, and short ones last balance the load."""
     weights: Counter[str] = Counter()
     for item in items:
         weights[_file(item)] += _SLURM_WEIGHT * _has(item, "slurm") + _has(item, "slow")
@@ -45,7 +45,7 @@ def _start_long_files_first(items: list[pytest.Item]) -> None:
 
 
 def _extend_time_limits(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test that hangs is still cut, only later."""
+    """Multiply the time limits by the patience factor."""
     for item in items:
         mark = item.get_closest_marker("timeout")
         seconds = float(mark.args[0] if mark else config.getini("timeout"))

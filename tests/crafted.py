@@ -1,7 +1,7 @@
-"""Crafted checkpoints and run directories: a table of what somebody may put there.
+"""Crafted checkpoints and run directories, as an attacker could write them.
 
-``CHECKPOINTS`` and ``RUN_FILES`` map a name to a function that spoils a sound folder. Digests hold:
-whoever can write a manifest can compute them.
+``CHECKPOINTS`` and ``RUN_FILES`` map a name to a function that damages a valid folder. The digests
+are valid: anyone who can write a manifest can compute them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Body = dict[str, Any]
 
 
 def make_checkpoint(checkpoints: Path, step: int = STEP) -> Path:
-    """A sound checkpoint of two ranks: a matrix in two halves, a vector, and a scalar."""
+    """Write a valid checkpoint of two ranks: a matrix in two halves, a vector, and a scalar."""
     path = checkpoints / f"step_{step:08d}"
     path.mkdir(parents=True)
     matrix = torch.arange(12.0).reshape(4, 3) + step
@@ -96,7 +96,7 @@ def write_state(path: Path, state: Any) -> None:
 
 
 def seal(path: Path, body: Body) -> None:
-    """Write a manifest with the digests of what lies in the folder, and its own."""
+    """Write a manifest with the digests of the files in the folder, and its own."""
     body["files"] = {
         name: {
             "bytes": (path / name).stat().st_size,
@@ -145,7 +145,7 @@ def raw_manifest(data: bytes) -> Spoil:
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Spoil:
-    """Something else than the regular file ``name``."""
+    """Return a function that replaces the regular file ``name``."""
 
     def spoil(path: Path) -> None:
         (path / name).unlink()
@@ -188,7 +188,7 @@ def overlapping(body: Body) -> None:
 
 
 def shard_header(header: Any, size: int | None = None) -> Spoil:
-    """A shard whose safetensors header says ``header``, listed with its true digest."""
+    """Return a function that writes this safetensors header into a shard, with a valid digest."""
 
     def spoil(path: Path) -> None:
         text = json.dumps(header).encode() if not isinstance(header, bytes) else header
@@ -308,7 +308,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-# What is wrong and a word that the message has.
+# Name: content, and a word of the expected message.
 STATES: dict[str, tuple[Spoil, str]] = {
     **{f"step {v!r}": (state(step=v), "step") for v in ("abc", None, 1e30, -1, True, [8], 2**70)},
     "another step": (state(step=7), "differs from the manifest's"),

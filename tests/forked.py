@@ -1,8 +1,8 @@
 """Run a module's command in a process that has torch imported already.
 
-What a command prints and how it ends does not depend on how its process came to be, and importing
-torch takes longer than most of these commands. Tests of processes, signals, environments and
-launchers start real commands (``tests.commands``).
+Importing torch takes longer than most of these commands, and their output and exit code do not
+depend on how the process was created. Tests of processes, signals, environments and launchers start
+real commands (``tests.commands``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Golden cases found by globbing, so that another set of the same kinds can be dropped in.
+"""Golden cases, found by globbing, so that another set of the same kinds can replace them.
 
 ``JEPA_GOLDEN_DIR`` names the directory (default: tests/golden). A case is STEM.npz + STEM.json;
-its kind is what stands before the first underscore of the stem.
+its kind is the part of the stem before the first underscore.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Case:
             return {key: archive[key] for key in archive.files}
 
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """Numeric arrays whose key starts with ``prefix``, which is cut off."""
+        """Return the numeric arrays whose key starts with ``prefix``, keyed by the rest."""
         return {
             key.removeprefix(prefix): torch.from_numpy(value.copy())
             for key, value in self.arrays().items()
@@ -45,7 +45,7 @@ class Case:
 
 
 def cases(kind: str) -> list[Any]:
-    """All cases of a kind as pytest parameters; a directory without any case is an error."""
+    """Return all cases of a kind as pytest parameters; raise if there are none."""
     if not any(GOLDEN_DIR.glob("*.npz")):
         raise RuntimeError(f"no golden cases in {GOLDEN_DIR} (JEPA_GOLDEN_DIR)")
     stems = sorted(path.stem for path in GOLDEN_DIR.glob(f"{kind}_*.npz"))

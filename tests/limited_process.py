@@ -21,10 +21,10 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it ended."""
+    """How the call ended."""
 
     code: int
-    """0, or the exit code of a user's mistake (2); 1 for a traceback."""
+    """0; 2 for a user error; 1 for a traceback."""
     output: str
     """Standard error, or the text of the error."""
 

@@ -1,4 +1,4 @@
-"""Run one call under a limit of time and memory, in a process of its own."""
+"""Run one call in its own process, with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _result(reading: int, child: int, seconds: float) -> Outcome:
     received = b""
     timed_out = False
     while True:
-        # The child ends itself; this is for one that hangs where no signal reaches Python.
+        # The child ends itself unless it hangs where no signal reaches Python.
         ready, _, _ = select.select([reading], [], [], 2 * seconds)
         if not ready:
             timed_out = True
@@ -100,7 +100,7 @@ def _in_child(call: Callable[[], object], writing: int, seconds: float, megabyte
 
 
 def _outcome(call: Callable[[], object]) -> tuple[str, str]:
-    # A terminal's encoding: what cannot be printed there is an error here, too.
+    # A terminal's encoding: unprintable characters are an error here, too.
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

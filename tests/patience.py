@@ -1,4 +1,4 @@
-"""Time limits of tests: they end what hangs, and are never near what a busy machine needs."""
+"""Time limits of tests: they end hangs, and are far above what a busy machine needs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 # A test shares the cores with its own processes, with other workers, and with other programs.
 _BUSY = 4.0
-# One test that hangs must not take the time of all.
+# Upper bound, so that one hanging test does not delay all others.
 _LONGEST_SECONDS = 1500.0
 
 
 def patience(seconds: float) -> float:
-    """Return the time limit for what takes at most ``seconds`` where nothing else runs.
+    """Return the time limit for what takes at most ``seconds`` on an idle machine.
 
     Processes that a test starts get the same answer as the test.
     """
@@ -28,7 +28,7 @@ def wait_until(
     problem: Callable[[], object] = lambda: "",
     every: float = 0.05,
 ) -> None:
-    """Look ``every`` so many seconds until ``condition`` holds, for at most ``patience(seconds)``.
+    """Check ``condition`` every ``every`` seconds, at most for ``patience(seconds)``.
 
     Raises:
         AssertionError: it does not; ``problem()`` is the message.

@@ -70,7 +70,7 @@ def _wait(processes: list, folder: str, deadline: float) -> None:
 
 
 def _raise_first_failure(processes: list, folder: str) -> None:
-    """Report a rank that a signal ended before those that failed because it was gone."""
+    """Report a rank ended by a signal before the ranks that failed because of it."""
     failed = [(process.exitcode, rank) for rank, process in enumerate(processes)]
     failed = sorted((code > 0, rank, code) for code, rank in failed if code)
     if failed:

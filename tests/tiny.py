@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parent.parent
 def write_corpus(
     folder: Path, train_tokens: int = 6000, val_tokens: int = 500, num_ids: int = 61
 ) -> None:
-    """Random ids below ``num_ids`` with some structure: each is near the one before it."""
+    """Write shards of random ids below ``num_ids``, each close to the one before it."""
     generator = np.random.Generator(np.random.PCG64(0))
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train_0", train_tokens), ("train_1", 777), ("val_0", val_tokens)):
@@ -40,7 +40,7 @@ def write_mixture(folder: Path) -> dict[str, str]:
 
 
 def mixture(folder: Path) -> dict[str, str]:
-    """Settings that mix the two sources 7 to 3, and from half of the run on 1 to 3."""
+    """Return settings that mix the two sources 7 to 3, and 1 to 3 in the second half of the run."""
     folders = {"walk": folder, "other": folder / "other"}
     train, val = (
         [{"name": name, "shards": f"{path}/{split}_*.bin"} for name, path in folders.items()]
@@ -77,7 +77,7 @@ def write_text_mixture(folder: Path) -> dict[str, Any]:
 
 
 def tiny_overrides(folder: Path, **changes: Any) -> list[str]:
-    """The tiny recipe as KEY=VALUE; ``changes`` write dots as double underscores."""
+    """Return the tiny recipe as KEY=VALUE; ``changes`` write dots as double underscores."""
     settings: dict[str, Any] = {
         "run.dir": folder / "run",
         "data.train": folder / "train_*.bin",
@@ -123,7 +123,7 @@ def tiny_overrides(folder: Path, **changes: Any) -> list[str]:
 
 
 def tiny_config(folder: Path, **changes: Any) -> Config:
-    """The tiny recipe, validated."""
+    """Return the tiny recipe, validated."""
     return load(None, tiny_overrides(folder, **changes), {}).config
 
 

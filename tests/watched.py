@@ -1,6 +1,6 @@
-"""Watch what a call does to the machine, through Python's audit events.
+"""Report what a call does to the machine, from Python's audit events.
 
-Files that C++ and Rust libraries open by themselves raise none.
+Files that C++ and Rust libraries open by themselves raise no events.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Feed generated and mutated files to the readers of configurations and of what runs leave.
+"""Feed generated and mutated files to the readers of configurations and run directories.
 
     python -m tests.fuzz [--examples N] [TARGET ...]
 
 Every input must be read or refused with a UserError whose problems are single printable lines;
-hypothesis shrinks what is not. Exit code 1 if a target fails.
+hypothesis shrinks the others. Exit code 1 if a target fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.fuzz.targets import TARGETS, counted
 
 
 def main() -> int:
-    """Run the targets; the exit code."""
+    """Run the targets; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--examples", type=int, default=10_000, metavar="N", help="per target")

@@ -1,4 +1,4 @@
-"""The readers that are fuzzed, each a hypothesis test of its own."""
+"""The fuzzed readers, one hypothesis test each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.crafted import (
 )
 
 counted: Counter[str] = Counter()
-"""How the inputs of the target that is running ended."""
+"""Outcomes of the running target's inputs, counted."""
 
 _folder = tempfile.TemporaryDirectory(prefix="fuzz-")
 _root = Path(_folder.name)
@@ -60,7 +60,7 @@ JSON = st.recursive(
 
 @st.composite
 def mutated(draw: st.DrawFn, sound: Any) -> Any:
-    """A sound value of JSON in which one to three places are replaced, removed or doubled."""
+    """Draw a valid JSON value with one to three places replaced, removed or duplicated."""
     value = json.loads(json.dumps(sound))
     for _ in range(draw(st.integers(1, 3))):
         value = _mutate(draw, value)
@@ -68,7 +68,7 @@ def mutated(draw: st.DrawFn, sound: Any) -> Any:
 
 
 def _mutate(draw: st.DrawFn, value: Any) -> Any:
-    if type(value) is int and draw(st.booleans()):  # passes the types, so that more is tried
+    if type(value) is int and draw(st.booleans()):  # passes type checks, to reach later ones
         return draw(st.integers(0, 6) | st.sampled_from([2**32, 2**40, 2**62, 2**63 - 1]))
     if not isinstance(value, dict | list) or not value or draw(st.integers(0, 9)) == 0:
         return draw(JSON)
@@ -86,7 +86,7 @@ def _mutate(draw: st.DrawFn, value: Any) -> Any:
 
 
 def ends_well(call: Callable[[], object]) -> None:
-    """Read or refused, and nothing else."""
+    """Assert that an input is read or refused with a UserError."""
     problems: tuple[str, ...] | None = None
     try:
         call()
@@ -100,7 +100,7 @@ def ends_well(call: Callable[[], object]) -> None:
 
 
 def _read_checkpoint() -> None:
-    """As ``export`` does, without writing."""
+    """Read a checkpoint as ``export`` does, without writing."""
     manifest = read_manifest(_path)
     with ShardFiles(_path) as files:
         for name, entry in manifest.tensors.items():
@@ -111,7 +111,7 @@ def _read_checkpoint() -> None:
 
 @given(mutated(_body))
 def manifest(body: Any) -> None:
-    """A manifest whose own digest holds, over sound shards."""
+    """A mutated manifest with a valid digest of itself, and valid shards."""
     if isinstance(body, dict):
         seal_as_is(_path, {k: v for k, v in body.items() if k != "blake2b"})
     else:
@@ -121,7 +121,7 @@ def manifest(body: Any) -> None:
 
 @given(st.binary(max_size=300) | st.text(max_size=300).map(lambda text: text.encode()))
 def manifest_bytes(data: bytes) -> None:
-    """Any bytes as a manifest."""
+    """Arbitrary bytes as a manifest."""
     (_path / MANIFEST).write_bytes(data)
     ends_well(_read_checkpoint)
 
@@ -132,7 +132,7 @@ def manifest_bytes(data: bytes) -> None:
     st.sampled_from(["replace", "insert", "cut"]),
 )
 def shard(place: int, data: bytes, how: str) -> None:
-    """A shard with bytes replaced, inserted or cut off, under a manifest that believes it."""
+    """A shard with bytes replaced, inserted or cut off, and a manifest with its digest."""
     place = min(place, len(_shard))
     match how:
         case "replace":
@@ -170,7 +170,7 @@ HEARTBEAT = {
 
 @given(st.lists(mutated(RECORD) | st.binary(max_size=60), max_size=4))
 def metrics(lines: list[Any]) -> None:
-    """Lines of ``metrics.jsonl``: what is read can be written again, and watched."""
+    """Lines of ``metrics.jsonl``: records that are read can be written and observed by alarms."""
     _write_lines(_root / METRICS, lines)
 
     def read() -> None:
@@ -200,7 +200,7 @@ def status(value: Any) -> None:
 
 _SETTINGS = to_dict(Config())
 _KEYS = [key for key, _ in flatten(_SETTINGS)]
-# What YAML has and JSON has not.
+# Syntax of YAML that JSON does not have.
 _YAML_TEXT = st.sampled_from(
     [
         *("&a [*a]", "!!python/object:os.system x", "!!int x", "2026-02-31", "1:30", "0o99"),
@@ -213,7 +213,7 @@ _YAML_TEXT = st.sampled_from(
 
 @st.composite
 def _yaml_of(draw: st.DrawFn) -> bytes:
-    """A configuration whose values, and a line of which, are not what they should be."""
+    """Draw a configuration with mutated values and a mutated line."""
     text = json.dumps(draw(mutated(_SETTINGS)), indent=1)
     lines = text.split("\n")
     place = draw(st.integers(0, len(lines)))
@@ -224,7 +224,7 @@ def _yaml_of(draw: st.DrawFn) -> bytes:
 
 @given(_yaml_of() | st.binary(max_size=200))
 def configuration(data: bytes) -> None:
-    """A configuration file: what is read can be written, and read again as the same."""
+    """A configuration file: what is read round-trips through a file."""
     file = _root / "config.yaml"
     file.write_bytes(data)
 

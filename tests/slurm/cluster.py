@@ -33,8 +33,8 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squ
 _SYSTEM_FOLDERS = ("/usr/sbin", "/sbin")
 _LONGEST_FOLDER = 107 - len("/spool.n8/n8_12345678.4294967291")
 _START_SECONDS = 60.0
-# Job ids begin at a random number below this one: two clusters on one machine can be told apart,
-# and so can the ports that are derived from job ids.
+# Job ids begin at a random number below this one: two clusters on one machine have different ids,
+# and different ports, which are derived from job ids.
 _MAX_FIRST_JOB_ID = 10_000_000
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
 
@@ -82,7 +82,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE St
 
 
 def missing_programs() -> list[str]:
-    """What of SLURM and munge is not installed here."""
+    """Return the programs of SLURM and munge that are not installed here."""
     return [name for name in _PROGRAMS if _find(name) is None]
 
 
@@ -99,7 +99,7 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, nodes: int, gpus: int = 0) -> None:
-        # SLURM's sockets are in there, and their names must not be longer than 107 characters.
+        # It contains SLURM's sockets, whose paths may have at most 107 characters.
         assert len(str(folder)) <= _LONGEST_FOLDER, f"{folder}: too long a name for sockets"
         self.folder = folder
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
@@ -108,7 +108,7 @@ class Cluster:
         self._first_job_id = random.randrange(1, _MAX_FIRST_JOB_ID)
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
-    # ------------------------------------------------------------------ up and down
+    # ------------------------------------------------------------------ start and stop
 
     def __enter__(self) -> Self:
         try:
@@ -206,7 +206,7 @@ class Cluster:
         return not ours
 
     def processes(self) -> list[psutil.Process]:
-        """What runs in jobs of this cluster, and the step daemons that watch over it."""
+        """Return the processes of this cluster's jobs, and the step daemons."""
         daemons = {daemon.pid for daemon in self._daemons.values()}
         return [
             process
@@ -220,7 +220,7 @@ class Cluster:
                 return process.pid != os.getpid()
             # A step daemon writes its title over its environment: "slurmstepd: [123.batch]".
             title = " ".join(process.cmdline())
-        except (psutil.Error, OSError):  # gone, a zombie, or somebody else's
+        except (psutil.Error, OSError):  # ended, a zombie, or another user's
             return False
         job = title.removeprefix("slurmstepd: [").partition(".")[0]
         return title.startswith("slurmstepd: [") and self._is_our_job(job)
@@ -261,7 +261,7 @@ class Cluster:
         """End all jobs and bring all nodes back."""
         self.run("scancel", "--user", _user())
         for job in self.run("squeue", "--noheader", "--format=%A").split():
-            # They need no time to save.
+            # Without time to save.
             self._kill_tasks(job)
         for name in self.names:
             if self._daemons[f"slurmd.{name}"].poll() is not None:
@@ -278,7 +278,7 @@ class Cluster:
                 _kill(process)
 
     def wait_until_idle(self, timeout: float) -> None:
-        """Until every node is idle: nothing runs, nothing is being cleared away."""
+        """Wait until every node is idle: no job runs or completes."""
 
         def idle() -> bool:
             states = self.run("sinfo", "--noheader", "--Node", "--format=%T").split()
@@ -287,12 +287,12 @@ class Cluster:
         _wait_until(idle, timeout, "idle nodes", self.logs)
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
+        """Return the ends of the daemons' logs."""
         paths = sorted(self.folder.glob("*.log"))
         ends = [(path.name, path.read_text(errors="replace")[-3000:]) for path in paths]
         return "\n".join(f"---- {name}\n{end}" for name, end in ends)
 
-    # ------------------------------------------------------------------ trouble
+    # ------------------------------------------------------------------ failures
 
     def start_node(self, name: str) -> None:
         """Start the node's slurmd (again)."""
@@ -300,13 +300,13 @@ class Cluster:
         self._launch("slurmd", "-D", "-c", "-f", config, "-N", name, label=f"slurmd.{name}")
 
     def kill_node(self, name: str) -> None:
-        """As if its power failed: slurmd, the step daemons and all that runs there are gone."""
+        """Kill slurmd, the step daemons and their processes, as a power failure does."""
         daemon = self._daemons[f"slurmd.{name}"]
         found = self._processes_on(name)
         assert found, f"nothing runs on {name}"
         daemon.kill()
         daemon.wait()
-        # What they start meanwhile, too: an srun that is left would end the step of the same number
+        # Also what they start meanwhile: a remaining srun would end the step of the same number
         # when the job runs again.
         while found:
             for process in found:
@@ -321,7 +321,7 @@ class Cluster:
         return [*steps.values(), *tasks]
 
     def environment(self, changes: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """Ours, without what another SLURM or a test run left there."""
+        """Return our environment without variables of another SLURM or test run."""
         strange = ("JEPA_", "SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SINFO_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
         fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **self.environ}
@@ -347,12 +347,12 @@ class Job:
         return self.field("JobState")
 
     def output(self) -> str:
-        """What it has printed up to now, over all its starts."""
+        """Return the output of all its starts so far."""
         path = Path(self.field("StdOut"))
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait_for(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
-        """Wait while it has not ended."""
+        """Wait until the condition holds; fail if the job ends before."""
 
         def holds() -> bool:
             if condition():
@@ -363,7 +363,7 @@ class Job:
         _wait_until(holds, timeout, what, self.output)
 
     def wait(self, timeout: float) -> str:
-        """Wait until it has ended, for good; returns its state."""
+        """Wait until it has ended and is not requeued; return its state."""
         _wait_until(lambda: self.state() in _ENDED, timeout, "the job's end", self._tell)
         return self.state()
 

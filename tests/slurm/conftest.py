@@ -14,13 +14,13 @@ import pytest
 from tests.slurm.cluster import Cluster, Job, missing_programs
 from tests.tiny import REPOSITORY, tiny_overrides, write_corpus
 
-# A busy machine takes several times longer than a quiet one.
+# A busy machine takes several times longer than an idle one.
 PATIENCE = 400.0
 
 
 @pytest.fixture(scope="session", autouse=True)
 def slurm_is_installed() -> None:
-    """Without SLURM nothing of this folder can run, and pytest says why."""
+    """Skip all tests of this folder, with a reason, if SLURM is not installed."""
     missing = missing_programs()
     if missing:
         pytest.skip(f"{', '.join(missing)}: not installed (apt-get install slurm-wlm munge)")
@@ -30,21 +30,21 @@ def slurm_is_installed() -> None:
 def cluster(
     slurm_is_installed: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
-    """Eight nodes; every test gets them idle and whole."""
+    """Eight nodes; all are up and idle before every test."""
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=8) as running:
         yield running
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_in_the_queue(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that fails must not keep the nodes from the next one."""
+    """End the jobs of a failed test, so that the next one has the nodes."""
     yield
     if "cluster" in request.fixturenames:
         request.getfixturevalue("cluster").clear()
 
 
 class Checkout:
-    """A clone of the repository (links, where nothing is written) with a small corpus beside it."""
+    """A copy of the repository (links, except for folders that are written) and a small corpus."""
 
     def __init__(self, folder: Path, cluster: Cluster) -> None:
         self.folder = folder / "a checkout"  # with a space, as folders of users have
@@ -60,7 +60,7 @@ class Checkout:
         write_corpus(self.corpus, train_tokens=20_000)
 
     def settings(self, **changes: Any) -> list[str]:
-        """CONFIG KEY=VALUE ... of the tiny recipe, without run.dir unless asked for."""
+        """Return CONFIG KEY=VALUE ... of the tiny recipe, by default without run.dir."""
         config = self.corpus / "tiny.yaml"
         config.touch()
         overrides = tiny_overrides(self.corpus, **changes)
@@ -82,7 +82,7 @@ class Checkout:
         )
 
     def run_dir(self, job: Job, name: str = "tiny") -> Path:
-        """Where a job's run goes that was given no run.dir."""
+        """Return the run directory of a job that was given no run.dir."""
         return self.folder / "runs" / f"{name}-{job.id}"
 
 
@@ -92,7 +92,7 @@ def checkout(tmp_path: Path, cluster: Cluster) -> Checkout:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines; none if it does not exist yet."""
+    """Return the complete lines of a JSON Lines file; [] if it does not exist yet."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 

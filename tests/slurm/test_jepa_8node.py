@@ -18,7 +18,7 @@ from tests.slurm.conftest import PATIENCE, Checkout, json_lines, last_step, worl
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-# Steps that no test reaches, and a pace at which they leave the cores to other tests.
+# More steps than any test reaches, at a pace that leaves the cores to other tests.
 ENDLESS = 1_000_000
 IDLE = {"PYTHONPATH": Path(__file__).parent / "pace"}
 
@@ -28,11 +28,11 @@ IDLE = {"PYTHONPATH": Path(__file__).parent / "pace"}
 
 @pytest.mark.timeout(1800)
 def test_the_debug_run_on_eight_nodes_is_the_run_of_one_process(checkout: Checkout) -> None:
-    """configs/debug.yaml, but short and not compiled: 6 steps, and less to validate on.
+    """configs/debug.yaml, but short and not compiled: 6 steps and a smaller validation set.
 
     The job prepares the corpus.
     """
-    share = "batch.micro=2"  # what each of the eight has
+    share = "batch.micro=2"  # the share of each of the eight ranks
     few = ("train.steps=6", "train.log_every=1", "eval.sequences=16", "eval.sample_tokens=0")
     short = (*few, share, "parallel.compile=false")
     settings = ["configs/debug.yaml", *short]
@@ -62,7 +62,7 @@ def test_the_debug_run_on_eight_nodes_is_the_run_of_one_process(checkout: Checko
 
 
 def test_options_overrides_and_environment_are_taken(checkout: Checkout, tmp_path: Path) -> None:
-    """Submitted from elsewhere, with an absolute path and a site file."""
+    """Submitted from another folder, with an absolute path and a site file."""
     (checkout.folder / "slurm/site.env").write_text(
         "CONTAINER=(env MARK=from-the-site-file)\nMIN_NODES=${MIN_NODES:-2}\nUNSET=$NO_SUCH_THING\n"
     )
@@ -115,7 +115,7 @@ def test_the_site_file_counts_before_submission(checkout: Checkout) -> None:
 
 
 def stops_and_starts(job: Job) -> tuple[list[int], list[int]]:
-    """After which steps the run was stopped, and after which it went on."""
+    """Return after which steps the run was stopped, and after which it resumed."""
     output = job.output()
     stopped = re.findall(r"^stopped after step (\d+) with a checkpoint", output, re.MULTILINE)
     resumed = re.findall(r"^resuming from .*, after step (\d+)$", output, re.MULTILINE)
@@ -190,7 +190,7 @@ def test_preemption(checkout: Checkout) -> None:
     assert steps == [*range(1, steps[-1] + 1), steps[-1]]
 
 
-# ---------------------------------------------------------------------------- trouble with nodes
+# ---------------------------------------------------------------------------- node failures
 
 
 def stop(job: Job) -> None:
@@ -203,7 +203,7 @@ def nodes_of(job: Job) -> list[str]:
 
 
 def goes_on(job: Job, run_dir: Path, ranks: list[int]) -> None:
-    """Wait until the run has been started with these numbers of ranks, and makes steps."""
+    """Wait until the run has been started with these numbers of ranks, and trains."""
     job.wait_for(lambda: world_sizes(run_dir) == ranks, PATIENCE, f"starts with {ranks} ranks")
     begun = json_lines(run_dir / "starts.jsonl")[-1]["step"]
     job.wait_for(lambda: last_step(run_dir) >= begun + 5, PATIENCE, "new steps")
@@ -229,7 +229,7 @@ def test_a_dead_node(checkout: Checkout, cluster: Cluster) -> None:
 
 
 def test_a_drained_node(checkout: Checkout, cluster: Cluster) -> None:
-    """It works on until the job is requeued, which then goes to another one."""
+    """It continues until the job is requeued, which then gets another node."""
     job = checkout.submit(
         *checkout.settings(train__steps=ENDLESS),
         options=("--nodes=2", "--exclude=n[4-8]"),
@@ -250,7 +250,7 @@ def test_a_drained_node(checkout: Checkout, cluster: Cluster) -> None:
     assert resumed[0] >= step + 5
 
 
-# ---------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------- user errors
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_an_option_at_the_wrong_place(checkout: Checkout) -> None:
 
 
 def _fails(job: Job, checkout: Checkout, message: str) -> None:
-    """In seconds, with one message, before any rank is started."""
+    """Assert that the job fails within seconds, with one message, before any rank starts."""
     assert job.wait(120) == "FAILED", job.output()
     output = job.output()
     assert output.count("error: ") == 1 + output.count("srun: error: "), output
@@ -292,7 +292,7 @@ def _fails(job: Job, checkout: Checkout, message: str) -> None:
 
 
 def test_an_impossible_time_limit_ends_the_job(checkout: Checkout) -> None:
-    """A warning that comes before the first step would be requeued for ever."""
+    """A job that is warned before its first step would be requeued forever."""
     slow_start = '[[ $* == *--check ]] || sleep 120; exec "$@"'
     (checkout.folder / "slurm/site.env").write_text(f"CONTAINER=(bash -c '{slow_start}' in)\n")
     job = checkout.submit(

@@ -1,4 +1,4 @@
-"""A sweep as a job array: throttled, every member on its own, killed ones go on."""
+"""A sweep as a job array: throttled, one job per member, killed members resume."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def script(checkout: Checkout) -> Path:
 
 
 def submit(checkout: Checkout, sweep: Path) -> list[Job]:
-    """As a user does; one job for each member."""
+    """Submit as a user does; return one job for each member."""
     environ = [f"VENV={sys.prefix}", "MAX_RUNNING=2"]
     output = f"--output={sweep.parent}/%x-%A_%a.out"
     printed = checkout.cluster.run("env", *environ, "bash", script(checkout), output, sweep)
@@ -69,7 +69,7 @@ def is_done(member: Member) -> bool:
 
 
 def test_all_members_complete_though_some_are_killed(checkout: Checkout, sweep: Path) -> None:
-    """One loses its node, one is cancelled: only the latter needs a new start."""
+    """One loses its node, one is cancelled: only the latter must be submitted again."""
     cluster, members = checkout.cluster, read_sweep(sweep)
     lost, cancelled, last = submit(checkout, sweep)
 
@@ -107,7 +107,7 @@ def single(checkout: Checkout, *arguments: object, **environ: object) -> Job:
 
 
 def test_plain_sbatch_is_refused(checkout: Checkout, sweep: Path) -> None:
-    """Plain sbatch would train nothing: it fails at once, and says what to type."""
+    """Plain sbatch would train nothing: it fails at once with the right command."""
     job = single(checkout, "slurm/jepa_sweep.sh", sweep)
     assert job.wait(PATIENCE) == "FAILED"
     (command,) = re.findall(r"sbatch --array.*", job.output())
@@ -123,7 +123,7 @@ def test_a_task_beyond_the_list(checkout: Checkout, sweep: Path) -> None:
 
 
 def test_a_switch_in_the_environment(checkout: Checkout, sweep: Path) -> None:
-    """It would reach some arms only; refused in the job as well as before."""
+    """It would affect only some arms; refused at submission and in the job."""
     expected = "error: environment JEPA_LAYER: a sweep's settings come from its file; unset it"
     job = single(checkout, "--array=0", "slurm/jepa_sweep.sh", sweep, JEPA_LAYER=1)
     task = Job(checkout.cluster, f"{job.id}_0")

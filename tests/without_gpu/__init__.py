@@ -1,4 +1,4 @@
-"""What a GPU would run, checked on a machine without one.
+"""Checks of the GPU path on a machine without a GPU.
 
 ``python -m tests.without_gpu --help`` lists the commands; docs/performance.md explains them. A CUDA
 build of PyTorch, in an environment of its own (``environment``), compiles every region of the

@@ -33,8 +33,10 @@ def main() -> None:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("configs", nargs="*", type=Path, default=run.CONFIGS)
-        command.add_argument("--save", type=Path, help="keep the counts in this file as well")
-        command.add_argument("--load", type=Path, help="take such a file; compile nothing")
+        command.add_argument("--save", type=Path, help="also write the counts to this file")
+        command.add_argument(
+            "--load", type=Path, help="read counts from such a file; compile nothing"
+        )
     arguments = parser.parse_args()
     try:
         if arguments.command == "install":
@@ -52,7 +54,7 @@ def _install(folder: Path) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    """Print what there is and how it differs from the committed table; ``update`` that."""
+    """Print the counts and differences from the committed table, or ``update`` the table."""
     table = Table.read(arguments.load) if arguments.load else run.compile_regions(arguments.configs)
     if arguments.save:
         table.write(arguments.save)
@@ -74,7 +76,7 @@ def _table(arguments: argparse.Namespace) -> None:
 def describe(
     table: Table, config: Config, name: str, expected: Mapping[str, Mapping[str, int]]
 ) -> str:
-    """Every graph of a configuration, and the predicted time of a micro-batch, as Markdown."""
+    """Return the graphs of a configuration and the predicted time of a micro-batch, as Markdown."""
     predictions = list(predict(table.of(name), config))
     tokens = config.batch.micro * config.model.seq_len
     graphs = [

@@ -1,6 +1,6 @@
-"""The environment with a CUDA build of PyTorch: made on request, found by a variable.
+"""The environment with a CUDA build of PyTorch, and how to install and find it.
 
-``JEPA_CUDA_PYTHON`` names its Python; without it, what ``install`` made in its default place is
+``JEPA_CUDA_PYTHON`` names its Python; without it, the default folder of ``install`` is
 used. No driver and no device are needed: two small libraries stand in for what PyTorch asks of
 them (``shims``), compiled here with g++.
 """
@@ -18,18 +18,18 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent.parent
 VARIABLE = "JEPA_CUDA_PYTHON"
-# The committed table holds for this one.
+# The version of the committed table.
 TORCH_VERSION = "2.11.0"
 INSTALL_COMMAND = "python -m tests.without_gpu install"
 _SHIMS = Path(__file__).with_name("shims")
 
 
 class UnavailableError(Exception):
-    """There is no such environment here; the message says why and what to do."""
+    """There is no such environment; the message has the reason and a fix."""
 
 
 def default_folder() -> Path:
-    """Where ``install`` puts the environment unless told otherwise."""
+    """Return the default folder of the environment."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "jepa_dist" / f"torch-{TORCH_VERSION}-cuda"
 
@@ -54,10 +54,10 @@ def install(folder: Path) -> Path:
 
 
 def find() -> Path:
-    """The Python of the environment.
+    """Return the Python of the environment.
 
     Raises:
-        UnavailableError: there is none, or no compiler for the shims.
+        UnavailableError: no environment, or no compiler for the shims.
     """
     named = os.environ.get(VARIABLE)
     python = Path(named) if named else default_folder() / "bin" / "python"
@@ -92,12 +92,12 @@ def check(python: Path) -> str:
 
 
 def command(python: Path, module: str, *arguments: Any) -> list[str]:
-    """Command line of one of this package's modules that need the environment."""
+    """Return the command line of one of this package's modules that need the environment."""
     return [str(python), "-m", f"tests.without_gpu.{module}", *map(str, arguments)]
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """Environment variables of such a command; compiles the shims into ``folder``."""
+    """Compile the shims into ``folder``; return the environment variables of such a command."""
     driver, device_count = folder / "libcuda.so.1", folder / "device_count.so"
     for source, library, options in (
         ("libcuda.c", driver, ["gcc", f"-Wl,-soname,{driver.name}"]),

@@ -1,4 +1,4 @@
-"""A pretended H100: tensors without data on cuda:0, and kernels that are assembled but never run.
+"""A simulated H100: tensors without data on cuda:0, and kernels that are assembled but never run.
 
 For processes in the environment of ``environment.py``. ``pretend_device`` makes PyTorch accept
 tensors on cuda:0 under ``FakeTensorMode``; ``attend_with`` chooses the back end of attention;
@@ -50,7 +50,7 @@ _PROPERTIES = SimpleNamespace(
 
 
 def pretend_device() -> None:
-    """Have PyTorch take cuda:0 for an H100. Only tensors without data can be on it."""
+    """Make PyTorch treat cuda:0 as an H100. Only tensors without data can be on it."""
     answers: dict[str, Any] = {
         "get_device_properties": _PROPERTIES,
         "get_device_capability": _CAPABILITY,
@@ -64,7 +64,7 @@ def pretend_device() -> None:
         "_maybe_exchange_device": 0,
         "get_arch_list": ["sm_90"],
         "is_initialized": False,
-        # Whoever asks would go on to call the driver.
+        # Otherwise callers would then call the driver.
         "is_available": False,
         "_lazy_init": None,
     }
@@ -79,13 +79,13 @@ def _always(value: Any) -> Callable[..., Any]:
 
 
 class OnlyDeviceFake(FakeTensorMode):
-    """Tensors on the device have no data; what is computed on the host alone is computed."""
+    """Fake tensors on the device only; operators on the host alone are computed."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Leave operators to PyTorch that neither read nor make a tensor on the device."""
+        """Run operators that neither read nor create a tensor on the device as usual."""
         kwargs = kwargs or {}
         device = kwargs.get("device")
         makes_one = device is not None and torch.device(device).type == DEVICE.type
@@ -130,14 +130,14 @@ def attend_with(backend: str) -> None:
 
 @dataclass
 class Assembler:
-    """What Triton was asked to assemble."""
+    """Kernels that Triton was asked to assemble."""
 
     kernels: int = 0
     cubins: int = 0
 
 
 def pretend_compiler() -> Assembler:
-    """Have Inductor compile for sm_90; of every kernel one configuration is assembled.
+    """Make Inductor compile for sm_90 and assemble one configuration of every kernel.
 
     (Inductor times the configurations of a kernel against each other when it first runs.)
     """
@@ -167,9 +167,9 @@ def pretend_compiler() -> Assembler:
     for launcher in ("use_static_cuda_launcher", "use_static_triton_launcher"):  # 2.11, 2.13
         if hasattr(inductor_config, launcher):
             setattr(inductor_config, launcher, False)
-    # Whether matrices of odd shapes are padded is decided by trial, on a device.
+    # Inductor decides on padding by benchmarks, which need a device.
     inductor_config.shape_padding = False
-    # Kernels that are equal but for their number are then equal, and Triton's cache has them.
+    # Kernels that differ only in their number are then equal, and Triton's cache finds them.
     inductor_config.triton.unique_kernel_names = False
     functorch_config.force_non_lazy_backward_lowering = True
     triton_helpers.set_driver_to_gpu = _always(None)
@@ -183,7 +183,7 @@ def _pretend_driver() -> None:
     from triton.runtime.driver import driver  # type: ignore[import-not-found]
 
     class Driver:
-        """Answers what Triton asks of a driver while it compiles."""
+        """Replaces Triton's driver during compilation."""
 
         launcher_cls = None
         get_current_target = staticmethod(_always(GPUTarget("cuda", 90, 32)))
@@ -215,7 +215,7 @@ def _pretend_driver() -> None:
 
 
 def _fold_constants_on_cpu() -> None:
-    """Inductor evaluates constants of a graph; there is no device to do it on."""
+    """Make Inductor evaluate constants of a graph on the CPU."""
     from torch._inductor.fx_passes import joint_graph
 
     folder: Any = joint_graph.UniformValueConstantFolder
@@ -239,7 +239,7 @@ def _fold_constants_on_cpu() -> None:
 
 
 def _assemble_only() -> Assembler:
-    """Have Inductor's kernels compiled to cubins, and nothing loaded or launched."""
+    """Compile Inductor's kernels to cubins, without loading or launching them."""
     from torch._inductor.runtime import triton_heuristics
 
     autotuner: Any = triton_heuristics.CachingAutotuner

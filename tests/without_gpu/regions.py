@@ -46,7 +46,7 @@ _MOST_GRAPHS = 32
 
 
 class Compiler:
-    """A back end for Dynamo that compiles for sm_90 and keeps counts of what came out.
+    """A backend for Dynamo that compiles for sm_90 and counts what it generates.
 
     Args:
         assembler: Takes note of the kernels that are assembled.
@@ -80,7 +80,7 @@ class Compiler:
         region._compiled_call_impl = named
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a graph; what is returned runs it uncompiled, and counts that."""
+        """Compile a graph; return a function that runs it uncompiled and counts the execution."""
         name = self._region
         with self._recording():
             compile_fx(module, inputs)
@@ -94,13 +94,13 @@ class Compiler:
 
     @contextmanager
     def counting_runs(self, phase: int) -> Iterator[None]:
-        """Count executions in here as those of a pass in this phase."""
+        """Count executions inside as those of a pass in this phase."""
         self._phase = str(phase)
         yield
         self._phase = ""
 
     def graphs(self) -> Iterator[Graph]:
-        """What was compiled."""
+        """Return the compiled graphs."""
         for counts in self._counts:
             region = counts["region"]
             runs = {
@@ -113,7 +113,7 @@ class Compiler:
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        """Have Inductor's graphs counted as soon as their kernels are assembled."""
+        """Count Inductor's graphs as soon as their kernels are assembled."""
         lowering: Any = GraphLowering
         compile_to_module = lowering.compile_to_module
 
@@ -150,7 +150,7 @@ def _direction(graph: GraphLowering) -> str:
 
 
 def _count(graph: GraphLowering) -> dict[str, Any]:
-    """Kernels, bytes, library calls and FLOPs of a graph that Inductor has scheduled."""
+    """Return kernels, bytes, library calls and FLOPs of a graph that Inductor has scheduled."""
     kernels = moved = flops = 0
     calls: Counter[str] = Counter()
     for node in graph.scheduler.nodes:
@@ -161,12 +161,12 @@ def _count(graph: GraphLowering) -> dict[str, Any]:
         elif "Nop" not in kind:
             kernels += 1
             moved += node.get_read_write_buffers_sizes()
-    del calls["MultiOutput"]  # no call: the results of one that has several
+    del calls["MultiOutput"]  # not a call, but one of several results
     return {"kernels": kernels, "bytes": int(moved), "calls": dict(calls), "flops": int(flops)}
 
 
 def _function(node: Any) -> str:
-    """Bare name of a library function: ``extern_kernels.mm`` is ``mm``."""
+    """Return the bare name of a library function: ``extern_kernels.mm`` is ``mm``."""
     name = str(getattr(node, "python_kernel_name", None) or type(node).__name__)
     return name.removesuffix(".default").rpartition(".")[2]
 
@@ -175,7 +175,7 @@ def _function(node: Any) -> str:
 
 
 def compile_config(path: Path) -> tuple[list[Graph], dict[str, str]]:
-    """All graphs of a configuration, and the errors of the variants that do not compile."""
+    """Return all graphs of a configuration, and the errors of variants that do not compile."""
     config = load(path, [], {}).config
     graphs: dict[str, Graph] = {}
     failures = {}
@@ -196,7 +196,7 @@ def compile_config(path: Path) -> tuple[list[Graph], dict[str, str]]:
 def _compile_variant(
     config: Config, compiler: Compiler, checkpointing: str, *, only_blocks: bool
 ) -> None:
-    """What the trainer's warm-up compiles, or of it the blocks."""
+    """Compile what the trainer's warm-up compiles, or only its blocks."""
     with torch.device("meta"):
         model = GPT(config.model)
     for name, region in model.regions():
@@ -212,7 +212,7 @@ def _compile_variant(
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """A parameter as FSDP2 shows it to the compiler, in bfloat16; buffers keep their dtype."""
+    """Return a parameter as the compiler sees it, in bfloat16; buffers keep their dtype."""
     dtype = torch.bfloat16 if tensor.is_meta else tensor.dtype
     return torch.empty(tensor.shape, dtype=dtype, device=pretend.DEVICE)
 
@@ -224,14 +224,14 @@ def _run(
     compiler: Compiler,
     checkpointing: str,
 ) -> None:
-    """The passes that compile everything: with and without gradient, in every phase."""
+    """Run the passes that compile everything: with and without gradient, in every phase."""
     shape = (config.batch.micro, config.model.seq_len)
     tokens = torch.zeros(shape, dtype=torch.int64, device=pretend.DEVICE)
     weight = torch.ones(shape[0], device=pretend.DEVICE)
     for phase in range(LAST_PHASE + 1) if config.model.num_loops else [0]:
         with compiler.counting_runs(phase):
             output = model(tokens, tokens, weight, phase=phase, taps=(-1,))
-        if checkpointing == "none":  # checkpointing concerns gradients alone
+        if checkpointing == "none":  # checkpointing affects gradients only
             with torch.no_grad():
                 model(tokens, tokens, weight, phase=phase)
     if jepa_loss is not None:
@@ -243,7 +243,7 @@ def _run(
 
 
 def _summary(error: Exception) -> str:
-    """The error and where in this project it arose, on one line."""
+    """Return the error and its line in this project, on one line."""
     places = [
         f"{Path(frame.filename).name}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
@@ -259,7 +259,7 @@ _ASSEMBLER = pretend.Assembler()
 
 
 def _start(folder: str) -> None:
-    """Begin a process that compiles."""
+    """Set up a process that compiles."""
     global _ASSEMBLER
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{os.getpid()}"
     os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"  # shared: equal kernels are compiled once
@@ -289,7 +289,7 @@ def main() -> None:
         for found, failed in pool.map(compile_config, arguments.configs):
             graphs, failures = (*table.graphs, *found), {**table.failures, **failed}
             table = Table(table.torch, graphs, failures, time.monotonic() - began)
-            table.write(arguments.out)  # what there is, if the rest takes too long
+            table.write(arguments.out)  # a partial table, in case the rest takes too long
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Predicted time of every graph on an H100, from what was counted and the rates below.
+"""Predicted time of every graph on an H100, from the counts and the rates below.
 
 A graph takes as long as its generated kernels take to move their bytes, plus its matrix products
 and its attention. Sums that autograd makes outside the graphs, the optimizer and
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from jepa_dist.config import Config
 from tests.without_gpu.table import Graph
 
-# Assumed: what generated kernels reach of 3.35 TB/s.
+# Assumed: share of 3.35 TB/s that generated kernels reach.
 _BYTES_PER_SECOND = 2.7e12
 # Assumed: FLOP/s of matrix products by model width; between them by the logarithm of the width.
 _NARROW, _WIDE = (512, 550e12), (2048, 700e12)
@@ -35,12 +35,12 @@ class Prediction:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum."""
         return self.kernels + self.products + self.attention
 
 
 def predict(graphs: Iterable[Graph], config: Config) -> Iterator[Prediction]:
-    """The times of these graphs of one configuration."""
+    """Return the times of these graphs of one configuration."""
     for graph in graphs:
         yield Prediction(
             graph,
@@ -53,7 +53,7 @@ def predict(graphs: Iterable[Graph], config: Config) -> Iterator[Prediction]:
 def step_milliseconds(
     predictions: Iterable[Prediction], phase: str, attention: str, checkpointing: str
 ) -> float:
-    """Forward and backward of one micro-batch in a recurrence phase, with these variants."""
+    """Return the time of one micro-batch, forward and backward, in a phase with these variants."""
     return sum(
         prediction.total * prediction.graph.runs.get(phase, 0)
         for prediction in predictions
@@ -73,7 +73,7 @@ def _product_rate(width: int) -> float:
 def _attention_seconds(graph: Graph, config: Config) -> float:
     model = config.model
     head_dim = model.model_dim // model.num_heads
-    # One product of all heads, of which causality leaves half.
+    # One product of all heads, half of which the causal mask leaves.
     flops = config.batch.micro * model.num_heads * model.seq_len**2 * head_dim
     seconds = 0.0
     for name, calls in graph.calls.items():

@@ -1,4 +1,4 @@
-"""Start this package's commands in the environment with the CUDA build; read what they find."""
+"""Start this package's commands in the environment with the CUDA build; read their results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def compile_regions(configs: Sequence[Path] = CONFIGS, timeout: float = 3600.0) 
 
 
 def watch_step(config: str, *options: Any, timeout: float = 600.0) -> dict[str, Any]:
-    """What ``step`` finds with these options."""
+    """Return the result of ``step`` with these options."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "step.json"
         _run(folder, timeout, "step", out, config, *options)
@@ -34,7 +34,7 @@ def watch_step(config: str, *options: Any, timeout: float = 600.0) -> dict[str, 
 
 
 def try_waits(timeout: float = 120.0) -> dict[str, dict[str, list[str]]]:
-    """What ``waits`` finds in known waits."""
+    """Return the result of ``waits`` on known waits."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "waits.json"
         _run(folder, timeout, "waits", out)
@@ -42,7 +42,7 @@ def try_waits(timeout: float = 120.0) -> dict[str, dict[str, list[str]]]:
 
 
 def _run(folder: str, timeout: float, module: str, *arguments: Any) -> None:
-    """Run one of the commands; nothing is left running if it takes too long.
+    """Run one of the commands; end all its processes if it takes too long.
 
     Raises:
         UnavailableError: there is no environment.

@@ -33,16 +33,16 @@ from jepa_dist.training.assemble import build_trainer
 from tests.without_gpu import pretend
 from tests.without_gpu.waits import WaitDetector, pretend_streams
 
-# Steps that come before: caches and plans are filled.
+# Steps before the watched one, which fill caches and plans.
 _FIRST_STEPS = 2
 
 
 class _WatchedError(Exception):
-    """Ends the run when the step has been watched."""
+    """Ends the run after the watched step."""
 
 
 class _Watch(StepProfiler):
-    """Stands where the profiler does, which is told of the beginning of every step."""
+    """In place of the profiler, which is called at the beginning of every step."""
 
     def __init__(self) -> None:
         super().__init__(ProfileConfig(), Path(), rank=0)
@@ -62,7 +62,7 @@ class _Watch(StepProfiler):
 
 
 class _World(World):
-    """Rank 0 of many that do not exist: the others say what it says."""
+    """Rank 0 of many that do not exist: all gathered values are its own."""
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -75,7 +75,7 @@ class _World(World):
 
 
 def watch_step(config: Config, ranks: int) -> _Watch:
-    """Run the trainer until a step has been watched. All that knows its inside is in here."""
+    """Run the trainer until a step has been watched; only here are its internals used."""
     watch = _Watch()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     mesh = build_mesh(config.parallel, ranks, pretend.DEVICE)
@@ -89,13 +89,13 @@ def watch_step(config: Config, ranks: int) -> _Watch:
         timeout=timedelta(seconds=60),
     )
     with (
-        # The answer of the device decides; there is none.
+        # This reads a value from the device, which has no data.
         patch.object(Muon, "_require_equal_on_all_ranks", lambda muon, present: None),
-        # Checksums are read once, before the first step; there are no values.
+        # Checksums are read once, before the first step, and have no values.
         patch("jepa_dist.training.assemble.check_replicas", _nothing),
         # Random numbers of all parameters take longer than everything else.
         patch("jepa_dist.build.initial_value", _zeros),
-        # It would put the buffers on the device before they are replaced by new ones there.
+        # It would move the buffers to the device before they are replaced there.
         patch("torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device", _nothing),
         pretend.OnlyDeviceFake(),
     ):
@@ -115,7 +115,7 @@ def _nothing(*_: Any) -> None:
 
 
 def prepare(config: Config, folder: Path) -> Config:
-    """The configuration with random data, eager, and without anything that happens seldom."""
+    """Return the configuration with random data, eager, and without rare events."""
     changes: dict[str, dict[str, Any]] = {
         "parallel": {"compile": False},
         "train": {"max_wallclock_seconds": None, "log_every": 10**6, "steps": 10**6},

@@ -20,7 +20,7 @@ CHECKPOINTING = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Graph:
-    """One compiled graph. All regions that are alike share it; it bears the name of the first."""
+    """One compiled graph, shared by all identical regions and named after the first."""
 
     config: str
     """Name of the configuration, such as ``gpt_36m``."""
@@ -31,11 +31,11 @@ class Graph:
     kernels: int
     """Launches of generated kernels."""
     bytes: int
-    """What these read and write, by Inductor's count."""
+    """Bytes that these read and write, as counted by Inductor."""
     calls: Mapping[str, int]
     """Launches of library functions (matrix products, attention)."""
     flops: int
-    """Of the matrix products."""
+    """FLOPs of the matrix products."""
     sources: int
     """Different generated kernels."""
     cubins: int
@@ -55,33 +55,33 @@ class Graph:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What is compared with the table."""
+        """Return the counts that are compared with the table."""
         return {"kernels": self.kernels, "calls": sum(self.calls.values()), "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
 class Table:
-    """The graphs of one run, with what stopped the compiler."""
+    """The graphs of one run, and the compiler's errors."""
 
     torch: str
     """Version that compiled them; another one generates other kernels."""
     graphs: tuple[Graph, ...]
     failures: Mapping[str, str] = field(default_factory=dict)
-    """By configuration and variant, the error of what did not compile."""
+    """Errors of variants that did not compile, by configuration and variant."""
     seconds: float = 0.0
 
     @classmethod
     def read(cls, path: Path) -> Table:
-        """The table that ``write`` wrote."""
+        """Read a table that ``write`` wrote."""
         data = json.loads(path.read_text(encoding="utf-8"))
         return cls(**data | {"graphs": tuple(Graph(**graph) for graph in data["graphs"])})
 
     def write(self, path: Path) -> None:
-        """Everything, for another process."""
+        """Write the table to a file, for another process."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def of(self, config: str) -> list[Graph]:
-        """The graphs of one configuration."""
+        """Return the graphs of one configuration."""
         return [graph for graph in self.graphs if graph.config == config]
 
 
@@ -89,12 +89,12 @@ class Table:
 
 
 def read_expected(path: Path = EXPECTED) -> dict[str, Any]:
-    """The committed table: ``torch`` (version) and ``graphs`` (counts by key)."""
+    """Return the committed table: ``torch`` (version) and ``graphs`` (counts by key)."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_expected(table: Table, path: Path = EXPECTED) -> None:
-    """Put the configurations of this table into the committed one, in place of what it has of them.
+    """Replace the rows of this table's configurations in the committed one.
 
     There is one line per graph, so that a diff shows what changed.
 
@@ -125,8 +125,10 @@ def of_configs(
 
 
 def differences(expected: Mapping[str, Mapping[str, int]], graphs: Iterable[Graph]) -> list[str]:
-    """Every count that differs from the expected one by more than 2 %, and graphs that came or
-    went; each a line that names the graph, before, after and what to do."""
+    """Return a line for each count that differs by more than 2 % and each graph added or removed.
+
+    A line names the graph, the values before and after, and the command that updates the table.
+    """
     found = {graph.key: graph.counts for graph in graphs}
     lines = [
         _line(key, name, expected[key][name], found[key][name])

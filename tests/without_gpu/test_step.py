@@ -1,4 +1,4 @@
-"""The trainer's step as rank 0 of 64: no wait of the host, and the expected collectives."""
+"""The trainer's step as rank 0 of 64: the host never waits; the expected collectives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notice where the host would wait for the device, on tensors without data.
+"""Detect where the host would wait for the device, on tensors without data.
 
 ``pretend_streams`` replaces streams, events and page-locked memory by ones that report waits;
 ``WaitDetector`` sees operators that hand values to the host, and copies that are not asynchronous.
@@ -32,7 +32,7 @@ _ACTIVE: list[WaitDetector] = []
 
 
 class WaitDetector(TorchDispatchMode):
-    """Keeps the waits of the host while it is active, as "what, file:line"."""
+    """Records the waits of the host while it is active, as "what, file:line"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class WaitDetector(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at copies; values on the device do not exist, and whoever asks for one fails."""
+        """Check copies; reading a value on the device fails, because it does not exist."""
         kwargs = kwargs or {}
         self.operators += 1
         if func.name() == "aten::copy_":
@@ -63,7 +63,7 @@ class WaitDetector(TorchDispatchMode):
             raise
 
     def note(self, what: str) -> None:
-        """Keep a wait, with the line of this project that it comes from."""
+        """Record a wait with the line of this project that caused it."""
         frames = reversed(traceback.extract_stack())
         frame = next((f for f in frames if _is_training_code(Path(f.filename))), None)
         place = "elsewhere"
@@ -77,7 +77,7 @@ class WaitDetector(TorchDispatchMode):
         if kinds[0] == kinds[1] or "cuda" not in kinds:
             return
         arrow, size = " -> ".join(kinds), source.numel()
-        # A copy to new memory of the host takes page-locked memory, if it is not to block.
+        # A non-blocking copy to new host memory uses page-locked memory.
         host = source if kinds[0] == "cpu" else target
         if not non_blocking:
             self.note(f"blocking copy {arrow} of {size} elements")
@@ -86,7 +86,7 @@ class WaitDetector(TorchDispatchMode):
 
 
 def _is_training_code(path: Path) -> bool:
-    """The counters of the benchmarks are dispatch modes, too, and stand in every stack."""
+    """Return whether a frame is the trainer's, not a dispatch mode of the benchmarks."""
     return path.is_relative_to(_PROJECT) and not path.is_relative_to(_PROJECT / "bench")
 
 
@@ -99,18 +99,18 @@ def _report(what: str) -> None:
 
 
 class Event:
-    """A point in a stream that is never reached, as if the device were always busy."""
+    """An event that never completes, as if the device were always busy."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def record(self, *_: Any) -> None:
-        """Nothing is waited for."""
+        """Do nothing."""
 
     wait = record
 
     def query(self) -> bool:
-        """Not reached yet."""
+        """Return False: not completed."""
         return False
 
     def synchronize(self) -> None:
@@ -118,24 +118,24 @@ class Event:
         _report("event.synchronize")
 
     def elapsed_time(self, end: Event) -> float:
-        """Both must have been reached."""
+        """Report a wait: both events must have completed."""
         _report("event.elapsed_time")
         return 1.0
 
 
 class Stream:
-    """A stream in which nothing happens."""
+    """A stream that executes nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def wait_stream(self, stream: Any) -> None:
-        """The stream waits, not the host."""
+        """Do nothing: the stream waits, not the host."""
 
     wait_event = wait_stream
 
     def record_event(self, event: Event | None = None) -> Event:
-        """A point in it."""
+        """Return an event of this stream."""
         return event or Event()
 
     def synchronize(self) -> None:
@@ -143,7 +143,7 @@ class Stream:
         _report("stream.synchronize")
 
     def query(self) -> bool:
-        """Still busy."""
+        """Return False: still busy."""
         return False
 
     def __enter__(self) -> Stream:
@@ -219,7 +219,7 @@ def _try(action: Callable[[Tensor], object]) -> list[str]:
 
 
 def main() -> None:
-    """Write what is found in the known waits, and in what does not wait."""
+    """Write what is detected in known waits and in code that does not wait."""
     pretend.pretend_device()
     pretend_streams()
     found = {

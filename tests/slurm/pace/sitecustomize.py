@@ -1,4 +1,4 @@
-"""Let each optimizer of a rank sleep after its step, so that a run that only has to last is idle.
+"""Let each optimizer of a rank sleep after its step: a run that only has to last stays idle.
 
 Python imports this module at its start when its folder is on the path.
 """
