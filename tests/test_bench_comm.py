@@ -63,7 +63,7 @@ def test_every_setting_is_at_its_minimum(counted: dict[str, Any], config: Config
 
 
 def test_counts_derived_by_hand(counted: dict[str, Any]) -> None:
-    """By hand, for eight blocks and the root; nothing here is computed by the formulas."""
+    """Counted by hand for eight blocks and the root, independently of the formulas."""
     gathers = {name: c["launches"].get("all_gather", 0) for name, c in counted.items()}
     reductions = {name: c["launches"].get("reduce_scatter", 0) for name, c in counted.items()}
     assert gathers["plain"] == 16
@@ -137,6 +137,6 @@ def _is_sharded(module: torch.nn.Module) -> bool:
 
 
 def test_evaluation_leaves_nothing_gathered(corpus: Path) -> None:
-    """Or the average of the weights would be evaluated with the weights themselves."""
+    """Otherwise the EMA would be evaluated with gathered live weights."""
     config = tiny_config(corpus, parallel__reshard_after_forward=False)
     assert run_ranks(_gathered_after_evaluation, 2, config) == [[False, True]] * 2

@@ -87,7 +87,7 @@ def test_where_a_step_waits_for_the_device() -> None:
 
     (here,) = waits_for_device(wait, CPU)
     assert here == f"{__file__}:{wait.__code__.co_firstlineno + 1}"
-    # Called from the package, its line is told, not that of what it calls.
+    # For a call from the package, its own line is reported, not that of the callee.
     (within,) = waits_for_device(lambda: time_interleaved({"wait": wait}, 1, CPU), CPU)
     name, _, line = within.partition(":")
     source = (REPOSITORY / "jepa_dist" / name).read_text().splitlines()

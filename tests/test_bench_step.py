@@ -81,7 +81,7 @@ def test_chunked_head_is_exact_and_uses_less_memory(monkeypatch: pytest.MonkeyPa
 
 
 def one_step(rank: int, world_size: int, config: Config) -> dict[str, float]:
-    """A step of the trainer and of the floor on the same batch; how far their weights are apart."""
+    """Step the trainer and the floor on one batch; return the difference of their weights."""
     world = start_world(config.parallel)
     trainer = build_trainer(config, world)
     plan = Planner(config, TrainingClock()).plan(0)

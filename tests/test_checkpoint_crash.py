@@ -50,7 +50,7 @@ def first_piece(parts: Any) -> Iterator[Any]:
 
 pieces = shards._pieces
 
-# Where: the rank that dies, and what it does instead of its part. Then the step that is left.
+# By stage: the rank that dies, what it does instead, and the step of the remaining checkpoint.
 CRASHES: dict[str, tuple[int, object, str, Callable[..., Any], int]] = {
     "before it stages": (0, folders, "make_staging", die, 3),
     "staging made": (0, folders, "make_staging", die_after(folders.make_staging), 3),
@@ -183,7 +183,7 @@ def save_to_full_disk(rank: int, world_size: int, folder: str) -> Any:
     world = start(world_size)
     checkpointer = Checkpointer(Path(folder), world, RetentionPolicy(last=2))
     result = try_to_save(checkpointer, world)
-    # The space was given back: a small one fits.
+    # The space is free again: a small one fits.
     checkpointer.save(10, {"plain": torch.ones(5)}, {"step": 10}, wait=True)
     shutil.rmtree(Path(folder) / "step_00000010") if rank == 0 else None
     return result

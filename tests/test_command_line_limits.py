@@ -92,7 +92,7 @@ def test_names_that_are_too_long(
 
 
 class _LeftError(BaseException):
-    """Instead of leaving the process."""
+    """Raised instead of exiting."""
 
 
 @pytest.mark.parametrize("reason", ["file too short", "invalid ELF header"])

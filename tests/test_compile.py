@@ -1,6 +1,6 @@
-"""Contract C4: what is compiled, and how often. A counting backend makes this fast.
+"""Contract C4: what is compiled, and how often, with a fast backend that counts graphs.
 
-Two ranks compile what one does (the first test and ``test_compiled_equals_eager``), so the others
+Two ranks compile the graphs of one (the first test and ``test_compiled_equals_eager``); the others
 count the graphs of one rank.
 """
 
@@ -65,8 +65,10 @@ def compiled(corpus: Path, **changes: Any) -> Config:
 
 
 def counted(corpus: Path, **changes: Any) -> Config:
-    """Two micro-batches and, unless ``changes`` say otherwise, eight steps through all phases: what
-    is counted depends on neither number, and graphs that run eagerly are slow."""
+    """Return a config with two micro-batches and by default eight steps through all phases.
+
+    The counts depend on neither number, and graphs that run eagerly are slow.
+    """
     few = {"batch__sequences": 2, "batch__micro": 1, "train__steps": 8}
     return compiled(corpus, **few | changes)
 

@@ -1,4 +1,4 @@
-"""The configuration: what wins over what, and that every mistake is one clear line."""
+"""The configuration: precedence of sources, and one clear line for every error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.tiny import REPOSITORY, tiny_config
 def problems(
     *overrides: str, path: Path | None = None, environ: dict[str, str] | None = None
 ) -> tuple[str, ...]:
-    """The problems found in a configuration, each of them one line."""
+    """Return the problems found in a configuration; assert that each is one line."""
     with pytest.raises(UserError) as caught:
         load(path, overrides, environ or {})
     for problem in caught.value.problems:

@@ -1,4 +1,4 @@
-"""What stands between the shell, a file and the configuration: text, numbers, hostile input."""
+"""Parsing of the command line and files: text, numbers, hostile input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jepa_dist.errors import UserError
 
 
 def problems(*overrides: str, path: Path | None = None) -> tuple[str, ...]:
-    """The problems found, each of them one printable line of bounded length."""
+    """Return the problems found; assert that each is one printable line of bounded length."""
     with pytest.raises(UserError) as caught:
         load(path, overrides, {})
     assert all(problem.isprintable() for problem in caught.value.problems)
@@ -27,7 +27,7 @@ def problems(*overrides: str, path: Path | None = None) -> tuple[str, ...]:
 
 
 def loaded(overrides: list[str], path: Path | None = None) -> Config | None:
-    """The configuration, or None if it was refused as it should be."""
+    """Return the configuration, or None if it was refused with valid messages."""
     try:
         return load(path, overrides, {}).config
     except UserError as error:

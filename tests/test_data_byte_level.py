@@ -64,7 +64,7 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiktoken_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bytes in an order of their own, then merges of two tokens each."""
+    """Write a tiktoken file: single bytes in an unusual order, then merges of two tokens."""
     path = tmp_path_factory.mktemp("tiktoken") / "small.tiktoken"
     tokens = [bytes([byte]) for byte in reversed(range(256))]
     tokens += [b"th", b"the", b" l", b" lo", b" low", b"\xc3\xa9", b"er", b"on"]
@@ -149,7 +149,7 @@ def test_bos_comes_from_tokenizer_config(tmp_path: Path) -> None:
 
 
 def test_a_text_token_is_refused_as_bos(tmp_path: Path) -> None:
-    """Real ones have such tokens: "<s>" is a piece of Qwen's vocabulary."""
+    """Real vocabularies have such tokens: "<s>" is a piece of Qwen's."""
     model = trained()
     model.add_tokens(["<s>"])
     model.save(str(tmp_path / "tokenizer.json"))
@@ -174,7 +174,7 @@ def test_a_normalizer_that_changes_text_is_reported(tmp_path: Path) -> None:
 
 
 def like(digits: str, **parts: Any) -> Any:
-    """A small vocabulary behind the rule of words that Llama 3 and Qwen share but for digits."""
+    """Return a small vocabulary with the pattern of Llama 3 and Qwen, which differs in digits."""
     words = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"|"
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -235,7 +235,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @settings(max_examples=300, deadline=None)
 @given(text=mixed_text)
 def test_byte_counts_of_llama3_and_qwen_add_up(family: tuple[str, Tokenizer], text: bytes) -> None:
-    """To the text, also where it is no UTF-8; with Qwen to the text that NFC makes of it."""
+    """To the text, also if it is not UTF-8; with Qwen, to the NFC-normalized text."""
     name, tokenizer = family
     expected = text
     if name == "qwen":

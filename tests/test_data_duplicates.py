@@ -76,7 +76,7 @@ def test_one_of_equal_documents_stays(
 def test_equal_documents_are_in_one_split_and_one_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also if whole files are equal, wherever they lie."""
+    """Also if entire files are equal, in any folders."""
     names = [write_lines(tmp_path / name, TRAIN) for name in ("a.jsonl", "b.jsonl")]
     command = [*names, "--workers", "1", "--val-fraction", "0.3"]
     out = tmp_path / "out"
@@ -123,7 +123,7 @@ def test_duplicates_can_be_kept_and_older_outputs_are_accepted(
     assert "already prepared" in capsys.readouterr().out
 
 
-# A document by what it says, its split, and the number of texts that it is cut into.
+# A document: its text, its split, and the number of pieces that it is cut into.
 made = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(1, 3)), max_size=30)
 
 
@@ -132,7 +132,7 @@ made = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(1, 3)), 
 def test_selection_follows_the_rule(
     made: list[tuple[int, bool, int]], cuts: list[int], in_validation: bool
 ) -> None:
-    """Against the rule over sets; tasks end anywhere, also inside documents."""
+    """Against the rule over sets, with tasks that end anywhere, also inside documents."""
     if in_validation:  # equal documents share their split
         made = [(says, says % 2 == 0, parts) for says, _, parts in made]
     texts = [

@@ -71,7 +71,7 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Any]] = {
 
 
 def texts(file: Path, text_of: TextOf | None = None) -> list[bytes]:
-    """The documents of a file, by way of another process."""
+    """Return the documents of a file, read in another process."""
     text_of = text_of or TextOf()
     found: list[bytes] = []
     for task in tasks([InputFile(file, file.name, file.stat().st_size, "train")], None, text_of):
@@ -116,7 +116,7 @@ SPLIT_WRITERS = WRITERS | {
 def test_the_split_does_not_depend_on_the_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: str
 ) -> None:
-    """Nor on names, or on which file holds a document."""
+    """It also depends neither on names nor on the file that holds a document."""
     if pieces == "some":  # longer documents are cut
         for name, value in (("TASK_BYTES", 200), ("_CUT_WINDOW", 50), ("_HEAD_BYTES", 90)):
             monkeypatch.setattr(documents, name, value)

@@ -1,4 +1,4 @@
-"""Data that are damaged, hostile or not what they are taken for: one clear line, within limits."""
+"""Damaged, hostile or mistaken data: one clear line, within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_validation_shards_are_not_trained_on(folder: Path) -> None:
 
 
 def test_small_validation_shards_are_one_stream(tmp_path: Path) -> None:
-    """The trainer takes what evaluate takes: windows that run through several shards."""
+    """Training validates on the same windows as evaluate: they run through several shards."""
     write_shard(tmp_path / "train_0.bin", np.arange(100))
     for i in range(4):
         write_shard(tmp_path / f"val_{i}.bin", np.arange(i, i + 5))
@@ -192,7 +192,7 @@ def test_the_other_byte_tokenizer_is_recognized(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_shrinks_while_open_is_one_line(folder: Path) -> None:
-    """Mapped, it would be a bus error that ends the process without a word."""
+    """With a memory map, it would be a bus error without a message."""
     shard = Shard(folder / "train_0.bin")
     assert shard.read(90, 100).tolist() == list(range(90, 100))
     os.truncate(folder / "train_0.bin", HEADER + 100)

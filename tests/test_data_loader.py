@@ -78,7 +78,7 @@ def global_batches(
     workers: int = 0,
     start: int = 0,
 ) -> tuple[list[list[list[int]]], list[int]]:
-    """Rows of each step's global batch in order, and its digest, put together from all ranks."""
+    """Return the rows of each step's global batch in order, and its digest, from all ranks."""
     rows: list[dict[int, list[int]]] = [{} for _ in range(steps)]
     digests = [0] * steps
     for rank in range(world_size):
@@ -308,7 +308,7 @@ def test_a_bad_shard_raises_its_own_message(tmp_path: Path, workers: int) -> Non
     loader = TrainLoader(dataset, BatchLayout(4, 2, 0, 1), seed=7, workers=workers)
     with pytest.raises(UserError) as error:
         take(loader, 12)
-    with pytest.raises(ValueError, match="closed"):  # never goes on behind a hole
+    with pytest.raises(ValueError, match="closed"):  # never continues after a missing batch
         next(loader)
     assert error.value.problems[0].startswith(f"{tmp_path / 'b.bin'}: holds token id 60")
     assert "Traceback" not in str(error.value)
@@ -420,7 +420,7 @@ def wait_until_gone(marker: str, seconds: float) -> None:
 def test_no_loader_process_outlives_its_trainer(
     paths: list[Path], tmp_path: Path, how: signal.Signals | str
 ) -> None:
-    """A script without a __main__ guard, too: its module is not imported again."""
+    """Also of a script without a __main__ guard: its module is not imported again."""
     script = tmp_path / "trainer.py"
     script.write_text(textwrap.dedent(SCRIPT))
     marker = f"{os.getpid()}-{time.monotonic_ns()}"
@@ -461,7 +461,7 @@ def test_batches_and_their_digests_hold_ids_above_16_bits() -> None:
 
 
 class Unsendable(TokenDataset):
-    """Lets a loader process yield what cannot be pickled."""
+    """A dataset that yields an object that cannot be pickled."""
 
     def read(self, ids: Any) -> NoReturn:
         error = UserError("x")

@@ -71,7 +71,7 @@ def test_a_source_of_small_weight_comes_at_even_distances() -> None:
 @given(of=weights, change=st.integers(1, 1000), start=st.integers(0, 1900))
 @settings(max_examples=15, deadline=None)
 def test_the_closed_form_counts_the_draws(of: list[float], change: int, start: int) -> None:
-    """Against counting them one by one, over a change of the weights."""
+    """Against a count one by one, across a change of the weights."""
     stages = [Stage(0, whole_weights(of)), Stage(change, whole_weights(of[::-1]))]
     order = Mixture([100] * len(of), stages)
     sources, draws = order.draw(np.arange(2000))

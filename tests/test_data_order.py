@@ -49,7 +49,7 @@ def test_epochs_and_seeds_differ(n: int, seed: int, epoch: int) -> None:
 
 @pytest.mark.parametrize("n", [3, 17, 60])
 def test_every_position_takes_every_value_equally_often(n: int) -> None:
-    """Chi-square of where a few positions land over many epochs, against uniform."""
+    """Chi-square test of the samples at a few positions over many epochs, against uniform."""
     epochs = 60 * n
     images = np.stack([permute(np.arange(n), n, epoch_key(5, e)) for e in range(epochs)])
     for place in {0, n // 2, n - 1}:

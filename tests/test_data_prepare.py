@@ -45,7 +45,7 @@ def tokens_of(out: Path, split: str) -> list[int]:
 
 
 def documents_of(out: Path, split: str) -> list[bytes]:
-    """Texts of a prepared split, from its tokens."""
+    """Return the texts of a prepared split, decoded from its tokens."""
     text = tokens_of(out, split)
     starts = [i for i, token in enumerate(text) if token == BOS]
     assert starts[0] == 0
@@ -70,7 +70,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 
 def assert_partition(out: Path, expected: list[bytes]) -> None:
-    """Both splits together are the documents, each split in the documents' order."""
+    """Assert that both splits together are the documents, each split in their order."""
     train, val = documents_of(out, "train"), documents_of(out, "val")
     assert sorted(train + val) == sorted(expected)
     assert [text for text in expected if text in set(train)] == train
@@ -392,7 +392,7 @@ def test_the_split_follows_the_document_not_the_corpus(
 
 
 def start(arguments: list[str], marker: str) -> subprocess.Popen[str]:
-    """prepare in a process group of its own, as a terminal would start it."""
+    """Start prepare in its own process group, as a terminal does."""
     return subprocess.Popen(
         [sys.executable, "-m", "jepa_dist.data.prepare", *arguments],
         env={**os.environ, "JEPA_TEST_MARK": marker},
@@ -404,7 +404,7 @@ def start(arguments: list[str], marker: str) -> subprocess.Popen[str]:
 
 
 def interrupt(process: subprocess.Popen[str], how: signal.Signals) -> None:
-    """As it happens: Ctrl-C goes to the whole group, the others to the one process."""
+    """Signal as usual: Ctrl-C goes to the process group, other signals to the one process."""
     if how == signal.SIGINT:
         os.killpg(process.pid, how)
     else:

@@ -23,7 +23,7 @@ TEXTS = [f"document {n % 190} " + "word " * (n % 40) for n in range(200)]  # ten
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Many tasks, each of which is noted."""
+    """Make many small tasks, with a journal entry for each."""
     monkeypatch.setattr(documents, "TASK_BYTES", 700)
     monkeypatch.setattr(journal, "_SECONDS", 0.0)
     monkeypatch.setattr(journal, "_PAUSES", 0.0)
@@ -51,7 +51,7 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 
 def killed_after(writes: int, arguments: list[str]) -> bool:
-    """Prepare in a process that kills itself in the given write; whether it came that far."""
+    """Prepare in a process that kills itself in the given write; return whether it did."""
     child = os.fork()
     if child == 0:
         left = iter(range(writes))
@@ -91,7 +91,7 @@ def test_resumes_after_a_kill_at_any_write(
 def test_killed_again_and_again(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each time it comes a little further."""
+    """Each attempt makes some progress."""
     assert main(command(text, tmp_path / "whole", "--shuffle", "3")) == 0
     arguments = command(text, tmp_path / "out", "--shuffle", "3")
     done = []
@@ -139,7 +139,7 @@ def test_interrupted_and_resumed(
 
 
 def interrupt_after(writes: int, number: int, patch: pytest.MonkeyPatch) -> None:
-    """Let this process get a signal in the given write, in the middle of it."""
+    """Signal this process in the middle of the given write."""
     left = iter(range(writes))
     for sink in (ShardSet, ShuffledDocuments):
 

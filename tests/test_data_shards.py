@@ -134,7 +134,7 @@ class TestWideShards:
 
 class TestMegatron:
     def write(self, folder: Path, documents: list[list[int]], code: int, kind: str) -> Path:
-        """As Megatron's builder writes them, by the description of the format."""
+        """Write a Megatron data set, from the description of the format."""
         width = np.dtype(kind).itemsize
         lengths = [len(document) for document in documents]
         starts = [width * sum(lengths[:i]) for i in range(len(lengths))]

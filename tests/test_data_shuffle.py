@@ -35,7 +35,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def shuffled(folder: Path, stream: np.ndarray, buckets: int, step: int, seed: int = 0) -> list[int]:
-    """The stream, written ``step`` tokens at a time, in its new order."""
+    """Write the stream ``step`` tokens at a time; return it in its new order."""
     place = folder / f"{buckets}-{step}-{seed}"
     with ShuffledDocuments(place, BOS, seed, buckets, np.dtype("<u2")) as store:
         for start in range(0, len(stream), step):

@@ -98,7 +98,7 @@ def test_every_byte_is_counted_once_and_decoded(tokenizer: Tokenizer, text: byte
 def test_a_tokenizer_json_gives_the_same_ids(
     family: Family, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """As the Transformers library converts the file; Qwen's has a piece "<s>", which is text."""
+    """As converted by the transformers library; Qwen's has a piece "<s>", which is text."""
     converter = convert.TikTokenConverter(
         vocab_file=f"{_FOLDER}/{family.file}",
         pattern=family.words,

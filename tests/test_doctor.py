@@ -41,7 +41,7 @@ VERSIONS = {"torch": "2.13.0", "nccl": "2.27.5", "device": "NVIDIA H100 80GB HBM
 
 
 def report(rank: int, **changes: Any) -> Report:
-    """A rank of a healthy cluster with two ranks per node."""
+    """Return the report of a rank in a healthy cluster with two ranks per node."""
     healthy = Report(
         rank=rank,
         node=f"n{rank // 2}",
@@ -138,7 +138,7 @@ def test_a_master_that_does_not_resolve() -> None:
 
 
 def test_a_host_name_that_is_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Debian's /etc/hosts: gloo would listen at 127.0.1.1, and nobody could connect."""
+    """With Debian's /etc/hosts gloo would listen at 127.0.1.1, unreachable from other hosts."""
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     (problem,) = obstacles({**TWO_NODES, "MASTER_ADDR": "192.0.2.1"}, same_machine=False)
     assert problem.startswith("host name localhost: resolves to ")
@@ -194,9 +194,9 @@ def test_a_shared_folder(tmp_path: Path) -> None:
 def test_a_folder_that_one_node_does_not_share(tmp_path: Path) -> None:
     shared, own = tmp_path / "shared", tmp_path / "own"
     own.mkdir()
-    well, sick, also_well = run_ranks(_files, 3, [shared, own, shared])
-    assert (well, also_well) == ("", "")
-    assert sick.startswith("does not show what rank 0 wrote (No such file or directory)")
+    first, different, last = run_ranks(_files, 3, [shared, own, shared])
+    assert (first, last) == ("", "")
+    assert different.startswith("does not show what rank 0 wrote (No such file or directory)")
     assert list(own.iterdir()) == []
     assert list(shared.iterdir()) == []
 

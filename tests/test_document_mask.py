@@ -1,4 +1,4 @@
-"""``model.document_mask``: a packed row is its documents, each run alone."""
+"""``model.document_mask``: a packed row gives the results of its documents, each run alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def masked(folder: Path, *, reset: bool = True, **changes: Any) -> Config:
-    """The tiny recipe with every extra of the model, and masked documents."""
+    """Return the tiny recipe with every feature of the model, and masked documents."""
     mask = {"model__document_mask": True, "model__reset_positions": reset}
     given = {"data__bos_id": BOS, "jepa__within_documents": True, **mask, **changes}
     return tiny_config(folder, **given)
@@ -133,7 +133,7 @@ def test_kernels_agree(name: str) -> None:
 
 
 def test_flex_agrees() -> None:
-    """Its forward pass, which the CPU has."""
+    """Only its forward pass, which exists on the CPU."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 32, 16, generator=generator) for heads in (4, 2, 2))
     numbers = torch.stack([torch.arange(32) // 9, torch.arange(32) // 32])
@@ -176,7 +176,7 @@ def test_any_number_of_ranks_and_one_graph(corpus: Path) -> None:
 
 
 def test_a_run_directory_suffices_to_use_the_model(corpus: Path, tmp_path: Path) -> None:
-    """``data.bos_id`` is filled in from what is beside the shards, or from the tokenizer."""
+    """``data.bos_id`` is filled in from meta.json or the tokenizer."""
     plain = masked(corpus, model__vocab_size=257, data__tokenizer="bytes", data__bos_id="null")
     config = with_bos(plain)
     assert config.data.bos_id == 256

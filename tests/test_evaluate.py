@@ -295,7 +295,7 @@ def validate(rank: int, world_size: int, paths: list[Path]) -> tuple[Any, np.nda
 
 @dataclass
 class Spy:
-    """In place of a model: remembers what it is called with."""
+    """Replaces the model and records its arguments."""
 
     shapes: set[tuple[int, ...]]
 
@@ -316,7 +316,7 @@ def call_shapes(rank: int, world_size: int, paths: list[Path]) -> list[set[tuple
 
 
 def test_every_pass_has_the_shapes_of_training(tmp_path: Path) -> None:
-    """So that its graphs serve: 8 windows on 3 ranks in rows of 3 do not divide."""
+    """So that graphs are reused: 8 windows on 3 ranks in rows of 3 are uneven."""
     for seen in run_ranks(call_shapes, 3, write_shards(tmp_path, 66)):
         assert seen == [{(3, 8, 3, 8, 3)}, {(3, 8, 3, 8, 3, 8)}]
 

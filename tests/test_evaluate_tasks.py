@@ -130,7 +130,7 @@ def scores_of_rank(rank: int, world_size: int, run: Path) -> tuple[list[float], 
 
 
 def test_results_are_bit_equal_on_any_number_of_ranks(run: Path) -> None:
-    """27 rows in batches of 4: 7 batches, which neither 2 nor 3 ranks share evenly."""
+    """27 rows make 7 batches of up to 4, which 2 or 3 ranks do not share evenly."""
     first = run_ranks(scores_of_rank, 1, run)[0]
     for world_size in (2, 3):
         assert run_ranks(scores_of_rank, world_size, run) == [first] * world_size
@@ -142,7 +142,7 @@ def test_white_space_at_the_seam_belongs_to_the_choice() -> None:
 
 
 def test_tokens_that_span_the_seam() -> None:
-    """A choice's tokens are those of the whole text behind as many as the context has."""
+    """A choice's tokens are those of the whole text after as many as the context has."""
 
     class Pairs:
         bos_id = 0
@@ -265,7 +265,7 @@ def test_options_without_effect_are_refused(
 
 
 def test_ridge_with_the_penalty_of_the_smallest_leave_one_out_error() -> None:
-    """Against as many fits as there are samples, by the normal equations."""
+    """Against one fit per sample, by the normal equations."""
     generator = np.random.Generator(np.random.PCG64(3))
     x, labels = generator.normal(size=(30, 5)), generator.integers(0, 3, 30)
     x[:, 0] += labels

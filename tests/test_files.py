@@ -86,7 +86,7 @@ def test_lines_are_read_up_to_the_size_that_the_file_had(tmp_path: Path) -> None
 def test_nothing_is_written_through_links_or_fifos(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:  # however somebody comes to know the name
+    with monkeypatch.context() as patch:  # an attacker may guess the name
         patch.setattr("jepa_dist.files.partial_name", lambda path: tmp_path / ".file.partial")
         _plant(tmp_path, kind)
         with pytest.raises(FileExistsError):
@@ -100,7 +100,7 @@ def test_nothing_is_written_through_links_or_fifos(
 
 
 def _plant(tmp_path: Path, kind: str) -> None:
-    """Put something where an earlier version wrote."""
+    """Create an entry at a path that an earlier version wrote to."""
     other, partial = tmp_path / "other", tmp_path / ".file.partial"
     if kind == "link":
         other.write_text("as it was")
@@ -138,7 +138,7 @@ def test_invalid_records(tmp_path: Path) -> None:
         assert decode(line) is None
     assert decode(b'{"step": 1%s}' % (b"0" * 30)) is None
     assert decode(b"[" * 10_000) is None
-    # json.dumps writes lone surrogates so.
+    # As json.dumps writes lone surrogates.
     assert decode(b'{"step": 1, "a": "\\ud800"}') == {"step": 1, "a": "\ud800"}
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\n{"step": 2}')

@@ -79,7 +79,7 @@ def test_prompts_longer_than_the_context(tmp_path: Path) -> None:
 
 
 def train_and_sample(rank: int, world_size: int, config: Config) -> tuple[str, int]:
-    """A sample after training, and the graphs that it took."""
+    """Train and sample; return the text and the number of graphs that sampling compiled."""
     graphs = []
     plain = torch.nn.Module.compile
 

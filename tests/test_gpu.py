@@ -136,7 +136,7 @@ def test_device_numbers_are_reported(corpus: Path) -> None:
 
 @pytest.mark.timeout(900)  # where a CPU compiles
 def test_compiled_follows_eager_in_bfloat16(corpus: Path) -> None:
-    """The objective on from the first step: its region is compiled, too. No validation, whose
+    """With the objective on from the first step, so that it is compiled. No validation, whose
     graphs are others."""
     rounded = {"parallel__precision": "bfloat16", "train__stop_at": 5, "optim__matrix": "muon"}
     eager = train(tiny_config(corpus, **rounded))
@@ -205,7 +205,7 @@ def test_flex_and_its_gradients_equal_full_probabilities(documents: bool) -> Non
 
 @cuda_only
 def test_deterministic_runs_are_equal_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
-    """In processes of their own: the switch cannot be taken back."""
+    """In separate processes: the switch cannot be reset."""
     settings = {"parallel__deterministic": True, "parallel__compile": True}
     losses = []
     for name in ("first", "again"):
@@ -235,7 +235,7 @@ def test_next_state_prediction_compiled_follows_eager(corpus: Path, head: str) -
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """Put back the handlers that a trainer with checkpoints installs."""
+    """Restore the signal handlers that a trainer with checkpoints replaces."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     signal.set_wakeup_fd(-1)
@@ -272,7 +272,7 @@ def train_with_checkpoints(
 
 @pytest.mark.usefixtures("signals")
 def test_a_resumed_run_begins_exactly_where_it_stopped(corpus: Path, tmp_path: Path) -> None:
-    """What is restored is exact; what follows, as far as kernels repeat themselves."""
+    """Restored state is exact; later steps as far as kernels are deterministic."""
     recipe = {"optim__matrix": "muon", "optim__ema_decay": 0.9, "eval__every": 6}
     straight, *_ = train_with_checkpoints(
         tiny_config(corpus, run__dir=tmp_path / "straight", **recipe)
@@ -301,7 +301,7 @@ def test_a_resumed_run_begins_exactly_where_it_stopped(corpus: Path, tmp_path: P
 
 
 class Watcher(Recorder):
-    """Keeps the distributions, too, by step."""
+    """Also records the histograms, by step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ def matrix() -> Tensor:
 
 
 def exact(rows: Rows, head_VE: Tensor, softcap: float, scale: float) -> list[Tensor]:
-    """Loss and gradients in float64, written down from the definition."""
+    """Return loss and gradients in float64, from the definition."""
     y, matrix = (t.double().requires_grad_() for t in (rows.y_NE, head_VE))
     logits = y @ matrix.T
     if softcap > 0:
@@ -61,7 +61,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-# Seven leaves a shorter last chunk, 8 is what it is in practice, 250 is a row each.
+# 7 leaves a shorter last chunk, 8 is the value in practice, 250 is one row per chunk.
 @pytest.mark.parametrize("chunks", [1, 2, 7, 8, 250])
 @pytest.mark.parametrize("softcap", [0.0, CAP])
 def test_loss_and_gradients_are_exact(
@@ -105,7 +105,7 @@ def test_bfloat16_is_about_as_good_as_full_logits(rows: Rows, matrix: Tensor) ->
 
 
 def test_the_sum_over_chunks_does_not_lose_small_terms(matrix: Tensor) -> None:
-    """Equal chunks: the gradient of many is that of one times their number, in bfloat16 too."""
+    """The gradient of n equal chunks is n times that of one, in bfloat16 too."""
     generator = torch.Generator().manual_seed(2)
     one = Rows(
         torch.randn(4, WIDTH, generator=generator).bfloat16(),
@@ -118,7 +118,7 @@ def test_the_sum_over_chunks_does_not_lose_small_terms(matrix: Tensor) -> None:
 
 
 class Watch(TorchDispatchMode):
-    """The largest tensor made within, and how many matrix products."""
+    """Records the largest tensor and the number of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Losses that are not finite: skipped alike on every rank, rolled back from once, then the end."""
+"""Non-finite losses: skipped on every rank, one roll-back, then the run ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.tiny import tiny_config, write_corpus
 
 
 def poison(trainer: Trainer, samples: range, rank: int, value: float) -> None:
-    """On one rank the loss of some samples is not finite, in whichever step they come."""
+    """Make the loss of some samples non-finite on one rank, in whichever step they occur."""
     plain = trainer.train_step.loss
 
     def loss(batch, plan, index):
@@ -42,7 +42,7 @@ def poison(trainer: Trainer, samples: range, rank: int, value: float) -> None:
 
 
 class Reporter(Recorder):
-    """Also hears of roll-backs."""
+    """Also records roll-backs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_a_bad_step_is_skipped_on_every_rank(tmp_path: Path, value: float) -> No
 
 
 def losses(rank: int, world_size: int, config: Config, skipped: int) -> list[dict[str, Any]]:
-    """A run of ``Trainer.step`` by hand, in which one step's update is left out altogether."""
+    """Call ``Trainer.step`` in a loop that omits one step's update."""
     world = start_world(config.parallel)
     trainer = build_trainer(config, world)
     optimizer, segment = trainer.state.optimizer, trainer.segment
@@ -139,8 +139,8 @@ def test_it_rolls_back_once_and_skips_the_samples(tmp_path: Path) -> None:
     assert (result["error"], other["error"]) == (None, None)
     assert "going back to step 8" in result["messages"][0]
     assert len(result["messages"]) == 1
-    # What was passed over begins with the first bad step, and the two or three steps that were
-    # on their way when the third was known belong to it.
+    # The skipped samples begin at the first bad step and include the two or three steps that were
+    # in flight when the third bad one was detected.
     assert result["skip"].start == 60
     assert 78 <= result["skip"].stop <= 96
     assert [record["step"] for record in result["records"]] == list(range(1, 21))
@@ -178,7 +178,7 @@ def test_a_run_that_ends_in_skipped_steps_is_not_finished(tmp_path: Path) -> Non
 
 
 def resumed(rank: int, world_size: int, config: Config, at: str, samples: range) -> dict[str, Any]:
-    """The run from a checkpoint on, where all losses are finite again or not."""
+    """Resume from a checkpoint, with finite or non-finite losses."""
     world = start_world(config.parallel)
     checkpointer = Checkpointer(
         Path(config.run.dir) / "checkpoints", world, RetentionPolicy(last=9)
@@ -198,18 +198,18 @@ def resumed(rank: int, world_size: int, config: Config, at: str, samples: range)
 
 @pytest.mark.slow
 def test_consecutive_bad_steps_are_counted_across_restarts(tmp_path: Path) -> None:
-    """Two bad steps before the interruption and two after it are four in a row."""
+    """Two bad steps before the interruption and two after it are four consecutive ones."""
     settings = config(tmp_path, train__max_bad_steps=4, train__stop_at=8)
     bad = range(6 * 6, 14 * 6)
     run_ranks(train, 2, settings, bad, 0, float("nan"))
     path = published(Path(settings.run.dir) / "checkpoints")[8]
     assert read_state(path)["bad_in_row"] == 2
-    # A checkpoint of an earlier version does not say.
+    # Checkpoints of earlier versions do not contain it.
     state = {k: v for k, v in read_state(path).items() if not k.startswith("bad_")}
     assert progress_of(path, state).bad_in_row == 0
     rest = config(tmp_path, train__max_bad_steps=4)
     result = run_ranks(resumed, 2, rest, str(path), bad)[0]
-    # The row of four is known when the steps that were on their way by then have been taken, too.
+    # The fourth bad step is known only after the steps that were already in flight.
     (message,) = result["messages"]
     assert any(f"not finite for {count} steps in a row: going" in message for count in range(4, 8))
     assert "going back to step 4; samples 36 to" in message

@@ -1,4 +1,4 @@
-"""Numbers at the edges: runs that branch, idle or change, records without rows, odd devices."""
+"""Edge cases of metrics: branched, idle or changed runs, records without rows, unknown devices."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_the_cap_of_spans_is_the_floor_of_what_was_written(
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e12])
 @pytest.mark.parametrize("width", [8, 96])
 def test_equal_states_have_rank_one(scale: float, width: int) -> None:
-    """Also where the mean is rounded, so that what is left after it is noise."""
+    """Also if the mean is rounded, so that the centered states are noise."""
     state_D = scale * torch.randn(width, generator=torch.Generator().manual_seed(0))
     found = describe_states(state_D.expand(3, 37, width))
     assert found["effective_rank"] == pytest.approx(1.0)

@@ -37,7 +37,7 @@ from tests.crafted import (
 from tests.limits import Outcome, run_limited
 from tests.ranks import run_ranks
 
-# Honest input of this size takes some ten milliseconds and megabytes; the machine may be busy.
+# Valid input of this size takes some ten milliseconds and megabytes; the machine may be busy.
 SECONDS, MEGABYTES = 20.0, 1000
 pytestmark = pytest.mark.timeout(120)
 
@@ -57,7 +57,7 @@ def checkpoints(sound: Path, tmp_path: Path) -> Path:
 
 
 def in_turn(*calls: Callable[[], object]) -> Callable[[], None]:
-    """All of them, whatever the ones before say; one problem each is printed."""
+    """Run all calls, whatever the earlier ones raise; print one problem each."""
 
     def call() -> None:
         for one in calls:
@@ -82,7 +82,7 @@ def assert_ended_well(outcome: Outcome) -> None:
 
 
 def commands(path: Path) -> Callable[[], None]:
-    """Everything that one can do with a checkpoint without the run."""
+    """Run every command that reads a checkpoint without the run."""
     good, out = path.with_name("step_00000003"), path.parent / "out"
     return in_turn(
         lambda: checkpoint_command(["verify", str(path)]),
@@ -114,7 +114,7 @@ def test_sound_checkpoints_pass_under_the_same_limits(checkpoints: Path) -> None
 
 
 def starts(rank: int, world_size: int, folders: list[str]) -> list[tuple[str, ...]]:
-    """What ``find_start`` says of each run directory on this rank."""
+    """Return the messages of ``find_start`` for each run directory on this rank."""
     config = Config()
     world = start_world(config.parallel)
     messages = []
@@ -141,7 +141,7 @@ def test_states_of_the_wrong_type_or_shape_are_one_line_on_every_rank(
         word = STATES[name][1]
         if word == "config" and name in ("config nested 150 deep", "a key with a newline"):
             assert all(problem.isprintable() for problem in problems)
-            continue  # keys that this version does not know are told as changed, or refused
+            continue  # unknown keys are reported as changed, or refused
         (problem,) = problems
         assert problem.startswith(f"{file}: "), (name, problem)
         assert word in problem, (name, problem)
@@ -177,7 +177,7 @@ def make_run(folder: Path) -> Path:
 
 
 def read_everything(run: Path) -> Callable[[], None]:
-    """All readers of a run directory, and the writers that take it up again."""
+    """Call all readers of a run directory, and the writers that continue its files."""
     config = run.parent / "base.yaml"
     config.touch()
     member = Member(0, "control", 1, str(config), {"run.dir": str(run), "seed": 1})
@@ -223,7 +223,7 @@ def test_contents_of_run_files(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in SURPRISES if kind != "terabyte"])
 def test_special_files_among_run_files(tmp_path: Path, kind: str) -> None:
-    """What no reader may open; ``check_run_files`` names it before a rank gets that far."""
+    """No reader may open them; ``check_run_files`` names them before a rank starts."""
     runs = [make_run(tmp_path / str(i)) for i in range(len(RUN_FILES))]
     for run, name in zip(runs, RUN_FILES, strict=True):
         (run / name).unlink()

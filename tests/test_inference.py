@@ -49,7 +49,7 @@ def build(case: Case, **changes: Any) -> tuple[GPT, int]:
 @pytest.mark.parametrize("first", [1, 7])
 @pytest.mark.parametrize("case", cases("gpt"))
 def test_cached_logits_are_the_reference_s(case: Case, first: int) -> None:
-    """A beginning at once, then token by token; one case is longer than in training."""
+    """A prompt in one pass, then token by token; one case is longer than in training."""
     model, phase = build(case)
     golden = case.tensors()
     tokens_BT = golden["tokens"].long()[:, :-1]
@@ -65,7 +65,7 @@ def test_cached_logits_are_the_reference_s(case: Case, first: int) -> None:
 
 
 def uncached(model: GPT, ids: list[int], count: int, phase: int, sampling: Sampling) -> list[int]:
-    """The draws of ``generate.generate``, as ids."""
+    """Return the ids that ``generate.generate`` samples."""
     ids, generator = list(ids), torch.Generator().manual_seed(sampling.seed)
     for _ in range(count):
         logits_V = next_logits(model, ids, phase, CPU)
@@ -76,7 +76,7 @@ def uncached(model: GPT, ids: list[int], count: int, phase: int, sampling: Sampl
 @pytest.mark.slow
 @pytest.mark.parametrize("case", cases("gpt"))
 def test_200_tokens_are_those_without_a_cache(case: Case) -> None:
-    """In a row with room for all: one pass over it has the logits of every draw."""
+    """All fit into one row, so one pass has the logits of every draw."""
     model, phase = build(case, train_seq_len=256)
     prompt, sampling = [1, 2, 3], Sampling(seed=5)
     new = [*continue_ids(model, prompt, 200, phase=phase, sampling=sampling, device=CPU)]
@@ -89,7 +89,7 @@ def test_200_tokens_are_those_without_a_cache(case: Case) -> None:
 
 @pytest.mark.parametrize("phase", [0, 1, 2])
 def test_cached_tokens_are_those_of_generate(tmp_path: Path, phase: int) -> None:
-    """Every extra of the model, and a context that slides from the 24th token on."""
+    """With every feature of the model, and a window that slides from the 24th token on."""
     model = noisy_model(tiny_config(tmp_path))
     ids = [BYTES.bos_id, *b"def"]
     new = continue_ids(model, ids, 30, phase=phase, sampling=Sampling(seed=3), device=CPU)
@@ -297,7 +297,7 @@ def test_the_package_imports_no_torch() -> None:
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: Any, stdin: bytes = b"") -> bytes:
-    """What the command writes to standard output."""
+    """Return what the command writes to standard output."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")  # whatever the locale says
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))

@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_corpus
 from tests.trained_run import noisy_model, save_export
 
-# What the challenge's script can hold, and an average that begins at the initial weights.
+# A model that the challenge's script supports, and an EMA that begins at the initial weights.
 SETTINGS = {"optim__ema_decay": 0.9, "eval__sequences": 4}
 
 
@@ -60,7 +60,7 @@ def start(
 
 
 def test_a_run_starts_from_the_weights_of_every_kind_of_source(sources: dict[str, Path]) -> None:
-    """Other optimizer, objective and batch; the first loss is that of the source."""
+    """With another optimizer, objective and batch; the first loss is that of the source."""
     folder = sources["run"].parent
     changes = {**SETTINGS, "jepa__lambda": 0, "optim__matrix_lr": 0.01, "batch__sequences": 4}
     configs = [

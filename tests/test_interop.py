@@ -41,7 +41,7 @@ def zeros(name: str, shape: torch.Size, *, device: torch.device) -> torch.Tensor
 
 
 def tiny_state(config: Config) -> dict[str, Tensor]:
-    """Weights that no two places share."""
+    """Return the model's initial weights."""
     model = GPT(config.model)
     cpu = torch.device("cpu")
     return {
@@ -78,7 +78,7 @@ def test_an_export_describes_itself(exported: Path) -> None:
 
 
 def reexport(rank: int, world_size: int, folder: Path, out: Path) -> dict[str, Any]:
-    """Load an export into shards, write them again, and tell what this rank held."""
+    """Load an export into shards, write it again, and return how much this rank held."""
     world = start_world(EAGER)
     source = find_weights(folder, "live")
     model = load_model(source, EAGER, world)
@@ -180,7 +180,7 @@ def export_to(rank: int, world_size: int, folder: Path, config: Config) -> str:
 
 
 def test_a_folder_that_cannot_be_written_fails_on_every_rank(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("not a folder")
     messages = run_ranks(export_to, 2, tmp_path / "file", tiny_config(tmp_path))
     assert messages[0] == messages[1]
     assert "cannot be written" in messages[0]
@@ -235,7 +235,7 @@ def test_a_hostile_file_is_not_executed(tmp_path: Path, protocol: str) -> None:
         parameter_golf.read_final_model(path)
     assert not trace.exists()
     torch.load(path, weights_only=False) if protocol == "torch" else pickle.loads(path.read_bytes())
-    assert trace.exists()  # it would have been
+    assert trace.exists()  # an unrestricted load executes it
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {3: torch.zeros(1)}, torch.zeros(2)])

@@ -1,4 +1,4 @@
-"""The exported folder, as the transformers library loads it: same logits, tokens and ids."""
+"""The exported folder, loaded by the transformers library: same logits, tokens and ids."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def export(model: GPT, folder: Path, phase: int = PHASE, **options: Any) -> None
 
 @torch.no_grad()
 def test_masked_documents_are_separate_rows(tmp_path: Path) -> None:
-    """Padding has the id that begins documents; it is none."""
+    """Padding has the id of BOS, but begins no document."""
     mask = {"model__document_mask": True, "model__reset_positions": True}
     config = tiny_config(tmp_path, jepa__within_documents=True, **mask)
     model = noisy_model(config)
@@ -214,7 +214,7 @@ def test_special_tokens(tokenizers: tuple[Any, Any]) -> None:
 
 
 def test_a_tokenizer_json_is_copied(tmp_path: Path) -> None:
-    """With the token that begins documents before every text, whatever the file's own rule is."""
+    """With BOS before every text, whatever the file's own post-processor does."""
     byte_level = load_tokenizer("bytes")
     plain = json.loads(tokenizer_files("bytes", byte_level, 100)["tokenizer.json"])
     plain["post_processor"] = None

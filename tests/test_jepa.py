@@ -158,7 +158,7 @@ def fresh_model() -> GPT:
 
 
 def gradient_norm(norm_floor: float | None) -> float:
-    """Of a fresh model on rows whose spans begin after, and end at, equal tokens."""
+    """Return a fresh model's gradient norm on rows whose spans have equal tokens at both ends."""
     model = fresh_model()
     tokens = torch.randint(0, 64, (8, 65), generator=torch.Generator().manual_seed(1))
     spans = torch.tensor([[[10, 20]]]).expand(8, 1, 2)
@@ -198,7 +198,7 @@ def test_spans_are_legal(seed, step, seq_len, fraction, sampler) -> None:
 
 
 def exact_distribution(seq_len: int, fraction: float, sampler: str) -> dict[tuple[int, int], float]:
-    """By enumeration."""
+    """Return the distribution by enumeration."""
     cap = max(1, math.floor(fraction * seq_len))
     legal = [
         (a, b)

@@ -1,4 +1,4 @@
-"""The objective's vital signs: states of known kinds, gradients against a plain model, alarms."""
+"""Diagnostics of the objective: states of known kinds, gradients against a plain model, alarms."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def gaussian() -> Tensor:
 
 
 def look(h: Tensor) -> dict[str, Any]:
-    """All numbers of these states, as a record would have them; a document begins at 0 and 32."""
+    """Return all diagnostics of these states, as in a record; documents begin at 0 and 32."""
     probe = SpanProbe(h.size(1), 0.5, bos_id=1, device=torch.device("cpu"))
     tokens = torch.zeros(h.shape[:2], dtype=torch.int64)
     tokens[:, 0] = tokens[:, h.size(1) // 2] = 1
@@ -91,7 +91,7 @@ def test_a_straight_line_costs_nothing_and_is_a_clock() -> None:
 
 
 def test_a_row_may_go_straight_without_a_clock() -> None:
-    """Every row in a direction of its own: the loss is 0 as well, but not through the position."""
+    """Every row has its own direction: the loss is also 0, but not because of the position."""
     seen = look(torch.arange(float(LENGTH))[None, :, None] * normal(ROWS, 1, WIDTH))
     assert mean_loss(seen) == pytest.approx(0, abs=1e-4)
     assert seen["jepa/clock_share"] < 0.1
@@ -161,7 +161,7 @@ def test_document_offsets_are_recognized() -> None:
     h = gaussian()
     h[:, LENGTH // 2 :] += 3 * normal(ROWS, 1, WIDTH, seed=1)
     seen = look(h)
-    # Inside a document only the context sees the offset, so the two are at right angles; across,
+    # Inside a document only the context has the offset, so the two are at right angles; across,
     # the patch has all of it and the context none.
     assert seen["jepa/within_doc"] < UNSTRUCTURED_LOSS - 0.2
     assert seen["jepa/cross_doc"] < UNSTRUCTURED_LOSS - 0.2
@@ -200,7 +200,7 @@ def test_without_a_bos_document_metrics_are_absent() -> None:
     probe.watch([h], torch.zeros(h.shape[:2], dtype=torch.int64), len(h))
     seen = probe.metrics({name: value.item() for name, value in probe.measure().items()})
     assert "jepa/within_doc" not in seen
-    assert probe.measure() == {}  # it is told once
+    assert probe.measure() == {}  # each measurement is returned once
 
 
 def test_states_that_are_not_finite_raise_nothing() -> None:
@@ -246,7 +246,7 @@ def first_forward(config: Config) -> Output:
 
 
 def first_step_by_hand(config: Config) -> dict[str, float]:
-    """Gradients of the first step at the tapped state, by one backward for each."""
+    """Return the first step's gradients at the tapped state, by a backward for each."""
     output, sequences = first_forward(config), config.batch.sequences
     num_targets = sequences * config.model.seq_len
     (ce,) = torch.autograd.grad(output.loss_sum / num_targets, output.taps[0])
@@ -275,7 +275,7 @@ def test_gradients_are_those_of_the_two_losses(corpus: Path, layer: int) -> None
 
 
 def test_ranks_compute_the_diagnostics_together(corpus: Path) -> None:
-    """Two ranks of three rows each see what one sees of six, where that is a sum over rows."""
+    """Two ranks of three rows agree with one rank of six in all sums over rows."""
     changes = {"monitor__jepa_every": 1, "train__steps": 4}
     one = run_ranks(train, 1, tiny_config(corpus, batch__micro=6, **changes))[0]
     two = run_ranks(train, 2, tiny_config(corpus, batch__micro=3, **changes))[0]
@@ -289,7 +289,7 @@ def test_ranks_compute_the_diagnostics_together(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_diagnostics_change_nothing_and_run_when_due(corpus: Path) -> None:
-    """Also with padding rows and several micro-batches; looked-at steps are logged."""
+    """Also with padding rows and several micro-batches; steps with diagnostics are logged."""
     changes = {"train__log_every": 7, "jepa__start_frac": 0.2}
     looked = run_ranks(train, 2, tiny_config(corpus, monitor__jepa_every=3, **changes))[0][:-1]
     plain = run_ranks(train, 2, tiny_config(corpus, monitor__jepa_every=0, **changes))[0][:-1]
@@ -359,7 +359,7 @@ def test_alarms_are_raised_once_and_rearm_after_recovery() -> None:
 
 
 def test_alarms_keep_their_state_across_a_restart(tmp_path: Path) -> None:
-    """What the run recorded says what is normal and what has been told."""
+    """The run's records give the first value and the alarms already raised."""
     course = [record(1), record(2, rank=9), record(3, rank=9)]
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(item) + "\n" for item in course) + '{"step": 4, "je')

@@ -52,7 +52,7 @@ def setup(project: Path, *arguments: str, **environ: object) -> Finished:
 
 
 def _own(environ: dict[str, object]) -> dict[str, object]:
-    """CI names an environment of its own for all scripts: not for these projects."""
+    """Unset the environment that CI names for all scripts."""
     return {"VENV": "", "PYTHON": sys.executable, **environ}
 
 
@@ -172,7 +172,7 @@ def debug(project: Path, *arguments: object, **environ: object) -> Finished:
 
 
 def planned(project: Path, *arguments: object, **environ: object) -> list[list[str]]:
-    """The commands that a dry run prints, as lists of words."""
+    """Return the commands that a dry run prints, as lists of words."""
     environ = {"OMP_NUM_THREADS": "", **environ}
     finished = debug(project, "--dry-run", *arguments, **environ)
     assert finished.code == 0, finished.output

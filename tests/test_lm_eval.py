@@ -1,4 +1,4 @@
-"""The adapter for lm-evaluation-harness: the harness finds the numbers of our own scorer.
+"""The adapter for lm-evaluation-harness: the harness reproduces our own scorer's numbers.
 
 Needs the extra ``lm-eval``, which is not part of ``dev``.
 """

@@ -28,7 +28,7 @@ def initialized(config: ModelConfig, seed: int = 0) -> GPT:
 
 
 def randomized(config: ModelConfig) -> GPT:
-    """No zero projections: every part matters."""
+    """Return a model without zero projections, so that every part has an effect."""
     model, generator = GPT(config), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
@@ -43,7 +43,7 @@ def tokens(rows: int, length: int, vocab: int = 50) -> Tensor:
 
 
 def plain_gpt(model: GPT, ids: Tensor, heads: int) -> Tensor:
-    """Written out: pre-norm transformer with RoPE and QK norm, tied head, nothing else."""
+    """A pre-norm transformer with RoPE, QK norm and a tied head, written independently."""
     weights = dict(model.named_parameters())
     batch, length = ids.shape
     norm = lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1.1920929e-07)  # noqa: E731

@@ -66,7 +66,7 @@ def test_a_full_disk_is_reported_once(small_disk: Path) -> None:
     writer = MetricsWriter(small_disk, warn=warnings.append)
     writer.write({"step": 1, "loss": 1.0})
     filler = fill(small_disk)
-    for step in range(2, 200):  # the last pages of both files have some room
+    for step in range(2, 200):  # the last pages of both files have some space left
         writer.write({"step": step, "loss": 2.0, "note": "x" * 200})
     assert len(warnings) == 1
     assert "No space left on device" in warnings[0]
@@ -193,5 +193,5 @@ def test_training_continues_on_a_full_disk(tmp_path: Path, small_disk: Path) -> 
     assert "Traceback" not in done.output
     logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
     assert logged == sorted(set(logged))
-    assert logged[-1] > len(logged) >= 2  # there is a gap, and an end
+    assert logged[-1] > len(logged) >= 2  # with a gap, and up to the end
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"

@@ -55,7 +55,7 @@ def test_nothing_is_written_by_default(tmp_path: Path, config: ProfileConfig) ->
 
 
 def test_a_profile_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "profile").write_text("a file in the way")
+    (tmp_path / "profile").write_text("a file in place of the folder")
     (message,) = profiled(tmp_path, ProfileConfig(start=0, steps=1), steps=2)
     assert message.startswith("warning: the profile cannot be written")
 

@@ -96,7 +96,7 @@ def test_comparing_changes_no_number(corpus: Path) -> None:
 
 
 def test_every_rank_sees_the_same_update_ratio(corpus: Path) -> None:
-    """Shards add up to the whole; what is sampled of the embedding differs a little."""
+    """Sums over shards equal those of the whole; the sample of the embedding differs slightly."""
     short = {"train__steps": 3, "monitor__jepa_every": 0}
     tolerance = {"tok": 2e-2, "matrix": 1e-3, "scalar": 1e-3}
     one = run_ranks(train, 1, tiny_config(corpus, **short), False)[0]

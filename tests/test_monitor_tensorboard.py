@@ -45,7 +45,7 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def curve(board: EventAccumulator, tag: str) -> dict[int, list[float]]:
-    """All values by step; more than one at a step would be drawn twice."""
+    """Return lists of all values by step; two at one step would be drawn twice."""
     values: dict[int, list[float]] = {}
     for event in board.Tensors(tag):
         value = tensor_util.make_ndarray(event.tensor_proto).item()
@@ -87,7 +87,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def test_every_number_is_in_both_files_once(run_dir: Path, board: EventAccumulator) -> None:
-    """Over a stop and a start: no gap, nothing twice, and float32 is all that is lost."""
+    """Across a stop and a start: no gap, no duplicate, equal up to float32."""
     lines = [record for record in records(run_dir) if not record.get("final")]
     assert [record["step"] for record in lines] == list(range(1, 13))
     scalars = set(board.Tags()["tensors"]) - {
@@ -231,7 +231,7 @@ def test_the_update_relative_to_the_weight() -> None:
 
 
 def test_a_sample_of_a_large_weight_is_enough() -> None:
-    """A large one that moves little and a small one that moves much count by their elements."""
+    """A large weight with small and a small one with large updates count by their elements."""
     generator = torch.Generator().manual_seed(1)
     large, small = (torch.randn(n, 400, generator=generator) for n in (300, 5))
     before = torch.cat([large, small]).clone()

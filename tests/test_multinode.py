@@ -1,4 +1,4 @@
-"""launch/multinode.sh: its command, rejected arguments, and a run on two hosts (both this one)."""
+"""launch/multinode.sh: its command, rejected arguments, and a run of two agents on this host."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_ranks_and_threads() -> None:
 
 
 def test_what_a_slurm_job_would_run() -> None:
-    """In a job it is the real thing: tests/slurm."""
+    """Real jobs: tests/slurm."""
     script = REPOSITORY / "slurm/jepa_8node.sh"
     arguments = ["--nodes=4", "--dry-run", "configs/gpt_1b.yaml", "jepa.lambda=0.02"]
     environ = {"SLURM_JOB_ID": "", "SLURM_GPUS_ON_NODE": 8, "MIN_NODES": "", "VENV": sys.prefix}
@@ -149,7 +149,7 @@ def test_a_stop_on_one_host_saves_and_stops_all(tmp_path: Path) -> None:
         addresses = listening([*one.processes(), *other.processes()])
         one.signal(signal.SIGINT)
         stopped = one.wait(200)
-        # Its torchrun waits up to five minutes for the other one, deaf to signals: not this test.
+        # Its torchrun waits up to five minutes for the other one and ignores signals meanwhile.
         other.wait_for(lambda: not ranks_of(other), 200)
         both = stopped.output + other.output()
     assert addresses == {"127.0.0.1"}, "the interface that --head selects, alone"

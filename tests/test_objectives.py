@@ -31,7 +31,7 @@ next_state_config = functools.partial(tiny_config, jepa__objective="next_state",
 
 
 def objective_for(h: Tensor, bos_id: int | None = None, **settings: object) -> NextStateObjective:
-    """With the shapes of ``h`` [B, T, D], in its dtype."""
+    """Return the objective for the shapes of ``h`` [B, T, D], in its dtype."""
     changes = {f"jepa__next_state__{name}": value for name, value in settings.items()}
     if "norm_floor" in settings:
         changes.pop("jepa__next_state__norm_floor")
@@ -187,7 +187,7 @@ def test_it_stops_without_samples_or_shape(tmp_path: Path) -> None:
 def test_an_old_manifest_without_tensors_of_the_objective_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Only tensors of the objective may be missing, or be there without being asked for."""
+    """Only tensors of the objective may be missing, or present without being requested."""
     entry = TensorEntry(dtype="F32", shape=(2, 3), chunks=())
     old = SimpleNamespace(tensors={"model/w": entry, "objective/old.weight": entry})
     monkeypatch.setattr(loader, "read_manifest", lambda path: old)

@@ -119,7 +119,7 @@ def _set_gradients(named: dict[str, torch.Tensor], step: int) -> None:
 
 
 def _train(net: nn.Module, settings: MuonSettings) -> dict[str, torch.Tensor]:
-    """Three steps at changing rates; full parameters and momenta afterwards."""
+    """Take three steps at changing rates; return full parameters and momenta."""
     named = dict(net.named_parameters())
     muon = Muon(list(named.items()), 0.1, 0.2, settings)
     for step in range(STEPS):
@@ -179,7 +179,7 @@ def test_bfloat16_is_communicated():
 
 
 def _count_collectives(rank: int, world_size: int, matrices: int) -> dict[str, int]:
-    """Collectives of one step that is not the first (that one compares notes, too)."""
+    """Count the collectives of one step after the first, which also compares gradient sets."""
     net = _Net({f"m{index}": [8, 8 + index % 3] for index in range(matrices)})
     fully_shard(net, mesh=_mesh(world_size, 1))
     named = dict(net.named_parameters())

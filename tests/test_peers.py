@@ -69,7 +69,7 @@ def test_hanging_ranks_exit_when_one_is_killed(tmp_path: Path) -> None:
         finished = job.wait(60)
     assert time.monotonic() - killed < SOON
     assert finished.code != 0
-    # The first to leave breaks the other's connection, which may be faster than its own look.
+    # The first exit breaks the other's connection, which may come before its own check.
     assert re.search(r"\[rank [01]\] error: rank 2 on ", finished.output)
 
 

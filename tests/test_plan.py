@@ -1,4 +1,4 @@
-"""Contract C2: rank 0 decides, everyone else is told."""
+"""Contract C2: rank 0 plans each step, and all other ranks receive the plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tiny import tiny_config
 
 
 class Clock(TrainingClock):
-    """Runs by hand."""
+    """A clock that is set by hand."""
 
     now = 0.0
 
@@ -81,7 +81,7 @@ def test_pack_and_unpack(tmp_path: Path) -> None:
 
 
 def receive(rank: int, world_size: int, config: Config) -> tuple[list[StepPlan], list[bool]]:
-    """The plans that a rank is told, and for every broadcast whether it was asynchronous."""
+    """Return the plans that a rank receives, and whether each broadcast was asynchronous."""
     plain, broadcasts = dist.broadcast, []
 
     def counted(*args, **options):

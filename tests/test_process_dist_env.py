@@ -75,7 +75,7 @@ def test_tasks_on_one_node_meet_at_the_loopback_address() -> None:
     ],
 )
 def test_without_a_launcher(environ: dict[str, str]) -> None:
-    """Also in the shell of an allocation, where nothing was started on the nodes."""
+    """Also in the shell of a SLURM allocation, outside of srun."""
     adopt_launcher(environ)
     assert "RANK" not in environ
 
@@ -141,7 +141,7 @@ def test_orphans_are_distinguished_from_children_of_process_one(
 
 
 def test_an_agent_that_identified_itself_is_known_by_its_process(tmp_path: Path) -> None:
-    """Whoever adopts orphans: here process 1's program is none of the known ones."""
+    """Whichever process adopts orphans: here the program of process 1 is unknown."""
     init = tmp_path / "comm"
     init.write_text("unheard-of\n")
     environ = {"TORCHELASTIC_RUN_ID": "x"}

@@ -23,7 +23,7 @@ from jepa_dist.process.failure import exit_on_rank_error
 
 @pytest.fixture
 def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Codes of exits, which end the thread alone here."""
+    """Record exit codes; an exit ends only the thread here."""
     codes: list[int] = []
 
     def leave(code: int) -> NoReturn:
@@ -133,7 +133,7 @@ def test_limits_and_lost_ranks_are_reported_in_one_line(
 def test_an_allocation_that_failed_without_an_exception(
     exits: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """CPython's own failure is one of memory where memory is limited, and a bug elsewhere."""
+    """CPython's SystemError is out of memory if memory is limited, and a bug otherwise."""
 
     def printed() -> str:
         with pytest.raises(SystemExit), exit_on_rank_error(3):
@@ -153,7 +153,7 @@ def test_an_allocation_that_failed_without_an_exception(
 
 
 class CppCompileError(RuntimeError):
-    """Known by its name, like Inductor's."""
+    """Recognized by its name, like Inductor's."""
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from jepa_dist.process.garbage import ScheduledCollection
 
 @pytest.fixture
 def collections() -> Iterator[list[int]]:
-    """Generations of the collections that have begun."""
+    """Return the generations of the collections that have begun."""
     seen: list[int] = []
 
     def observe(phase: str, info: dict[str, int]) -> None:

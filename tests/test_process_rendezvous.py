@@ -128,7 +128,7 @@ def test_bound_listens_at_the_local_address_alone(free_port: int) -> None:
 
 
 def test_bound_gives_each_start_a_store_that_all_agents_agree_on(free_port: int) -> None:
-    """The host of rank 0 may be another one than in the start before."""
+    """The host of rank 0 may differ from that of the previous start."""
     settings = {"endpoint": f"localhost:{free_port}", "local_addr": "127.0.0.1"}
     agents = [handler_of("bound", **settings, min_nodes=2, max_nodes=2) for _ in range(2)]
     ports = []
@@ -185,7 +185,7 @@ def test_a_store_that_rank_0_serves_listens_at_its_address() -> None:
 def test_an_address_of_another_host_is_served_as_pytorch_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Behind address translation, for example."""
+    """For example, behind address translation."""
     monkeypatch.setattr("jepa_dist.parallel.meeting.is_own_address", lambda address: False)
     store = launcher_store(SOON)
     assert listening_here() & {"::", "0.0.0.0"}

@@ -1,4 +1,4 @@
-"""Stop signals: duplicates, signals that exit immediately, and the effect on the launcher."""
+"""Stop signals: duplicates, immediate exits, and the effect on the launcher."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ time.sleep(50)
 def test_duplicate_signals_are_one_request_and_a_later_sigint_exits() -> None:
     with Command([sys.executable, "-c", PROGRAM]) as process:
         process.wait_for(lambda: "ready" in process.output(), 60)
-        # As SLURM to every process of the step, and torchrun to its ranks. (Of equal ones that are
-        # pending at the same time only one arrives.)
+        # As SLURM sends to every process of the step, and torchrun to its ranks. (Only one of
+        # several equal pending signals arrives.)
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT, signal.SIGTERM):
             process.signal(number)
         process.wait_for(lambda: "received SIG" in process.output(), 30)

@@ -54,7 +54,7 @@ OVERRIDES = ["quantization.float16_elements=600", "quantization.calibration_sequ
 
 
 class LinearInputs(TorchFunctionMode):
-    """Takes note of what every product with a weight gets, as the model computes it."""
+    """Records the inputs of every product with a weight, as the model computes them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class LinearInputs(TorchFunctionMode):
 
 
 def expected_hessians(model: GPT, tokens: Tensor, phase: int) -> dict[str, Tensor]:
-    """By parameter name, summed over all rows, from the products that a pass computes."""
+    """Return Hessians by parameter name, summed over all rows, from a pass's products."""
     sums: dict[str, Tensor] = {}
     seen = LinearInputs()
 
@@ -104,7 +104,7 @@ def expected_hessians(model: GPT, tokens: Tensor, phase: int) -> dict[str, Tenso
 
 
 def hessians(rank: int, world_size: int, config: Config) -> dict[str, Tensor]:
-    """Of a sharded model, uneven over three ranks: four batches of two rows, the last of one."""
+    """Return a sharded model's Hessians: batches of 2, 2, 2 and 1 rows, uneven on three ranks."""
     world = start_world(config.parallel)
     stored = read_stored(Path(config.run.dir), None, "live")
     model, _ = build_gpt(config.model, config.parallel, world, values_of(stored))
@@ -191,7 +191,7 @@ def test_damaged_files_are_refused_by_name_and_digest(tmp_path: Path) -> None:
 
 
 def seal(path: Path, payload: bytes, size: int | None = None) -> None:
-    """An artifact of these contents, whose digest fits."""
+    """Write an artifact of these contents with a valid digest."""
     body = (len(payload) if size is None else size).to_bytes(8, "little")
     body += brotli.compress(payload, quality=1)
     path.write_bytes(b"JEPAQNT1" + hashlib.sha256(body).digest() + body)
@@ -257,7 +257,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def export_and_evaluate(rank: int, world_size: int, config: Config, out: Path) -> list[float]:
-    """Losses before and after quantization to many and to few bits, from the artifacts and from
+    """Return losses before and after quantization to many and few bits, from artifacts and from
     ``evaluate --quantize``."""
     world = start_world(config.parallel)
     stored = read_stored(Path(config.run.dir), None, "live")

@@ -1,4 +1,4 @@
-"""The configurations: the published recipe to the digit, and the others as their headers say."""
+"""The configurations: the published recipe exactly, and the others as their headers describe."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ SAME_IN_DEBUG = [
     "optim.warmdown_frac",
     "optim.min_lr",
 ]
-# On where above zero, whatever the value.
+# On if above zero, whatever the value.
 ABOVE_ZERO = ["optim.grad_clip_norm", "optim.warmdown_frac", "optim.muon_momentum_warmup_steps"]
 
 

@@ -173,7 +173,7 @@ def test_a_copy_is_the_checkpoint(memory: Any, run: Path, tmp_path: Path) -> Non
 def test_a_checkpoint_may_be_deleted_while_it_is_uploaded(
     memory: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And one that has waited too long is passed over for a newer one."""
+    """And one that has waited too long is skipped in favor of a newer one."""
     go, write = threading.Event(), type(memory)._open
 
     def slow(self: Any, path: str, mode: str = "rb", *args: Any, **options: Any) -> Any:
@@ -187,7 +187,7 @@ def test_a_checkpoint_may_be_deleted_while_it_is_uploaded(
     mirror.submit(steps[2])
     wait_until(lambda: mirror._waiting is None, 20)
     mirror.submit(steps[4])
-    mirror.submit(steps[6])  # at once, whatever the service does
+    mirror.submit(steps[6])  # returns immediately, whatever the service does
     shutil.rmtree(steps[2])
     go.set()
     mirror.close(patience(20))

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 
 
 def compare(rank: int, world_size: int) -> tuple[int, bool, list[str]]:
-    """Equal tensors pass; then one element differs, two change places, and a scalar differs."""
+    """Compare equal tensors, then one different element, two exchanged ones, a different scalar."""
     world = start_world(ParallelConfig(dp_replicate=2))
     alone = build_mesh(ParallelConfig(), world_size, world.device)
     uses_default_group = alone.get_group().size() == dist.get_world_size()

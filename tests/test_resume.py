@@ -39,7 +39,7 @@ ALL = {
 
 
 def train(rank: int, world_size: int, config: Config, fingerprint: str = "data") -> dict[str, Any]:
-    """As the command does it; records, and all state in full at the end."""
+    """Train as the command does; return records and the full final state."""
     world = start_world(config.parallel)
     run_dir = Path(config.run.dir)
     start = find_start(config, run_dir, fingerprint, world)
@@ -75,7 +75,7 @@ def config(corpus: Path, name: str, **changes: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run of two ranks that never stops; all others see the same tokens."""
+    """An uninterrupted run of two ranks, with the same tokens as all others."""
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
     return run_ranks(train, 2, config(folder, "straight"))[0]
@@ -102,7 +102,7 @@ def test_bit_for_bit_at_the_same_world_size(corpus: Path, straight: dict[str, An
 
 
 def test_a_mixture_resumes_at_another_world_size(tmp_path: Path) -> None:
-    """Before and after the weights change (step 4), with a vocabulary of a tokenizer.json."""
+    """Before and after the mixture weights change (step 4), with a tokenizer.json."""
     pytest.importorskip("tokenizers")
     mixed = write_text_mixture(tmp_path)
     straight = run_ranks(train, 1, config(tmp_path, "straight", **mixed))[0]
@@ -277,7 +277,7 @@ def stop_while_compiling(rank: int, world_size: int, config: Config) -> dict[str
 def test_a_stop_during_the_warm_up_ends_it(corpus: Path) -> None:
     warming = config(corpus, "warming", parallel__compile=True, parallel__compile_warmup=True)
     first, second = run_ranks(stop_while_compiling, 2, warming)
-    assert (first["compiled"], second["compiled"]) == (1, 0)  # the second rank waited its turn
+    assert (first["compiled"], second["compiled"]) == (1, 0)  # the second rank waited for the first
     for result in (first, second):
         summary = result["summary"]
         assert (summary["step"], summary["finished"], summary["saved"]) == (0, False, False)

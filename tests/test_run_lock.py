@@ -144,7 +144,7 @@ def test_a_run_that_loses_the_lock_exits(run_dir: Path) -> None:
 
 
 def test_one_of_many_concurrent_starts_gets_the_lock(dead: Path) -> None:
-    """A fresh directory and a dead owner's."""
+    """In a new directory, and in that of a dead owner."""
     for folder in (dead, dead.with_name("fresh")):
         owners: list[RunLock] = []
         refused: list[UserError] = []

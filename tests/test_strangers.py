@@ -1,6 +1,6 @@
-"""Files from a stranger: reading them runs no code, and touches nothing outside their folder.
+"""Untrusted files: reading them runs no code and touches nothing outside their folder.
 
-What crafted files lead to (one line, bounded time and memory) is in test_hostile.py,
+Errors of crafted files (one line, bounded time and memory) are in test_hostile.py,
 test_data_hostile.py, test_config_input.py and the tests of each format. SECURITY.md lists them.
 """
 
@@ -234,7 +234,7 @@ def pre_tokenizer(pattern: str) -> bytes:
 
 
 def cut(data: bytes, seed: int) -> bytes:
-    """Damage: bytes changed, and the end cut off."""
+    """Damage a file: change bytes and cut off the end."""
     chance = random.Random(seed)
     damaged = bytearray(data)
     for _ in range(20):
@@ -243,7 +243,7 @@ def cut(data: bytes, seed: int) -> bytes:
 
 
 def zipped() -> bytes:
-    """A gigabyte of zeros in a megabyte."""
+    """Write a gigabyte of zeros, compressed to a megabyte."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(2**24))

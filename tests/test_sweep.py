@@ -242,7 +242,7 @@ def test_overrides_cannot_undo_an_arm(tmp_path: Path) -> None:
 
 
 def test_switches_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forgotten JEPA_LAYER would change the arms that do not set it."""
+    """A leftover JEPA_LAYER would change the arms that do not set it."""
     monkeypatch.setenv("JEPA_LAYER", "2")
     (message,) = problems(tmp_path)
     assert message == "environment JEPA_LAYER: a sweep's settings come from its file; unset it"
@@ -252,7 +252,7 @@ def test_switches_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_paired_arms_draw_the_same_spans(tmp_path: Path) -> None:
-    """A later start or another weight changes which steps have spans, not what they are."""
+    """A later start or another weight changes which steps have spans, not the spans."""
 
     def spans(member: Member) -> list[Any]:
         config = member.resolve()
@@ -291,7 +291,7 @@ def write_run(member: Member, final: Mapping[str, Any] | None, **changes: Any) -
 
 
 def write_starts(member: Member, *starts: tuple[int, Mapping[str, Any], Mapping[str, str]]) -> None:
-    """Starts at these steps, with these settings besides the member's, and these facts."""
+    """Write starts at these steps, with changed settings and these facts."""
     lines = []
     for step, changes, facts in starts:
         config = Config.model_validate(member.resolve().model_dump(by_alias=True) | changes)
@@ -414,7 +414,7 @@ def test_runs_that_computed_differently_or_changed_are_not_paired(tmp_path: Path
                 starts = [(0, {}, FACTS | {"torch": "2.11"})]
             case "delayed", 1:
                 starts[0] = (0, {"batch": {"sequences": 64, "micro": 8}}, FACTS)
-            case "delayed", 2:  # of its first start no step is left
+            case "delayed", 2:  # no step of its first start remains
                 starts = [(0, {"batch": {"sequences": 64}}, {}), (0, {}, FACTS)]
         write_starts(member, *starts)
     results = read_results(members)
@@ -463,7 +463,7 @@ def test_no_results_yet(tmp_path: Path) -> None:
 
 
 def test_added_seeds_are_members(tmp_path: Path) -> None:
-    """They come last, so that indices of a job array stay."""
+    """They come last, so that indices of a job array do not change."""
     file, overrides = write_sweep(tmp_path), [f"run.dir={tmp_path / 'runs'}"]
     before = read_sweep(file, overrides)
     for _ in range(2):
@@ -489,7 +489,7 @@ def test_margins(tmp_path: Path, margin: object) -> None:
 def test_seeds_are_added_until_every_arm_is_decided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What training would leave is written here: a clear arm, and one that is none."""
+    """With written results in place of training: a clear arm, and one without an effect."""
 
     def train(members: Sequence[Member], plan: EvaluationPlan | None, jobs: int) -> int:
         for member in (m for m in members if not m.run_dir.exists()):
@@ -567,7 +567,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_sweep_is_stopped_and_resumed(tmp_path: Path) -> None:
-    """Ctrl-C in the second member; the same command finishes the rest, and the pairs are pairs."""
+    """Ctrl-C in the second member; the same command finishes the rest, and members are paired."""
     write_corpus(tmp_path)
     kept = ("run.dir", "jepa.lambda", "train.steps")
     tiny = dict(item.split("=", 1) for item in tiny_overrides(tmp_path, eval__every=6))
@@ -629,7 +629,7 @@ def test_a_member_that_cannot_start(tmp_path: Path) -> None:
         )
 
 
-# What stands for a member's training: it says when it began and ended, and fails at seed 3.
+# In place of a member's training: records when it began and ended, and fails at seed 3.
 _STAND_IN = """
 import json, pathlib, signal, sys, time
 run_dir, seed, seconds = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])

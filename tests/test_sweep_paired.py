@@ -104,7 +104,7 @@ def test_power_is_what_a_simulation_finds() -> None:
 
 
 def test_looking_after_every_pair_keeps_the_error_rate() -> None:
-    """The plain t-test, looked at as often, is not."""
+    """The plain t-test, checked as often, does not."""
     generator = np.random.default_rng(2)
     runs = [generator.normal(0, 1, 20).tolist() for _ in range(300)]
     assert np.mean([repeatable_p(values) <= 0.05 for values in runs]) <= 0.05

@@ -58,7 +58,7 @@ def test_dry_run(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
-    """The one that is asked for or none; otherwise the next that is free."""
+    """A requested port must be free; without a request, the next free one is used."""
     with listener() as port:
         finished = start(tmp_path, PORT=port)
         assert finished.code == 2

@@ -165,7 +165,7 @@ def test_tensorboard_shows_the_same_numbers(alone: Finished, run_dir: Path) -> N
 
 def test_two_ranks_do_the_same(alone: Finished, corpus: Path, run_dir: Path) -> None:
     other = corpus / "two"
-    # Also shows a switch of the environment at work: the tiny recipe's own value.
+    # Also through a switch in the environment, with the tiny recipe's own value.
     arguments = [
         argument
         for argument in settings(corpus, run__dir=other, data__workers=1, **SHORT)
@@ -173,7 +173,7 @@ def test_two_ranks_do_the_same(alone: Finished, corpus: Path, run_dir: Path) -> 
     ]
     finished = run_command(*UNDER_TORCHRUN, *arguments, environ={"JEPA_LAMBDA": 0.1})
     assert finished.code == 0, finished.output
-    assert finished.output.count("run directory:") == 1, "only rank 0 speaks"
+    assert finished.output.count("run directory:") == 1, "not printed by rank 0 only"
     ours, reference = records(other), records(run_dir)
     assert [record["step"] for record in ours] == [record["step"] for record in reference]
     for record, expected in zip(ours, reference, strict=True):
@@ -199,7 +199,7 @@ def test_without_the_objective_and_in_the_home_folder(corpus: Path) -> None:
 
 @pytest.fixture
 def no_torch(tmp_path: Path) -> dict[str, Any]:
-    """An environment in which importing torch would be noticed."""
+    """Return an environment in which importing torch fails."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
     return {"PYTHONPATH": tmp_path}
 
@@ -276,7 +276,7 @@ def test_user_errors_are_printed_in_one_line_each(
 
 
 def _order(lines: list[str]) -> Any:
-    """Sort the expected parts as the lines that hold them."""
+    """Sort the expected parts like the lines that contain them."""
     return lambda part: next((i for i, line in enumerate(sorted(lines)) if part in line), -1)
 
 
@@ -370,7 +370,7 @@ def test_unwritable_run_directory(corpus: Path) -> None:
 
 
 def place_of(corpus: Path, step: int, world_size: int, rank: int) -> tuple[Path, int]:
-    """A shard and a token of it that, up to ``step``, only ``rank`` reads, and only then."""
+    """Return a shard and a position in it that is first read at ``step``, by ``rank`` only."""
     config = load(None, settings(corpus)[1:], {}).config
     shards = find_shards(config.data.train, "data.train")
     windows = [num_windows(read_count(path), config.model.seq_len) for path in shards]
@@ -459,7 +459,7 @@ def test_killed_rank(corpus: Path, tmp_path: Path, rank: int) -> None:
 
 @pytest.mark.slow
 def test_stop_signal_while_waiting_for_data(corpus: Path, tmp_path: Path) -> None:
-    """The step cannot be finished, so the rank exits after the grace time, with a message."""
+    """The step cannot finish, so the rank exits after the grace time, with a message."""
     run_dir = tmp_path / "run"
     changes = {"train__steps": 10**6, "data__workers": 1, "checkpoint__grace_seconds": 3}
     with Command([*TRAIN, *settings(corpus, run__dir=run_dir, **changes)]) as job:
@@ -512,7 +512,7 @@ def test_stop_signal(
     assert "SIGHUP" not in status["reason"]
     saved = status["step"]
     assert (run_dir / "checkpoints" / f"step_{saved:08d}" / "manifest.json").is_file()
-    # The same command goes on, and the record is that of one run.
+    # The same command resumes, and the records are those of one run.
     rest = run_module("jepa_dist.train", *arguments, f"train.stop_at={saved + 3}")
     assert rest.code == 0, rest.output
     assert [record["step"] for record in records(run_dir)] == list(range(1, saved + 4))
@@ -520,7 +520,7 @@ def test_stop_signal(
 
 @pytest.mark.slow
 def test_a_run_that_ends_with_nonfinite_losses(corpus: Path, tmp_path: Path) -> None:
-    """Not finished, exit code 3, nothing exported; the record says why; the same again after it."""
+    """Not finished, exit code 3, no export, a reason in the record; the same on a second start."""
     # Each step multiplies the matrices by -1e6, until they overflow.
     growth = {"optim__matrix_lr": 1000, "optim__matrix_wd": 1000, "optim__warmdown_frac": 0}
     options = settings(

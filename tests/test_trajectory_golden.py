@@ -68,7 +68,7 @@ def _yaml(value: Any) -> str:
 
 
 class GoldenBatches:
-    """Hands out the case's tokens as this rank's micro-batches."""
+    """Yields the case's tokens as this rank's micro-batches."""
 
     def __init__(self, trainer: Trainer, tokens: Tensor) -> None:
         self._layout = trainer.train_step.layout

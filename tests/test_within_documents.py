@@ -43,7 +43,7 @@ Starts = NDArray[np.bool_]
 
 
 def legal_spans(starts: Starts, fraction: float) -> list[tuple[int, int]]:
-    """Of one row, from the definition."""
+    """Return the legal spans of one row, from the definition."""
     length = len(starts)
     document = np.cumsum(starts)
     return [
@@ -121,7 +121,7 @@ def test_spans_are_a_function_of_seed_step_and_tokens(sampler: str) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of some ten tokens, and a stretch of nothing but BOS."""
+    """Documents of some ten tokens, and a section of BOS only."""
     folder = tmp_path_factory.mktemp("corpus")
     generator = np.random.default_rng(0)
     for name, count in (("train_0", 6000), ("train_1", 777), ("val_0", 500)):
@@ -144,7 +144,7 @@ def dataset(config: Config) -> TokenDataset:
 
 @pytest.mark.parametrize("skip", [range(0), range(120, 150)])
 def test_boundaries_are_those_of_the_batches(corpus: Path, skip: range) -> None:
-    """Of the very rows that the loader hands out, from any step on, over epochs."""
+    """Of the rows that the loader yields, from any step on, over epochs."""
     config = config_for(corpus)
     data, (step, consumed) = dataset(config), (5, 36)
     documents = DocumentStarts(
@@ -200,7 +200,7 @@ def test_planned_spans_stay_within_the_documents_of_their_rows(corpus: Path) -> 
             legal = legal_spans(row, config.jepa.max_span_frac)
             assert {tuple(pair) for pair in pairs} <= set(legal or [(0, 0)])
             without += not legal
-    assert without > 0  # the stretch of BOS was met
+    assert without > 0  # the section of BOS was read
 
 
 # ------------------------------------------------------------------ training

@@ -25,7 +25,7 @@ from tests.tiny import tiny_config, write_corpus, write_text_mixture
 
 
 class Recorder(Silent):
-    """Keeps the records that a Reporter would publish."""
+    """Keeps the records that a reporter would publish."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ def test_layouts_agree(world_size: int, changes: dict[str, Any], corpus: Path, s
 
 
 def test_mixtures_agree(tmp_path: Path) -> None:
-    """Two sources whose weights change, with a vocabulary of a tokenizer.json."""
+    """Two sources whose weights change, with a tokenizer.json."""
     pytest.importorskip("tokenizers")
     mixed = {**write_text_mixture(tmp_path), "eval__every": 4}
     reference = run_ranks(train, 1, tiny_config(tmp_path, **mixed))[0]
@@ -186,7 +186,7 @@ class JepaAlone:
 
 
 def first_gradients(rank: int, world_size: int, config: Config) -> dict[str, torch.Tensor]:
-    """Full gradients of the first step's loss, JEPA alone."""
+    """Return the full gradients of the first step's JEPA loss alone."""
     trainer = build_trainer(config, start_world(config.parallel))
     plan = Planner(config, TrainingClock()).plan(0)
     replace(trainer.train_step, loss=JepaAlone(trainer.train_step.loss)).accumulate(
