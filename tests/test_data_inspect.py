@@ -46,7 +46,9 @@ def test_without_a_tokenizer_ids_are_shown(shard: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2, 9])
-def test_blocks_do_not_matter(shard: Path, monkeypatch: pytest.MonkeyPatch, wanted: int) -> None:
+def test_output_does_not_depend_on_block_size(
+    shard: Path, monkeypatch: pytest.MonkeyPatch, wanted: int
+) -> None:
     whole = summarize(Shard(shard), 256, wanted)
     assert (whole.documents, len(whole.first)) == (3, min(wanted, 3))
     monkeypatch.setattr(inspect_shards, "_BLOCK_TOKENS", 4)

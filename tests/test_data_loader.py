@@ -343,7 +343,7 @@ def test_a_killed_loader_process_is_an_error_not_a_hang(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("no_process_left")
-def test_loader_processes_leave_signals_to_the_trainer(dataset: TokenDataset) -> None:
+def test_loader_processes_ignore_stop_signals(dataset: TokenDataset) -> None:
     """scancel --signal=USR1 and Ctrl-C reach them too; the trainer still needs batches then."""
     before = set(multiprocessing.active_children())
     with TrainLoader(dataset, BatchLayout(12, 4, 0, 1), seed=7, workers=2, prefetch=1) as loader:

@@ -467,7 +467,7 @@ def test_a_killed_worker_is_one_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-def test_two_at_once_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_concurrent_runs_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(tmp_path / "a.jsonl", texts(100_000))
     arguments = [str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
     marker = f"{os.getpid()}-{time.monotonic_ns()}"

@@ -76,7 +76,7 @@ def test_a_packed_row_equals_its_documents_run_alone(
             torch.testing.assert_close(found.taps[tap][number], states, rtol=1e-6, atol=1e-5)
 
 
-def test_without_the_mask_documents_are_seen(tmp_path: Path) -> None:
+def test_without_the_mask_attention_crosses_documents(tmp_path: Path) -> None:
     config = masked(tmp_path)
     model = model_of(config)
     row = packed(24, 0, 9)[None]

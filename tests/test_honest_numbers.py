@@ -288,9 +288,7 @@ def test_the_phase_survives_final_model(tmp_path: Path, phase: int) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_nothing_that_is_not_finite_is_exported_without_being_asked_for(
-    tmp_path: Path, value: float
-) -> None:
+def test_nonfinite_weights_are_exported_only_on_request(tmp_path: Path, value: float) -> None:
     config = tiny_config(tmp_path)
     state = {"a": torch.ones(2), "b": torch.tensor([1.0, value])}
     description = Description(step=3, phase=0, weights="live", config=config)

@@ -48,7 +48,7 @@ def build(case: Case, **changes: Any) -> tuple[GPT, int]:
 
 @pytest.mark.parametrize("first", [1, 7])
 @pytest.mark.parametrize("case", cases("gpt"))
-def test_cached_logits_are_the_reference_s(case: Case, first: int) -> None:
+def test_cached_logits_equal_the_reference(case: Case, first: int) -> None:
     """A prompt in one pass, then token by token; one case is longer than in training."""
     model, phase = build(case)
     golden = case.tensors()

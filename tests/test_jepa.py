@@ -103,7 +103,7 @@ def test_unstructured_states_give_1_707() -> None:
     assert mean_loss(h, boundary).item() == pytest.approx(1.5, abs=5e-3)
 
 
-def test_a_straight_line_costs_nothing() -> None:
+def test_a_straight_line_has_zero_loss() -> None:
     line = torch.arange(20.0)[None, :, None] * random_states(1, 1, 8).float()
     assert mean_loss(line, spans_for(line)).item() == pytest.approx(0, abs=1e-6)
 

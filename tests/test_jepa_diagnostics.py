@@ -81,7 +81,7 @@ def test_gaussian_states_are_unstructured() -> None:
     assert seen["jepa/straightness"] == pytest.approx(1 / (LENGTH - 1), rel=0.05)
 
 
-def test_a_straight_line_costs_nothing_and_is_a_clock() -> None:
+def test_a_straight_line_has_zero_loss_and_is_a_clock() -> None:
     line = torch.arange(float(LENGTH))[None, :, None] * normal(WIDTH)
     seen = look(line.expand(ROWS, -1, -1) + normal(ROWS, 1, 1).clone())
     assert mean_loss(seen) == pytest.approx(0, abs=1e-4)

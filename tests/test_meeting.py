@@ -33,7 +33,7 @@ def test_each_start_has_its_own_prefix() -> None:
     assert second[2].get("address") == b"of the living"
 
 
-def test_ranks_killed_while_they_met_are_no_obstacle() -> None:
+def test_ranks_killed_during_the_rendezvous_do_not_block_the_next_start() -> None:
     store = HashStore()
     store.add("start/asked", 2)  # one of them died before it asked
     store.set("start/ask/2", "dead")

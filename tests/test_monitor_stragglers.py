@@ -142,7 +142,7 @@ def test_by_hand() -> None:
     assert times([1.0]) == {}
 
 
-def test_one_bad_moment_is_no_straggler() -> None:
+def test_a_single_slow_record_is_not_a_straggler() -> None:
     ranks = RankTimes(0, ["a", "b"], torch.device("cpu"))
     for step in range(11):
         ranks.observe({"compute/rank_0": 1.0, "compute/rank_1": 50.0 if step == 5 else 1.0})

@@ -146,7 +146,7 @@ def test_the_run_is_a_row_of_the_hparams_table(run_dir: Path, board: EventAccumu
     assert set(metrics) <= set(board.Tags()["tensors"])
 
 
-def test_histograms_and_the_picture_of_cosines(run_dir: Path, board: EventAccumulator) -> None:
+def test_histograms_and_the_image_of_cosines(run_dir: Path, board: EventAccumulator) -> None:
     kinds = {
         tag: board.SummaryMetadata(tag).plugin_data.plugin_name for tag in board.Tags()["tensors"]
     }
@@ -158,7 +158,7 @@ def test_histograms_and_the_picture_of_cosines(run_dir: Path, board: EventAccumu
     assert [event.step for event in board.Tensors(image)] == [3, 6, 9, 12]
 
 
-def test_an_event_file_holds_what_was_given(tmp_path: Path) -> None:
+def test_an_event_file_contains_what_was_written(tmp_path: Path) -> None:
     file = EventFile(tmp_path / "new", purge_step=4)
     file.scalars({"a": 1.5, "b": float("nan")}, 3)
     file.text("note", "two\nlines", 3)

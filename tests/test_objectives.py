@@ -173,7 +173,7 @@ def test_only_the_objective_is_not_decayed_while_it_is_off() -> None:
     assert idle["objective.w"].min().item() == 1.0
 
 
-def test_it_stops_without_samples_or_shape(tmp_path: Path) -> None:
+def test_stop_frac_turns_it_off(tmp_path: Path) -> None:
     config = next_state_config(tmp_path, jepa__start_frac=0.25, jepa__stop_frac=0.75)
     planner = Planner(config, TrainingClock())
     weights = [planner.plan(step).jepa_weight for step in range(20)]

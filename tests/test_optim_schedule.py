@@ -117,7 +117,7 @@ class TestBranch:
         assert self.branch(again, 25, branch).schedule == branch.schedule
         assert branch.schedule.decay_from == 21 / 30
 
-    def test_counts_by_the_clock_where_the_run_does(self) -> None:
+    def test_decay_follows_the_clock_of_a_timed_run(self) -> None:
         timed = self.config(
             "schedule.decay_from=now", "checkpoint.resume=runs/a", "train.max_wallclock_seconds=15"
         )

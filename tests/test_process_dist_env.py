@@ -42,7 +42,7 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in names}
 
 
-def test_torchrun_s_variables_are_taken_as_they_are() -> None:
+def test_variables_of_torchrun_are_adopted_unchanged() -> None:
     environ = dict(TORCHRUN)
     adopt_launcher(environ)
     assert environ == TORCHRUN
@@ -160,7 +160,7 @@ def test_an_agent_that_identified_itself_is_known_by_its_process(tmp_path: Path)
 
 
 @pytest.mark.parametrize("noted", ["", "1", "1 2 another", "x y {namespace}", "1 2 3 4"])
-def test_an_agent_out_of_sight_is_judged_by_the_parent(tmp_path: Path, noted: str) -> None:
+def test_an_invisible_agent_is_checked_through_the_parent(tmp_path: Path, noted: str) -> None:
     (tmp_path / "comm").write_text("tini\n")
     noted = noted.format(namespace=pid_namespace())
     environ = {"TORCHELASTIC_RUN_ID": "x", "TORCHRUN_PROCESS": noted}

@@ -51,7 +51,7 @@ def test_collects_when_due_and_after_new_graphs(collections: list[int]) -> None:
     assert gc.get_freeze_count() == 0
 
 
-def test_zero_leaves_it_to_python(collections: list[int]) -> None:
+def test_zero_keeps_automatic_collection(collections: list[int]) -> None:
     garbage = ScheduledCollection(every=0)
     _make_garbage()
     assert gc.isenabled()
@@ -62,7 +62,7 @@ def test_zero_leaves_it_to_python(collections: list[int]) -> None:
     garbage.close()
 
 
-def test_one_inside_another_leaves_automatic_collection_off() -> None:
+def test_nested_contexts_keep_automatic_collection_off() -> None:
     outer = ScheduledCollection(every=4)
     try:
         ScheduledCollection(every=4).close()

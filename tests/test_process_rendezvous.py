@@ -160,7 +160,7 @@ class Evil:
         return os.mkdir, (str(self.trace),)
 
 
-def test_a_state_from_a_stranger_runs_no_code(tmp_path: Path) -> None:
+def test_an_untrusted_state_runs_no_code(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     states = [pickle.dumps(Evil(trace), protocol) for protocol in (0, 2, 5)]
     for state in [*states, b"", b"garbage", bytes(2**24 + 1), pickle.dumps(os.path.join)]:

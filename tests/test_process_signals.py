@@ -115,7 +115,7 @@ def _end_launcher(*, asked: bool) -> Finished:
         return launcher.wait(30)  # which sees that no process is left
 
 
-def test_the_tracker_of_semaphores_outlives_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_resource_tracker_survives_a_stop_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in the process group that a terminal or SLURM signals."""
     tracker = ResourceTracker()
     monkeypatch.setattr(workers, "resource_tracker", tracker)

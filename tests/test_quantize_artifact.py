@@ -350,7 +350,7 @@ def test_an_artifact_can_be_loaded(run: Config, tmp_path: Path) -> None:
     assert torch.equal(loaded.model.tok_emb.weight, read_artifact(path).tensor("tok_emb.weight"))
 
 
-def test_a_folder_stands_for_an_artifact_that_is_alone_in_it(tmp_path: Path) -> None:
+def test_a_folder_with_one_artifact_stands_for_it(tmp_path: Path) -> None:
     path, _, _ = small_artifact(tmp_path)
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -17,7 +17,7 @@ from tests.golden_cases import Case, cases
 
 
 @pytest.mark.parametrize("case", cases("gptq"))
-def test_integers_and_scales_are_the_reference_s(case: Case) -> None:
+def test_integers_and_scales_equal_the_reference(case: Case) -> None:
     arrays = case.tensors()
     assert case.info["cases"]
     for name, about in case.info["cases"].items():
@@ -46,7 +46,7 @@ def unblocked(weight: torch.Tensor, hessian: torch.Tensor, limit: int, sigmas: f
     return q[:, back].to(torch.int8), scale
 
 
-def test_several_blocks_are_a_rearrangement() -> None:
+def test_blocked_quantization_equals_unblocked() -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(5, 300, generator=generator)
     inputs = torch.randn(700, 300, generator=generator) @ torch.randn(300, 300, generator=generator)
@@ -83,7 +83,7 @@ def test_what_cannot_be_quantized_is_refused() -> None:
 
 
 @pytest.mark.parametrize("case", cases("quantpolicy"))
-def test_precisions_are_the_reference_s(case: Case) -> None:
+def test_precisions_equal_the_reference(case: Case) -> None:
     arrays = case.arrays()
     assert case.info["cases"]
     for label, about in case.info["cases"].items():

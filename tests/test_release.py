@@ -55,7 +55,7 @@ def test_guarantees_name_tests_that_exist() -> None:
     assert {name for name in named if not (REPOSITORY / "tests" / name).is_file()} == set()
 
 
-def test_vulnerabilities_are_listed_and_silence_is_no_pass() -> None:
+def test_vulnerabilities_are_listed_and_an_empty_audit_is_skipped() -> None:
     known = {"id": "CVE-1", "fix_versions": ["2.1"]}
     package = {"name": "a", "version": "2.0", "vulns": [known, {"id": "X", "fix_versions": []}]}
     unknown = {"name": "b", "skip_reason": "not found"}

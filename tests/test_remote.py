@@ -87,7 +87,7 @@ def test_shards_are_copied_once(memory: Any, tmp_path: Path, cache: Path) -> Non
     assert [path.stat().st_ino for path in find_shards("memory://data/train_*.bin", "x")] == before
 
 
-def test_what_changed_or_is_missing_is_copied_again(memory: Any, tmp_path: Path) -> None:
+def test_changed_or_missing_shards_are_copied_again(memory: Any, tmp_path: Path) -> None:
     upload_shards(memory, "/data", tmp_path)
     first, second = find_shards("memory://data/train_*.bin", "data.train")
     contents = upload_shards(memory, "/data", tmp_path, seed=1)
@@ -128,7 +128,7 @@ def test_names_do_not_lead_out_of_the_cache(memory: Any, tmp_path: Path) -> None
         find_shards("memory://data/*bin", "data.train")
 
 
-def test_a_file_that_breaks_off_is_named(
+def test_an_interrupted_copy_is_named(
     memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload_shards(memory, "/data", tmp_path)

@@ -117,7 +117,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_real_run_becomes_a_page_and_a_picture(trained: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_real_run_is_a_page_and_an_image(trained: Path, tmp_path: Path) -> None:
     report(trained / "on", "--out", tmp_path)
     page, final = Page(tmp_path / "report.html"), metrics(trained / "on")[-1]
     assert page.cells("state")[0].startswith("finished")
@@ -136,7 +136,7 @@ def test_a_real_run_becomes_a_page_and_a_picture(trained: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_page_needs_nothing_but_itself(trained: Path, tmp_path: Path) -> None:
+def test_a_page_is_self_contained(trained: Path, tmp_path: Path) -> None:
     report(trained / "on", trained / "off", "--out", tmp_path)
     page = Page(tmp_path / "report.html")
     assert "http:" not in page.source
@@ -234,7 +234,7 @@ def test_runs_on_other_data_are_neither_paired_nor_compared(tmp_path: Path) -> N
     assert "difference to" not in page.text
 
 
-def test_a_shorter_run_is_compared_where_both_have_been(tmp_path: Path) -> None:
+def test_a_shorter_run_is_compared_at_the_last_common_step(tmp_path: Path) -> None:
     short = [
         {**record, "val/bpb": 2.5, "tokens_digest": "bb" if record["step"] == 3 else "aa"}
         for record in steps(3)
@@ -259,7 +259,7 @@ def test_only_what_was_recorded_is_plotted(tmp_path: Path) -> None:
     assert "new/thing" in page.text
 
 
-def test_what_never_changes_is_a_line_of_a_table(tmp_path: Path) -> None:
+def test_constant_metrics_are_rows_of_a_table(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, steps(4, **{"compile/graphs": ord(name)})) for name in "ab"]
     report(*runs, "--out", tmp_path)
     assert Page(tmp_path / "report.html").cells("compile/graphs") == ["97", "98"]
@@ -277,7 +277,7 @@ def test_the_cosine_table_is_plotted_and_a_damaged_one_is_not(tmp_path: Path) ->
     assert "mean cos by span length" not in Page(tmp_path / "report.html").text
 
 
-def test_a_long_run_makes_no_long_page(tmp_path: Path) -> None:
+def test_the_page_of_a_long_run_is_bounded(tmp_path: Path) -> None:
     noise = np.random.Generator(np.random.PCG64(0)).normal(size=20_000)
     records = [
         {"step": step + 1, "loss/ce": value, "grad_norm": abs(value)}
@@ -366,7 +366,7 @@ def test_other_files_may_be_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
         "x" * 200,
     ],
 )
-def test_hostile_names_are_only_text(tmp_path: Path, name: str) -> None:
+def test_hostile_names_are_escaped(tmp_path: Path, name: str) -> None:
     key = "evil/</text><script>alert(2)</script>"
     runs = [
         write_run(tmp_path / name, [{"step": n, key: n, f"time/{name}": n} for n in (1, 2)]),
@@ -409,7 +409,7 @@ def test_without_matplotlib_it_names_what_to_install(
     assert "extra [report]" in failure(capsys, run)
 
 
-def test_where_the_page_goes(
+def test_path_of_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [write_run(tmp_path / name, steps(2)) for name in "ab"]

@@ -113,7 +113,7 @@ def test_a_mixture_resumes_at_another_world_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_any_world_size_along_the_way(corpus: Path) -> None:
+def test_the_world_size_may_change_at_every_start(corpus: Path) -> None:
     span = {"jepa__objective": "span"}
     straight = run_ranks(train, 1, config(corpus, "straight", **span))[0]["records"]
     records: list[dict[str, Any]] = []

@@ -98,7 +98,7 @@ def test_a_reused_pid(dead: Path) -> None:
     RunLock(dead).acquire()
 
 
-def test_an_owner_elsewhere_that_is_long_dead(dead: Path) -> None:
+def test_an_owner_on_another_host_that_died_long_ago(dead: Path) -> None:
     edit(dead, machine="another", host="far")
     os.utime(dead / LOCK_NAME, (1, 1))
     (message,) = RunLock(dead).acquire()
@@ -106,7 +106,7 @@ def test_an_owner_elsewhere_that_is_long_dead(dead: Path) -> None:
     assert "on far, which has not renewed its lock" in message
 
 
-def test_an_owner_elsewhere_that_is_alive(run_dir: Path) -> None:
+def test_an_owner_on_another_host_that_is_alive(run_dir: Path) -> None:
     with Command([sys.executable, "-c", HOLDS, run_dir]) as owner:
         owner.wait_for(lambda: "held" in owner.output(), 60)
         path = run_dir / LOCK_NAME
@@ -117,7 +117,9 @@ def test_an_owner_elsewhere_that_is_alive(run_dir: Path) -> None:
             RunLock(run_dir).acquire()
 
 
-def test_an_owner_elsewhere_that_died_just_now(dead: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_on_another_host_that_died_just_now(
+    dead: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("jepa_dist.run.lock.STALE_SECONDS", 1.0)
     edit(dead, machine="another")
     assert RunLock(dead).acquire()

@@ -181,7 +181,7 @@ READERS = (
 
 
 @pytest.mark.parametrize("make", READERS, ids=[make.__name__ for make in READERS])
-def test_reading_stays_in_the_folder_and_runs_nothing(
+def test_reading_stays_in_the_folder_and_runs_no_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Reader]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -274,7 +274,7 @@ TOKENIZERS: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_tokenizer_of_a_stranger(tmp_path: Path, name: str) -> None:
+def test_an_untrusted_tokenizer(tmp_path: Path, name: str) -> None:
     pytest.importorskip("tokenizers")
     file, content = TOKENIZERS[name]
     path = tmp_path / file

@@ -163,7 +163,7 @@ def test_tensorboard_shows_the_same_numbers(alone: Finished, run_dir: Path) -> N
     assert "seed: 0" in str(board.Tensors("config/text_summary")[0].tensor_proto)
 
 
-def test_two_ranks_do_the_same(alone: Finished, corpus: Path, run_dir: Path) -> None:
+def test_two_ranks_equal_one_process(alone: Finished, corpus: Path, run_dir: Path) -> None:
     other = corpus / "two"
     # Also through a switch in the environment, with the tiny recipe's own value.
     arguments = [

@@ -88,7 +88,7 @@ def test_options_overrides_and_environment_are_taken(checkout: Checkout, tmp_pat
     assert "ranks     2 on each node" in job.output()
 
 
-def test_the_site_file_counts_before_submission(checkout: Checkout) -> None:
+def test_the_site_file_is_read_before_submission(checkout: Checkout) -> None:
     (checkout.folder / "slurm/site.env").write_text(
         "SBATCH_PARTITION=${SBATCH_PARTITION:-high}\nSBATCH_TIMELIMIT=30\n"
     )
@@ -315,7 +315,7 @@ def test_a_copy_of_the_script_names_what_is_missing(checkout: Checkout, tmp_path
 # ---------------------------------------------------------------------------- GPUs (of SLURM)
 
 
-def test_ranks_are_as_many_as_slurm_gives_gpus(
+def test_one_rank_per_gpu_that_slurm_grants(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """``--exclusive`` brings the GPUs along; steps must ask for them again."""

@@ -52,13 +52,13 @@ def test_a_change_of_more_than_two_percent_is_named() -> None:
     assert differences(expected, [within]) == []
 
 
-def test_graphs_that_come_or_go_are_named() -> None:
+def test_added_or_removed_graphs_are_named() -> None:
     assert differences({}, [_GRAPH])[0] == f"{_KEY}: is compiled now, and was not before"
     gone = differences({_KEY: _GRAPH.counts}, [])
     assert gone[0] == f"{_KEY}: was compiled before, and is not now"
 
 
-def test_the_table_is_written_as_it_is_read(tmp_path: Path) -> None:
+def test_the_table_round_trips(tmp_path: Path) -> None:
     path = tmp_path / "expected.json"
     table = Table("2.11.0+cu130", (_GRAPH,))
     write_expected(table, path)
