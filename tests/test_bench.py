@@ -84,7 +84,7 @@ def test_command(tmp_path) -> None:
         (("--timeout", 0.5, "--ranks", 2), "2 ranks did not finish in 0.5 s"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing_behind(arguments, problem) -> None:
+def test_user_errors_are_one_line_and_leave_no_files(arguments, problem) -> None:
     finished = run_command(*BENCH, "muon", *arguments)
     assert finished.code == 2
     assert problem in finished.output

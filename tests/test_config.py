@@ -120,7 +120,7 @@ def test_empty_files_and_sections_mean_the_defaults(tmp_path: Path, text: str) -
     assert load(file, environ={}).config == Config()
 
 
-# ---------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------- user errors
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,6 @@ def test_output_does_not_depend_on_block_size(
     assert summarize(Shard(shard), 256, wanted) == whole
 
 
-def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "no.bin")]) == 2
     assert "no token shard matches" in capsys.readouterr().err

@@ -268,7 +268,7 @@ def test_a_foreign_folder_is_not_changed(
     assert prepared(out) == {"thesis.tex": b"years of work"}
 
 
-# ---------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------- user errors
 
 
 @pytest.mark.timeout(60)
@@ -311,7 +311,7 @@ def test_a_bad_line_is_named(
         (["{tmp}/a.txt", "--out", "{tmp}/out", "--tokenizer", "gpt2"], "tokenizer 'gpt2'"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(
+def test_user_errors_are_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     (tmp_path / "a.txt").write_text("one document")

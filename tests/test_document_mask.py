@@ -191,7 +191,7 @@ def test_a_run_directory_suffices_to_use_the_model(corpus: Path, tmp_path: Path)
     assert with_bos(config) == config
 
 
-# ---------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------- user errors
 
 
 def test_impossible_settings(tmp_path: Path, corpus: Path) -> None:

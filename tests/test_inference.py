@@ -345,7 +345,7 @@ def test_the_command_writes_the_text_and_nothing_else(
         ([], "the following arguments are required: RUN"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(
+def test_user_errors_are_one_line_and_exit_code_2(
     run: Path,
     tmp_path: Path,
     arguments: list[str],

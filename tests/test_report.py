@@ -383,7 +383,7 @@ def test_hostile_names_are_escaped(tmp_path: Path, name: str) -> None:
     assert key in page.text
 
 
-# ---------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------- user errors
 
 
 def test_user_errors_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

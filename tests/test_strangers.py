@@ -85,8 +85,8 @@ def shards(folder: Path) -> Reader:
     config = Config.model_validate({"model": model, "data": data})
 
     def read() -> None:
-        ignoring_mistakes(lambda: read_meta(folder))
-        ignoring_mistakes(lambda: check_data(config))
+        ignoring_user_errors(lambda: read_meta(folder))
+        ignoring_user_errors(lambda: check_data(config))
 
     return read
 
@@ -98,7 +98,7 @@ def configuration(folder: Path) -> Reader:
     sound.write_text("seed: 3\nrun:\n  dir: /nowhere/at/all\ndata:\n  train: /etc/passwd\n")
 
     def read() -> None:
-        ignoring_mistakes(lambda: load(str(evil), [], {}))
+        ignoring_user_errors(lambda: load(str(evil), [], {}))
         assert load(str(sound), [], {}).config.seed == 3
 
     return read
@@ -167,7 +167,7 @@ def sentencepiece(folder: Path) -> Reader:
     return lambda: load_tokenizer(str(path)).encode(b"text")
 
 
-def ignoring_mistakes(call: Callable[[], object]) -> None:
+def ignoring_user_errors(call: Callable[[], object]) -> None:
     try:
         call()
     except UserError:
