@@ -31,7 +31,7 @@ class Case:
         return json.loads((GOLDEN_DIR / f"{self.stem}.json").read_text())
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by key (keys contain slashes)."""
+        """Return all arrays by key (keys contain slashes)."""
         with np.load(GOLDEN_DIR / f"{self.stem}.npz", allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
 

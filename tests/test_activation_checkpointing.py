@@ -30,7 +30,7 @@ class Calls(TorchDispatchMode):
 
 
 def gradients(mode: str) -> tuple[Counter[str], list[torch.Tensor]]:
-    """One pass of a block: what its backward calls, and the gradients."""
+    """Run one pass of a block; return the calls of its backward, and the gradients."""
     torch.manual_seed(0)
     config = ModelConfig(model_dim=32, num_heads=4, num_kv_heads=2, seq_len=16)
     block = Block(config, 0)

@@ -91,7 +91,7 @@ def test_the_objective_adds_no_collective(counted: dict[str, Any]) -> None:
 
 
 def _gradients(rank: int, world_size: int, config: Config) -> dict[str, torch.Tensor]:
-    """Full gradients of the first step, in float64 to compare them."""
+    """Return the full gradients of the first step, in float64 to compare them."""
     trainer = build_trainer(config, start_world(config.parallel))
     plan = Planner(config, TrainingClock()).plan(0)
     trainer.train_step.accumulate(trainer.segment.batches, plan)

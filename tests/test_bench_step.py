@@ -135,7 +135,7 @@ def test_steps_of_a_round_are_alike(corpus: Path) -> None:
 
 
 def new_graphs(rank: int, world_size: int, config: Config) -> dict[str, int]:
-    """With a counting backend."""
+    """Count the compiled graphs with a counting backend."""
     plain, backend = torch.nn.Module.compile, CountingBackend()
     torch.nn.Module.compile = lambda self, **options: plain(self, backend=backend, **options)
     trainer = build_trainer(config, start_world(config.parallel))

@@ -152,7 +152,7 @@ def try_to_save(checkpointer: Checkpointer, world: World) -> tuple[tuple[str, ..
 
 
 def check_refused(results: list[Any], folder: Path, reason: str) -> None:
-    """Every rank raises the same error in seconds; only the old checkpoint is left, intact."""
+    """Assert that all ranks raise one error in seconds, and the old checkpoint is intact."""
     problems = results[0][0]
     assert all(reason in problem and str(folder) in problem for problem in problems)
     assert all(of_rank == problems and seconds < patience(20) for of_rank, seconds in results)

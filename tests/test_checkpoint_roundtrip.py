@@ -42,7 +42,7 @@ def whole(name: str, step: int = 0) -> Tensor:
 
 
 def make_state(world: World, step: int = 0) -> dict[str, Tensor]:
-    """All kinds of tensors, sharded by rows as FSDP2 and HSDP do."""
+    """Return all kinds of tensors, sharded by rows as FSDP2 and HSDP do."""
     placements = [Replicate()] * (world.mesh.ndim - 1) + [Shard(0)]
     return {
         name: whole(name, step)

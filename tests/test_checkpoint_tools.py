@@ -23,7 +23,7 @@ from tests.tiny import tiny_config
 
 
 def run_config(folder: str) -> Config:
-    """With an objective that holds parameters: no export has them."""
+    """Return a config with an objective that has parameters, which no export contains."""
     changes = {"optim__ema_decay": 0.9, "optim__matrix": "muon", "jepa__objective": "next_state"}
     return tiny_config(Path(folder), **changes)
 

@@ -53,7 +53,7 @@ def dataset(paths: list[Path]) -> TokenDataset:
 
 
 def all_windows(paths: list[Path]) -> list[list[int]]:
-    """Every window, from the file format alone."""
+    """Return every window, read by the file format alone."""
     windows = []
     for path in paths:
         tokens = np.frombuffer(path.read_bytes()[1024:], "<u2").tolist()

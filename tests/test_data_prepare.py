@@ -191,7 +191,7 @@ def test_lines_do_not_depend_on_block_boundaries(
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Some 6 MB in files of both kinds: several tasks."""
+    """Write some 6 MB in files of both kinds, enough for several tasks."""
     folder = tmp_path / "in"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", texts(8000))

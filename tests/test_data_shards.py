@@ -21,7 +21,7 @@ from jepa_dist.errors import UserError
 
 
 def shard_bytes(tokens: list[int], magic: int = 20240520, version: int = 1) -> bytes:
-    """The format written out by hand."""
+    """Return a shard, from the description of the format."""
     header = struct.pack("<256i", magic, version, len(tokens), *[0] * 253)
     return header + struct.pack(f"<{len(tokens)}H", *tokens)
 
@@ -94,7 +94,7 @@ def test_an_empty_glob_names_the_key_the_pattern_and_the_fix(tmp_path: Path) -> 
 
 
 def wide_bytes(tokens: list[int]) -> bytes:
-    """The format of llm.c for Llama 3, written out by hand."""
+    """Return a shard of llm.c for Llama 3, from the description of the format."""
     header = struct.pack("<256i", 20240801, 7, len(tokens), *[0] * 253)
     return header + struct.pack(f"<{len(tokens)}I", *tokens)
 

@@ -46,7 +46,7 @@ def model_of(config: Config) -> GPT:
 
 
 def packed(length: int, *starts: int) -> Tensor:
-    """A row in which documents begin at ``starts``; without 0, the first one began before."""
+    """Return a row with documents from ``starts``; without 0, the first one began before."""
     ids = torch.randint(8, 61, (length,), generator=torch.Generator().manual_seed(length))
     ids[list(starts)] = BOS
     return ids

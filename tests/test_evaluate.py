@@ -109,7 +109,7 @@ def test_bad_windows_are_refused(tmp_path: Path) -> None:
 
 
 def golden_export(case: Case, folder: Path) -> Path:
-    """The case's model as this project exports models."""
+    """Export the case's model in this project's format."""
     config = Config(model=parameter_golf.model_config(case.info["settings"]))
     weights = parameter_golf.build(case.info["settings"], case.tensors("param/"))
     phase = case.info["run"]["loop_phase"]
@@ -124,7 +124,7 @@ def golden_windows(case: Case, stride: int) -> Windows:
 
 
 def golden_scores(rank: int, world_size: int, case: Case, export: Path, micro: int) -> list[Any]:
-    """Both evaluations of a case, by a sharded model."""
+    """Return both evaluations of a case, by a sharded model."""
     world, settings = start_world(EAGER), case.info["settings"]
     source = find_weights(export, "live")
     model = load_model(source, EAGER, world)

@@ -76,7 +76,7 @@ def write_lines(path: Path, lines: Sequence[Any]) -> Path:
 
 
 def naive_likelihood(trained: TrainedModel, context: str, choice: str) -> tuple[float, bool]:
-    """One row, not padded, in float64."""
+    """Compute the likelihood in float64 from one row without padding."""
     ids = [BYTES.bos_id, *(context + choice).encode()]
     # White space before the choice is scored with it.
     count = len(choice) + len(context) - len(context.rstrip())

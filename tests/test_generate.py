@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def tiny_model(config: Config) -> GPT:
-    """A plain model whose logits differ from token to token."""
+    """Return a plain model whose logits differ from token to token."""
     model = GPT(config.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

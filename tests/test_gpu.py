@@ -151,7 +151,7 @@ def test_compiled_follows_eager_in_bfloat16(corpus: Path) -> None:
 
 
 def write_documents(folder: Path) -> None:
-    """The corpus with documents of 1 to 20 tokens; id 7 begins them."""
+    """Write the corpus with documents of 1 to 20 tokens; id 7 begins them."""
     write_corpus(folder)
     generator = np.random.Generator(np.random.PCG64(0))
     for path in folder.glob("*.bin"):
@@ -244,7 +244,7 @@ def signals() -> Iterator[None]:
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    """All tensors in full, on the CPU."""
+    """Return all tensors in full, on the CPU."""
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone()
         for name, t in trainer.state.tensors().items()

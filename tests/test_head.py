@@ -170,7 +170,7 @@ def test_chosen_by_size(num_rows: int, vocab_size: int, expected: int) -> None:
 
 
 def region(softcap: float = CAP) -> tuple[HeadRegion, list[Any]]:
-    """A head and inputs large enough for chunks: three rows, one of them padding."""
+    """Return a head and inputs large enough for chunks: three rows, one of them padding."""
     generator = torch.Generator().manual_seed(3)
     x_BTD = torch.randn(3, 512, 16, generator=generator).requires_grad_()
     head_VE = torch.randn(4096, 8, generator=generator).requires_grad_()
@@ -256,7 +256,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def large_head(corpus: Path, **changes: Any) -> Config:
-    """The tiny recipe with a vocabulary and rows for two chunks or more."""
+    """Return the tiny recipe with a vocabulary and rows for two chunks or more."""
     settings = {
         "data__tokenizer": "null",
         "model__vocab_size": 8192,

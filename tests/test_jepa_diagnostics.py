@@ -234,7 +234,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def first_forward(config: Config) -> Output:
-    """A plain model on the first global batch."""
+    """Run a plain model on the first global batch."""
     values = {"config": config.model, "seed": config.seed, "device": torch.device("cpu")}
     model = GPT(config.model)
     for name, parameter in model.named_parameters():
@@ -314,7 +314,7 @@ def test_compiled_graphs_are_the_same(corpus: Path) -> None:
 
 
 def train_cut_off(rank: int, world_size: int, config: Config) -> list[dict[str, Any]]:
-    """With an objective whose input was detached: a loss, but no gradient."""
+    """Train with an objective whose input is detached: a loss, but no gradient."""
     forward = SpanObjective.forward
     SpanObjective.forward = lambda self, states, *rest: forward(  # type: ignore[method-assign]
         self, [h.detach() for h in states], *rest

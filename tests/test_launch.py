@@ -31,7 +31,7 @@ py-modules = []
 
 
 def checkout(folder: Path) -> Path:
-    """The scripts in a project of the same name that installs in seconds."""
+    """Copy the scripts into a project of the same name that installs in seconds."""
     shutil.copytree(REPOSITORY / "launch", folder / "launch")
     (folder / "configs").mkdir()
     shutil.copy(REPOSITORY / "configs/debug.yaml", folder / "configs")

@@ -23,7 +23,7 @@ WORDS = ("tide", "moon", "reef", "salt", "heron", "kelp", "gull", "wave")
 
 
 def write_task(folder: Path, count: int) -> Path:
-    """A task file of ours, and its description for the harness; return the former."""
+    """Write a task file and its description for the harness; return the file."""
     generator = np.random.Generator(np.random.PCG64(1))
     items = []
     for number in range(count):

@@ -43,7 +43,7 @@ def tokens(rows: int, length: int, vocab: int = 50) -> Tensor:
 
 
 def plain_gpt(model: GPT, ids: Tensor, heads: int) -> Tensor:
-    """A pre-norm transformer with RoPE, QK norm and a tied head, written independently."""
+    """Compute a pre-norm transformer with RoPE, QK norm and a tied head, independently."""
     weights = dict(model.named_parameters())
     batch, length = ids.shape
     norm = lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1.1920929e-07)  # noqa: E731

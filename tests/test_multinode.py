@@ -26,7 +26,7 @@ def multinode(*arguments: object, **environ: object) -> Finished:
 
 
 def planned(*arguments: object, **environ: object) -> list[str]:
-    """The command of a dry run, as words."""
+    """Return the command of a dry run, as words."""
     finished = multinode("--dry-run", *arguments, **environ)
     assert finished.code == 0, finished.output
     (line,) = finished.output.splitlines()

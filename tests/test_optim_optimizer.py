@@ -41,7 +41,7 @@ def _parameters() -> dict[str, nn.Parameter]:
 
 
 def _sharded(world_size: int, replicas: int = 1) -> dict[str, nn.Parameter]:
-    """The same parameters under fully_shard, by their dotted names."""
+    """Return the same parameters under fully_shard, by their dotted names."""
     net = nn.Module()
     for name, parameter in _parameters().items():
         net.register_parameter(name.replace(".", "/"), parameter)

@@ -35,7 +35,7 @@ SOON = timedelta(seconds=20)
 
 
 def handler_of(backend: str, **changes: Any) -> RendezvousHandler:
-    """As torchrun creates it."""
+    """Create a handler as torchrun does."""
     known = {"endpoint": "", "run_id": "job", "min_nodes": 1, "max_nodes": 1}
     return get_rendezvous_handler(RendezvousParameters(backend, **known | changes))
 

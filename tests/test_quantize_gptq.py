@@ -30,7 +30,7 @@ def test_integers_and_scales_equal_the_reference(case: Case) -> None:
 
 
 def unblocked(weight: torch.Tensor, hessian: torch.Tensor, limit: int, sigmas: float) -> Any:
-    """The rule as the golden README states it, column by column, without Hessian-aware scales."""
+    """Quantize column by column by the golden README's rule, without Hessian-aware scales."""
     w, h = weight.double().clone(), hessian.double().clone()
     scale = (sigmas * w.std(dim=1) / limit).float().half()
     h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)

@@ -92,7 +92,7 @@ class Page(HTMLParser):
         self.text += data + "\n"
 
     def cells(self, row: str) -> list[str]:
-        """The cells of the row of a table."""
+        """Return the cells of the row of a table."""
         lines = self.text.split("\n")
         found = lines.index(row) + 1
         return [line for line in lines[found : lines.index("", found)] if line]

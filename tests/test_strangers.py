@@ -215,7 +215,7 @@ def test_the_audit_hook_reports_every_action(
 
 
 def pre_tokenizer(pattern: str) -> bytes:
-    """A ``tokenizer.json`` whose tokens are the bytes, and whose words the pattern cuts."""
+    """Return a byte-level ``tokenizer.json`` that splits text by this pattern."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [*map(chr, printable), *(chr(0x100 + n) for n in range(len(others)))]

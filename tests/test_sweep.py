@@ -64,7 +64,7 @@ def _stem(file: Path) -> str:
 
 
 def write_sweep(folder: Path, **changes: Any) -> Path:
-    """A sweep of the default configuration; None leaves a key out."""
+    """Write a sweep of the default configuration; None omits a key."""
     base = folder / "base.yaml"
     base.touch()
     sweep = {"config": str(base), "seeds": [1, 2], "arms": ARMS} | changes

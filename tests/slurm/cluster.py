@@ -336,7 +336,7 @@ class Job:
     id: str
 
     def field(self, name: str) -> str:
-        """A field of ``scontrol show job``, e.g. JobState, Restarts, NodeList."""
+        """Return a field of ``scontrol show job``, e.g. JobState, Restarts, NodeList."""
         text = self.cluster.run("scontrol", "show", "job", self.id)
         # Several fields share a line, except those whose values may hold spaces.
         rest = " ".join(text.splitlines()).partition(f" {name}=")[2]

@@ -98,11 +98,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def last_step(run_dir: Path) -> int:
-    """The last recorded step; 0 before the first."""
+    """Return the last recorded step; 0 before the first."""
     records = json_lines(run_dir / "metrics.jsonl")
     return records[-1]["step"] if records else 0
 
 
 def world_sizes(run_dir: Path) -> list[int]:
-    """The number of ranks of each start of the run."""
+    """Return the number of ranks of each start of the run."""
     return [start["world_size"] for start in json_lines(run_dir / "starts.jsonl")]

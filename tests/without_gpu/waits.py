@@ -114,7 +114,7 @@ class Event:
         return False
 
     def synchronize(self) -> None:
-        """The host waits."""
+        """Report a wait of the host."""
         _report("event.synchronize")
 
     def elapsed_time(self, end: Event) -> float:
@@ -139,7 +139,7 @@ class Stream:
         return event or Event()
 
     def synchronize(self) -> None:
-        """The host waits."""
+        """Report a wait of the host."""
         _report("stream.synchronize")
 
     def query(self) -> bool:
