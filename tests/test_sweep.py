@@ -615,18 +615,18 @@ def test_a_sweep_is_stopped_and_resumed(tmp_path: Path) -> None:
 def test_a_member_that_cannot_start(tmp_path: Path) -> None:
     """One line says why; the other members are tried; the sweep names both and exits with 1."""
     file = write_sweep(tmp_path, seeds=[1], arms={n: ARMS[n] for n in ("control", "full")})
-    missing = f"data.train={tmp_path}/none_*.bin"
-    finished = sweep_command("run", file, f"run.dir={tmp_path}/runs", missing, NPROC_PER_NODE=1)
+    missing = [f"data.{split}={tmp_path}/none_*.bin" for split in ("train", "val")]
+    finished = sweep_command("run", file, f"run.dir={tmp_path}/runs", *missing, NPROC_PER_NODE=1)
     assert finished.code == 1
-    lines = finished.output.splitlines()
-    assert len(lines) == 6, lines
-    for number, arm in enumerate(("control", "full")):
-        where = f"{tmp_path}/runs/{arm}-seed1"
-        assert lines[2 * number] == f"member {number} of 2: {where}"
-        assert lines[2 * number + 1].startswith("error: data.train=")
-        assert lines[4 + number] == (
-            f"error: {where}: not started (exit code 2); see its messages above"
-        )
+    lines = iter(finished.output.splitlines())
+    folders = [f"{tmp_path}/runs/{arm}-seed1" for arm in ("control", "full")]
+    for number, folder in enumerate(folders):
+        assert next(lines) == f"member {number} of 2: {folder}"
+        assert next(lines).startswith("error: data.train=")
+        assert next(lines).startswith("error: data.val=")
+    for folder in folders:
+        assert next(lines) == f"error: {folder}: not started (exit code 2); see its messages above"
+    assert list(lines) == []
 
 
 # In place of a member's training: records when it began and ended, and fails at seed 3.
