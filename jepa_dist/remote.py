@@ -35,7 +35,7 @@ def is_url(text: str) -> bool:
 class Remote:
     """A place behind a URL."""
 
-    told: str
+    label: str
     """The key and the URL, without a password, for messages."""
     filesystem: Any
     """fsspec's ``AbstractFileSystem``."""
@@ -59,7 +59,7 @@ class Remote:
             raise
         except Exception as error:  # of botocore, aiohttp, google.auth, ...
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise UserError(one_line(f"{self.told}: {what}: {reason:.300}")) from None
+            raise UserError(one_line(f"{self.label}: {what}: {reason:.300}")) from None
 
     def upload(self, source: IO[bytes], path: str) -> None:
         """Copy an open file to ``path``. Object stores show it when it is whole, ``file://`` at
@@ -93,23 +93,23 @@ def open_remote(url: str, key: str) -> Remote:
     Raises:
         UserError: an unknown protocol, or one whose package is not installed.
     """
-    told = f"{key}={_SECRET.sub('...@', url)!r}"
+    label = f"{key}={_SECRET.sub('...@', url)!r}"
     match = _URL.match(url)
     protocol = match[1].lower() if match else ""
     if protocol not in _PACKAGES or "::" in url:
-        raise UserError(f"{told}: expected a path or one of {', '.join(sorted(_PACKAGES))}://")
+        raise UserError(f"{label}: expected a path or one of {', '.join(sorted(_PACKAGES))}://")
     from fsspec.core import url_to_fs
 
     try:
         filesystem, path = url_to_fs(url, use_listings_cache=False)
     except ImportError:
         raise UserError(
-            f"{told}: needs the package {_PACKAGES[protocol]}; pip install {_PACKAGES[protocol]} "
+            f"{label}: needs the package {_PACKAGES[protocol]}; pip install {_PACKAGES[protocol]} "
             "(jepa_dist[remote] has that of s3://)"
         ) from None
     except Exception as error:
-        raise UserError(one_line(f"{told}: {error}")) from None
-    return Remote(told, filesystem, str(path))
+        raise UserError(one_line(f"{label}: {error}")) from None
+    return Remote(label, filesystem, str(path))
 
 
 def download(remote: Remote, path: str, target: Path, size: int | None = None) -> int:
@@ -130,5 +130,5 @@ def download(remote: Remote, path: str, target: Path, size: int | None = None) -
             file.write(piece)
             count += len(piece)
     if size is not None and count != size:
-        raise UserError(f"{remote.told}: {path}: {count} of {size} bytes arrived")
+        raise UserError(f"{remote.label}: {path}: {count} of {size} bytes arrived")
     return count

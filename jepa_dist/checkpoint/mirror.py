@@ -70,7 +70,7 @@ class Mirror(NoMirror):
         try:
             opened = _Open(path)
         except OSError as error:
-            self._tell(f"{self._remote.told}: {path} was not uploaded: {error}")
+            self._report(f"{self._remote.label}: {path} was not uploaded: {error}")
             return
         with self._change:
             if self._waiting is not None:
@@ -79,7 +79,7 @@ class Mirror(NoMirror):
             self._change.notify_all()
 
     def take_messages(self) -> list[str]:
-        """Return what is to be told since the last call: uploads, and why one failed."""
+        """Return the messages since the last call: uploads and failures."""
         with self._change:
             messages, self._messages = self._messages, []
         return messages
@@ -91,8 +91,8 @@ class Mirror(NoMirror):
             self._change.notify_all()
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._tell(
-                f"{self._remote.told}: an upload has not ended after {seconds:.0f} s and is given "
+            self._report(
+                f"{self._remote.label}: an upload has not ended after {seconds:.0f} s and is given "
                 "up; the next start repeats it"
             )
 
@@ -107,7 +107,7 @@ class Mirror(NoMirror):
                 try:
                     self._upload(opened)
                 except UserError as error:
-                    self._tell(f"{'; '.join(error.problems)}; the next checkpoint is tried again")
+                    self._report(f"{'; '.join(error.problems)}; the next checkpoint is tried again")
 
     def _upload(self, opened: _Open) -> None:
         remote, name = self._remote, opened.path.name
@@ -125,7 +125,7 @@ class Mirror(NoMirror):
                 remote.upload(opened.files[file], remote.below(name, file))
             remote.filesystem.pipe_file(manifest, text)
         self._healthy[step] = contents["healthy"]
-        self._tell(f"{remote.told}: {name} uploaded")
+        self._report(f"{remote.label}: {name} uploaded")
         with remote.doing("an old copy was not deleted"):
             steps = _steps(remote)
             later = {other for other in steps if other > step}  # before a roll-back
@@ -144,7 +144,7 @@ class Mirror(NoMirror):
         filesystem.rm_file(self._remote.below(name, MANIFEST))
         filesystem.rm(self._remote.below(name), recursive=True)
 
-    def _tell(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         with self._change:
             self._messages.append(text)
 
@@ -202,7 +202,7 @@ def fetch_newest(url: str, folder: Path) -> list[str]:
     remote = open_remote(url, _KEY)
     with remote.doing("cannot be listed"):
         steps = _steps(remote)
-    messages: list[str] = [] if steps else [f"{remote.told}: holds no checkpoint"]
+    messages: list[str] = [] if steps else [f"{remote.label}: holds no checkpoint"]
     for step in sorted(steps, reverse=True):
         with folders.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -214,10 +214,10 @@ def fetch_newest(url: str, folder: Path) -> list[str]:
             if not problems and manifest.step == step:
                 with folders.writing(folder):
                     folders.publish(staging, step)
-                return [*messages, f"{remote.told}: {steps[step]} copied to {folder}"]
-            messages.append(f"{remote.told}: {steps[step]} is damaged: {'; '.join(problems[:1])}")
+                return [*messages, f"{remote.label}: {steps[step]} copied to {folder}"]
+            messages.append(f"{remote.label}: {steps[step]} is damaged: {'; '.join(problems[:1])}")
         except UserError as error:
-            messages.append(f"{remote.told}: {steps[step]} is of no use: {error.problems[0]}")
+            messages.append(f"{remote.label}: {steps[step]} is of no use: {error.problems[0]}")
         finally:
             folders.discard(staging)
     return messages

@@ -104,9 +104,9 @@ class ByteLevel:
         return ByteCounter(base_bytes, np.zeros(size, np.bool_), is_boundary)
 
 
-def _table(tokens: Mapping[int, bytes], size: int, told: str) -> list[bytes | None]:
+def _table(tokens: Mapping[int, bytes], size: int, label: str) -> list[bytes | None]:
     if not 0 < size <= _MOST_IDS:
-        raise UserError(f"{told}: has ids up to {size - 1}; expected at most {_MOST_IDS} ids")
+        raise UserError(f"{label}: has ids up to {size - 1}; expected at most {_MOST_IDS} ids")
     return [tokens.get(i) for i in range(size)]
 
 
@@ -128,50 +128,50 @@ def load_hugging_face(path: Path) -> ByteLevel:
         UserError: not such a file, not byte-level BPE, without a token that begins documents, or
             the tokenizers package is missing.
     """
-    told = f"tokenizer {str(path)!r}"
+    label = f"tokenizer {str(path)!r}"
     try:
         content = read_bytes(path, _MOST_BYTES)
     except OSError as error:
-        raise UserError(f"{told}: cannot be read: {error.strerror}") from None
-    return hugging_face_from(content, told, _configured_bos(path.parent / "tokenizer_config.json"))
+        raise UserError(f"{label}: cannot be read: {error.strerror}") from None
+    return hugging_face_from(content, label, _configured_bos(path.parent / "tokenizer_config.json"))
 
 
-def hugging_face_from(content: bytes, told: str, bos_token: str | None = None) -> ByteLevel:
+def hugging_face_from(content: bytes, label: str, bos_token: str | None = None) -> ByteLevel:
     """The byte-level BPE in the contents of a ``tokenizer.json``.
 
     Args:
         content: Of the file.
-        told: What to call it in errors.
+        label: What to call it in errors.
         bos_token: The token that begins documents, if that is known.
 
     Raises:
         UserError: as ``load_hugging_face``.
     """
-    encode = _HuggingFaceEncode(content, told)
+    encode = _HuggingFaceEncode(content, label)
     model = encode.model
-    _check_byte_level(json.loads(content), told)
+    _check_byte_level(json.loads(content), label)
     ids = model.get_vocab(with_added_tokens=True)
-    table = _table(_token_bytes(model), max(ids.values(), default=-1) + 1, told)
-    bos_id = _bos_id(model, bos_token, told)
+    table = _table(_token_bytes(model), max(ids.values(), default=-1) + 1, label)
+    bos_id = _bos_id(model, bos_token, label)
     return ByteLevel(_identity("tokenizer.json", content, bos_id), table, bos_id, encode)
 
 
 class _HuggingFaceEncode:
     """Ids of a text by the contents of a ``tokenizer.json``; another process loads them again."""
 
-    def __init__(self, content: bytes, told: str) -> None:
-        self._content, self._told = content, told
+    def __init__(self, content: bytes, label: str) -> None:
+        self._content, self._label = content, label
         try:
             import tokenizers
         except ImportError:
             raise UserError(
-                f"{told}: needs the tokenizers package; pip install 'jepa_dist[hf]'"
+                f"{label}: needs the tokenizers package; pip install 'jepa_dist[hf]'"
             ) from None
         try:
             self.model = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises no narrower type
             raise UserError(
-                f"{told}: not a tokenizer.json of Hugging Face: {str(error)[:200]}; name the file "
+                f"{label}: not a tokenizer.json of Hugging Face: {str(error)[:200]}; name the file "
                 "that lies beside the model's weights"
             ) from None
         self.model.no_truncation()
@@ -185,27 +185,27 @@ class _HuggingFaceEncode:
             if type(error).__name__ != "PanicException":  # of the library; it exports no class
                 raise
             raise UserError(
-                f"{self._told}: cannot encode a text of {len(text)} characters: "
+                f"{self._label}: cannot encode a text of {len(text)} characters: "
                 f"{str(error)[:200]}; use another tokenizer, or a simpler pre_tokenizer"
             ) from None
 
     def __reduce__(self) -> Any:
-        return _HuggingFaceEncode, (self._content, self._told)
+        return _HuggingFaceEncode, (self._content, self._label)
 
 
-def _check_byte_level(data: Any, told: str) -> None:
+def _check_byte_level(data: Any, label: str) -> None:
     """Refuse a ``tokenizer.json`` whose tokens are not byte strings, or that adds to the text."""
     pre_tokenizers, decoders = _parts(data.get("pre_tokenizer")), _parts(data.get("decoder"))
     types = {part.get("type") for part in (*pre_tokenizers, *decoders)}
     if data.get("model", {}).get("type") != "BPE" or "ByteLevel" not in types:
         raise UserError(
-            f"{told}: is no byte-level BPE, whose bytes per token would be known exactly; use the "
+            f"{label}: is no byte-level BPE, whose bytes per token would be known exactly; use the "
             "model's SentencePiece file (tokenizer.model) if it has one"
         )
     if any(part.get("add_prefix_space") for part in pre_tokenizers):
         raise UserError(
-            f"{told}: adds a space before every text (add_prefix_space in pre_tokenizer), which no "
-            "text contains; set it to false in the file"
+            f"{label}: adds a space before every text (add_prefix_space in pre_tokenizer), which "
+            "no text contains; set it to false in the file"
         )
 
 
@@ -254,14 +254,14 @@ def _configured_bos(config: Path) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _bos_id(model: Any, configured: str | None, told: str) -> int:
+def _bos_id(model: Any, configured: str | None, label: str) -> int:
     added = model.get_added_tokens_decoder()
     special = {token.content: i for i, token in added.items() if token.special}
     if configured is not None and model.token_to_id(configured) is not None:
         if configured not in special:
             raise UserError(
-                f"{told}: bos_token={configured!r} of tokenizer_config.json is a token of text, so "
-                "that a text could end a document; name one of the special tokens: "
+                f"{label}: bos_token={configured!r} of tokenizer_config.json is a token of text, "
+                "so that a text could end a document; name one of the special tokens: "
                 + (", ".join(map(repr, list(special)[:8])) or "there are none")
             )
         return special[configured]
@@ -271,7 +271,7 @@ def _bos_id(model: Any, configured: str | None, told: str) -> int:
     found = [*by_processor, *by_name]
     if not found:
         raise UserError(
-            f"{told}: nothing says which token begins a document; put a tokenizer_config.json "
+            f"{label}: nothing says which token begins a document; put a tokenizer_config.json "
             'beside it, with {"bos_token": "TOKEN"}'
         )
     return int(found[0])
@@ -311,33 +311,33 @@ def load_tiktoken(path: Path) -> ByteLevel:
     Raises:
         UserError: not such a file, nothing is known of it, or the tiktoken package is missing.
     """
-    told = f"tokenizer {str(path)!r}"
+    label = f"tokenizer {str(path)!r}"
     try:
         import tiktoken
     except ImportError:
         raise UserError(
-            f"{told}: needs the tiktoken package; pip install 'jepa_dist[tiktoken]'"
+            f"{label}: needs the tiktoken package; pip install 'jepa_dist[tiktoken]'"
         ) from None
     try:
         content = read_bytes(path, _MOST_BYTES)
         pairs = (line.split() for line in content.splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (OSError, ValueError, binascii.Error) as error:
-        raise UserError(f"{told}: not a tiktoken vocabulary: {error}") from None
-    pattern, bos_id, size = _completed(path, ranks, told)
+        raise UserError(f"{label}: not a tiktoken vocabulary: {error}") from None
+    pattern, bos_id, size = _completed(path, ranks, label)
     tokens = {i: token for token, i in ranks.items()}
-    table = _table(tokens, max(size, bos_id + 1, *(i + 1 for i in tokens)), told)
+    table = _table(tokens, max(size, bos_id + 1, *(i + 1 for i in tokens)), label)
     try:
         encoding = tiktoken.Encoding(
             path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
     except Exception as error:  # the library raises no narrower type
-        raise UserError(f"{told}: {str(error)[:200]}; correct {path.name}.json") from None
+        raise UserError(f"{label}: {str(error)[:200]}; correct {path.name}.json") from None
     name = _identity("tiktoken", content + pattern.encode(), bos_id)
     return ByteLevel(name, table, bos_id, encoding.encode_ordinary)
 
 
-def _completed(path: Path, ranks: Mapping[bytes, int], told: str) -> tuple[str, int, int]:
+def _completed(path: Path, ranks: Mapping[bytes, int], label: str) -> tuple[str, int, int]:
     """Pattern, id that begins documents and number of ids of a tiktoken vocabulary."""
     beside = path.with_name(path.name + ".json")
     try:
@@ -356,7 +356,7 @@ def _completed(path: Path, ranks: Mapping[bytes, int], told: str) -> tuple[str, 
         ) from None
     if len(ranks) not in _KNOWN:
         raise UserError(
-            f"{told}: has {len(ranks)} tokens, and no known vocabulary has; say in {beside.name} "
+            f"{label}: has {len(ranks)} tokens, and no known vocabulary has; say in {beside.name} "
             'what the file leaves out: {"pattern": REGEX, "special_tokens": {NAME: ID}, '
             '"bos_token": NAME}'
         )

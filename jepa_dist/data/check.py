@@ -71,7 +71,7 @@ def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
     said = {meta.bos_id: path for path, meta in metas if meta.bos_id is not None}
     if len(said) > 1:
         raise UserError(
-            f"{_told(config, 'train')}: its shards begin documents with different ids: "
+            f"{_label(config, 'train')}: its shards begin documents with different ids: "
             f"{', '.join(f'{bos} in {path}' for bos, path in said.items())}; name the shards of "
             "one tokenizer"
         )
@@ -82,7 +82,7 @@ def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
     if config.documents_key is not None:
         raise UserError(
             f"{config.documents_key}=true: nothing says which id begins a document in "
-            f"{_told(config, 'train')}; set data.bos_id (50256 in GPT-2 shards), or name "
+            f"{_label(config, 'train')}; set data.bos_id (50256 in GPT-2 shards), or name "
             "the tokenizer of the data (data.tokenizer)"
         )
     return None
@@ -138,8 +138,8 @@ def _tokenizer_problems(config: Config) -> Iterator[str]:
         yield from error.problems
 
 
-def _told(config: Config, split: str) -> str:
-    """The configuration of a split for a message; of a list of sources, the key alone."""
+def _label(config: Config, split: str) -> str:
+    """Return key and pattern of a split, for messages; only the key of a list of sources."""
     pattern = getattr(config.data, split)
     return f"data.{split}={pattern!r}" if isinstance(pattern, str) else f"data.{split}"
 
@@ -160,19 +160,19 @@ def _split_problems(config: Config, split: str) -> Iterator[str]:
         except UserError as error:
             yield from error.problems
             continue
-        yield from _length_problems(config, split, source.told, counts)
+        yield from _length_problems(config, split, source.label, counts)
 
 
-def _length_problems(config: Config, split: str, told: str, counts: list[int]) -> Iterator[str]:
+def _length_problems(config: Config, split: str, label: str, counts: list[int]) -> Iterator[str]:
     needed = config.model.seq_len + 1
     if split == "val" and sum(counts) < needed:
         yield (
-            f"{told}: its {sum(counts)} tokens do not fill one window of model.seq_len "
+            f"{label}: its {sum(counts)} tokens do not fill one window of model.seq_len "
             f"+ 1 = {needed} tokens; use more text or a smaller model.seq_len"
         )
     if split == "train" and max(counts) < needed:
         yield (
-            f"{told}: no shard holds one window of model.seq_len + 1 = {needed} tokens "
+            f"{label}: no shard holds one window of model.seq_len + 1 = {needed} tokens "
             f"(the largest has {max(counts)}); use more text or a smaller model.seq_len"
         )
 
@@ -253,11 +253,11 @@ def _meta_problems(config: Config, split: str, tokenizer: Tokenizer | None) -> I
         yield from error.problems
         return
     for path, meta in metas.items():
-        told = f"{_told(config, split)}: {path} says"
+        prefix = f"{_label(config, split)}: {path} says"
         if meta.vocab_size != expected:
-            yield f"{told} vocab_size={meta.vocab_size}, but model.vocab_size={expected}"
+            yield f"{prefix} vocab_size={meta.vocab_size}, but model.vocab_size={expected}"
         if tokenizer is not None and meta.tokenizer != tokenizer.name:
             yield (
-                f"{told} the tokenizer was {meta.tokenizer!r}, but "
+                f"{prefix} the tokenizer was {meta.tokenizer!r}, but "
                 f"data.tokenizer={config.data.tokenizer!r} is {tokenizer.name!r}"
             )

@@ -40,7 +40,7 @@ def read_lines(path: Path, block_bytes: int, line_bytes: int) -> Iterator[Lines]
             zstandard package is missing.
     """
     held, end = bytearray(), 0  # end: of the last whole line
-    offset, line, told, consumed = 0, 1, 0, 0
+    offset, line, reported, consumed = 0, 1, 0, 0
     for data, consumed in _decompressed(path):
         if b"\n" in data:
             end = len(held) + data.rfind(b"\n") + 1
@@ -53,12 +53,12 @@ def read_lines(path: Path, block_bytes: int, line_bytes: int) -> Iterator[Lines]
             )
         if end and len(held) >= block_bytes:
             block = bytes(held[:end])
-            yield Lines(block, offset, line, consumed - told)
-            line, offset, told = line + block.count(b"\n"), offset + end, consumed
+            yield Lines(block, offset, line, consumed - reported)
+            line, offset, reported = line + block.count(b"\n"), offset + end, consumed
             del held[:end]
             end = 0
     if held:
-        yield Lines(bytes(held), offset, line, consumed - told)
+        yield Lines(bytes(held), offset, line, consumed - reported)
 
 
 def _decompressed(path: Path) -> Iterator[tuple[bytes, int]]:

@@ -193,7 +193,7 @@ def _records(file: InputFile, text_of: TextOf) -> Iterator[Records]:
     else:
         records = parquet_records(file.path, text_of, LINE_BYTES)
     texts: list[bytes] = []
-    first = size = told = read = 0
+    first = size = reported = read = 0
     for number, (record, read) in enumerate(records):
         try:
             texts.append(text_of(record))
@@ -206,10 +206,10 @@ def _records(file: InputFile, text_of: TextOf) -> Iterator[Records]:
                 f"most {LINE_BYTES >> 20} MiB are one document: split it"
             )
         if size >= TASK_BYTES:
-            yield Records(file, tuple(texts), first, read - told)
-            texts, size, told, first = [], 0, read, number + 1
+            yield Records(file, tuple(texts), first, read - reported)
+            texts, size, reported, first = [], 0, read, number + 1
     if texts:
-        yield Records(file, tuple(texts), first, read - told)
+        yield Records(file, tuple(texts), first, read - reported)
 
 
 def _pieces(file: InputFile, separator: bytes | None) -> Iterator[Piece]:

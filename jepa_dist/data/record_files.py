@@ -15,7 +15,7 @@ from jepa_dist.data.parquet_pages import page_sizes
 from jepa_dist.errors import UserError
 from jepa_dist.files import open_regular
 
-_MOST_TOLD = 8
+_MOST_NAMED = 8
 _NAMES = re.compile(r"\{([^{}]+)\}")
 _BETWEEN = re.compile(r"[\s,]*")
 _BATCH_BYTES = 1 << 24
@@ -72,8 +72,8 @@ def _describe(record: Any, field: str) -> str:
     if field in record:
         value = record[field]
         return "null there" if value is None else f"a {type(value).__name__} there"
-    more = ", ..." if len(record) > _MOST_TOLD else ""
-    return f"the fields {', '.join(repr(name)[:80] for name in list(record)[:_MOST_TOLD])}{more}"
+    more = ", ..." if len(record) > _MOST_NAMED else ""
+    return f"the fields {', '.join(repr(name)[:80] for name in list(record)[:_MOST_NAMED])}{more}"
 
 
 def json_records(path: Path, most_bytes: int) -> Iterator[tuple[Any, int]]:

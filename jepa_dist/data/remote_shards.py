@@ -48,7 +48,7 @@ def fetch_shards(pattern: str, key: str) -> tuple[Path, ...]:
         found: Mapping[str, Any] = remote.filesystem.glob(remote.path, detail=True)
     files = {path: about for path, about in found.items() if about.get("type") == "file"}
     if not files:
-        raise UserError(f"{remote.told}: no token shard matches there")
+        raise UserError(f"{remote.label}: no token shard matches there")
     local: list[Path] = []
     for parent in sorted({_parent(path) for path in files}):
         shards = {path: about for path, about in files.items() if _parent(path) == parent}
@@ -58,7 +58,7 @@ def fetch_shards(pattern: str, key: str) -> tuple[Path, ...]:
                 _copy(remote, parent, shards, folder)
         except OSError as error:
             raise UserError(
-                f"{remote.told}: its copy {error.filename or folder} cannot be written: "
+                f"{remote.label}: its copy {error.filename or folder} cannot be written: "
                 f"{error.strerror or error}; free disk space or set XDG_CACHE_HOME"
             ) from None
         local += [folder / _name(path) for path in shards]
@@ -89,7 +89,7 @@ def _copy(remote: Remote, parent: str, shards: Mapping[str, Any], folder: Path) 
     total = sum(shards[path].get("size") or 0 for path in missing.values())
     if missing:
         print(
-            f"{remote.told}: copying {len(missing)} files, {total / 2**30:.2f} GiB, to {folder}",
+            f"{remote.label}: copying {len(missing)} files, {total / 2**30:.2f} GiB, to {folder}",
             file=sys.stderr,
         )
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -130,7 +130,7 @@ def _checked(remote: Remote, path: str) -> str:
     """Return the name of a file, which must not lead out of the cache's folder or hide in it."""
     name = _name(path)
     if not name or name.startswith(".") or "\\" in name or "\0" in name or len(name) > 200:
-        raise UserError(f"{remote.told}: {name!r:.100} is no name of a shard; rename it there")
+        raise UserError(f"{remote.label}: {name!r:.100} is no name of a shard; rename it there")
     return name
 
 

@@ -147,22 +147,22 @@ def _read_index(index: Path, path: Path, size: int) -> TokenLayout:
         UserError: a damaged index, or one that does not go with the file.
         OSError: it cannot be read.
     """
-    told = f"{path}: its index {index.name}"
+    label = f"{path}: its index {index.name}"
     with open_regular(index) as file:
         start = file.read(_INDEX_HEADER.size)
         if len(start) < _INDEX_HEADER.size or not start.startswith(_INDEX_MAGIC):
-            raise UserError(f"{told} is not of Megatron; expected a file that begins with MMIDIDX")
+            raise UserError(f"{label} is not of Megatron; expected a file that begins with MMIDIDX")
         _, version, code, sequences, documents = _INDEX_HEADER.unpack(start)
         expected = _INDEX_HEADER.size + 12 * sequences + 8 * documents
         found = os.fstat(file.fileno()).st_size
         if version != 1 or code not in _INDEX_TYPES:
             raise UserError(
-                f"{told} has version {version} and type {code}; expected version 1 and ids of "
+                f"{label} has version {version} and type {code}; expected version 1 and ids of "
                 f"type {', '.join(map(str, _INDEX_TYPES))} (uint8, int32, uint16)"
             )
         if found != expected:
             raise UserError(
-                f"{told} has {found} bytes, expected {expected} for {sequences} sequences; "
+                f"{label} has {found} bytes, expected {expected} for {sequences} sequences; "
                 "restore it from an intact copy"
             )
         dtype = _INDEX_TYPES[code]
@@ -177,7 +177,7 @@ def _read_index(index: Path, path: Path, size: int) -> TokenLayout:
             end -= first
     if end != size:
         raise UserError(
-            f"{told} describes {end} bytes of tokens, the file has {size}; restore both from an "
+            f"{label} describes {end} bytes of tokens, the file has {size}; restore both from an "
             "intact copy"
         )
     return TokenLayout(dtype, 0, size // dtype.itemsize)

@@ -274,14 +274,14 @@ def find_shards(pattern: str, key: str) -> list[Path]:
     """
     if is_url(pattern):
         return list(fetch_shards(pattern, key))
-    told = f"{key}={pattern!r}"
+    label = f"{key}={pattern!r}"
     try:
         os.stat(pattern)
     except ValueError as error:  # a NUL, or what no file name can hold
-        raise UserError(f"{told}: not a file name: {error}") from None
+        raise UserError(f"{label}: not a file name: {error}") from None
     except OSError:
         pass  # most patterns are no file
-    names = _matches(os.path.expanduser(pattern), told)
+    names = _matches(os.path.expanduser(pattern), label)
     kinds = {name: _kind(name) for name in names}
     if _is_recursive(pattern):
         kinds = {name: kind for name, kind in kinds.items() if kind != "a folder"}
@@ -289,18 +289,18 @@ def find_shards(pattern: str, key: str) -> list[Path]:
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise UserError(
-            f"{told}: matches what is no token shard: {', '.join(refused[:3])}{more}; remove it, "
+            f"{label}: matches what is no token shard: {', '.join(refused[:3])}{more}; remove it, "
             "or name the shards alone, e.g. FOLDER/train_*.bin"
         )
     if not kinds:
         raise UserError(
-            f"{told}: no token shard matches (looked from {os.getcwd()}); "
+            f"{label}: no token shard matches (looked from {os.getcwd()}); "
             "python -m jepa_dist.data.prepare makes the default corpus"
         )
     return [Path(name) for name in kinds]
 
 
-def _matches(pattern: str, told: str) -> list[str]:
+def _matches(pattern: str, label: str) -> list[str]:
     """Names that match, sorted as paths.
 
     Raises:
@@ -309,13 +309,13 @@ def _matches(pattern: str, told: str) -> list[str]:
     parts = Path(pattern).parts
     known = next((n for n in range(len(parts), 0, -1) if os.path.lexists(Path(*parts[:n]))), 0)
     if known == 1 and "**" in parts and parts[0] == os.sep:
-        raise UserError(f"{told}: would search the whole file system; name the shards' folder")
+        raise UserError(f"{label}: would search the whole file system; name the shards' folder")
     # What exists as it is written is no pattern, whatever its name holds.
     existing = glob.escape(str(Path(*parts[:known]))) if known else ""
     found = glob.iglob(os.path.join(existing, *parts[known:]), recursive=True)
     names = set(itertools.islice(found, _MOST_MATCHES + 1))
     if len(names) > _MOST_MATCHES:
-        raise UserError(f"{told}: matches more than {_MOST_MATCHES} files; name the shards alone")
+        raise UserError(f"{label}: matches more than {_MOST_MATCHES} files; name the shards alone")
     return sorted(names, key=Path)
 
 

@@ -32,7 +32,7 @@ class Source:
     paths: tuple[Path, ...]
 
     @property
-    def told(self) -> str:
+    def label(self) -> str:
         """Key and pattern, for messages."""
         return f"{self.key}={self.pattern!r}"
 

@@ -218,34 +218,34 @@ def _first_bytes(path: Path) -> bytes:
     Raises:
         UserError: no such file, too large a one, or of a kind that is never read.
     """
-    told = f"tokenizer {str(path)!r}"
+    label = f"tokenizer {str(path)!r}"
     try:
         with open_regular(path, _MOST_MODEL_BYTES) as file:
             start = file.read(256) or b""
     except FileNotFoundError:
-        raise UserError(f"{told}: no such file; {_EXPECTED}") from None
+        raise UserError(f"{label}: no such file; {_EXPECTED}") from None
     except IsADirectoryError:
-        raise UserError(f"{told}: is a folder; name the file in it") from None
+        raise UserError(f"{label}: is a folder; name the file in it") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{told}: {reason}; {_EXPECTED}") from None
+        raise UserError(f"{label}: {reason}; {_EXPECTED}") from None
     if path.suffix in _OTHER_TOKENIZERS:
         raise UserError(
-            f"{told}: is {_OTHER_TOKENIZERS[path.suffix]}; {_EXPECTED} (shards that were made with "
-            "another tokenizer are trained on with data.tokenizer=null)"
+            f"{label}: is {_OTHER_TOKENIZERS[path.suffix]}; {_EXPECTED} (shards that were made "
+            "with another tokenizer are trained on with data.tokenizer=null)"
         )
     return start
 
 
 def _load_sentencepiece(path: Path) -> Any:
-    told = f"tokenizer {str(path)!r}"
+    label = f"tokenizer {str(path)!r}"
     try:
         import sentencepiece
     except ImportError:
         raise UserError(
-            f"{told}: needs the sentencepiece package; pip install 'jepa_dist[sentencepiece]'"
+            f"{label}: needs the sentencepiece package; pip install 'jepa_dist[sentencepiece]'"
         ) from None
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
-        raise UserError(f"{told}: not a SentencePiece model; {_EXPECTED}") from None
+        raise UserError(f"{label}: not a SentencePiece model; {_EXPECTED}") from None

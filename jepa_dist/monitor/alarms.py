@@ -47,9 +47,9 @@ class JepaAlarms:
         }
         looked = {name for name, warning in found.items() if warning is not None}
         warnings = {name: found[name] for name in looked if found[name]}
-        told = [str(warnings[name]) for name in found if name in warnings.keys() - self._raised]
+        new = [str(warnings[name]) for name in found if name in warnings.keys() - self._raised]
         self._raised = (self._raised - looked) | warnings.keys()
-        return told
+        return new
 
     def recall(self, metrics: Path) -> None:
         """Process the records of the run's earlier starts (``metrics.jsonl``) without warning."""

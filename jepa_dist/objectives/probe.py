@@ -67,25 +67,25 @@ class TapProbe:
         """Return the numbers of a step for its record, from the sums over all ranks.
 
         All but the gradients' are means over the rows looked at (the first micro-batch of each
-        rank). None stands for what those rows cannot tell.
+        rank). None: not defined for those rows.
         """
-        told = {
+        values = {
             name.removeprefix(_PREFIX): value
             for name, value in sums.items()
             if name.startswith(_PREFIX)
         }
-        rows = told["rows"]
-        ce, objective = math.sqrt(told["ce_sq"]), math.sqrt(told["jepa_sq"])
+        rows = values["rows"]
+        ce, objective = math.sqrt(values["ce_sq"]), math.sqrt(values["jepa_sq"])
         means = {
             name.removeprefix("mean/"): value / rows
-            for name, value in told.items()
+            for name, value in values.items()
             if name.startswith("mean/")
         }
         return {
             "jepa/grad_ratio": objective / ce if ce > 0 else 0.0 if objective == 0 else None,
-            "jepa/grad_cos": told["dot"] / (ce * objective) if ce * objective > 0 else None,
+            "jepa/grad_cos": values["dot"] / (ce * objective) if ce * objective > 0 else None,
             **{f"jepa/{name}": value for name, value in means.items()},
-            **self.own_metrics(told),
+            **self.own_metrics(values),
         }
 
     def means(self, states: Sequence[Tensor], tokens_BT: Tensor) -> Mapping[str, Tensor]:
@@ -96,7 +96,7 @@ class TapProbe:
         """Return tensors that add up over ranks, for ``own_metrics``."""
         return {}
 
-    def own_metrics(self, told: Mapping[str, float]) -> Mapping[str, Any]:
+    def own_metrics(self, values: Mapping[str, float]) -> Mapping[str, Any]:
         """Return metrics from ``sums`` over all ranks (elements: NAME/i/j) and ``rows``."""
         return {}
 

@@ -58,31 +58,32 @@ class SpanProbe(TapProbe):
             sums |= loss_by_documents(cosine_BLP, self._grid_LP2, self._documents(tokens_BT))
         return sums
 
-    def own_metrics(self, told: Mapping[str, float]) -> Mapping[str, Any]:
+    def own_metrics(self, values: Mapping[str, float]) -> Mapping[str, Any]:
         """Return the losses by documents, and ``jepa/cos_table``: {"lengths": [L], "cos": [L][P]},
         mean cos(context, patch) by span length and place in the row."""
+        lengths, places = self._grid_LP2.shape[:2]
         table = [
-            [round(told[f"cos/{i}/{j}"] / told["rows"], 4) for j in range(self._grid_LP2.size(1))]
-            for i in range(self._grid_LP2.size(0))
+            [round(values[f"cos/{i}/{j}"] / values["rows"], 4) for j in range(places)]
+            for i in range(lengths)
         ]
-        documents = {} if self._bos_id is None else self._by_documents(told)
+        documents = {} if self._bos_id is None else self._by_documents(values)
         return {**documents, "jepa/cos_table": {"lengths": self._lengths, "cos": table}}
 
     def _documents(self, tokens_BT: Tensor) -> Tensor:
         assert self._bos_id is not None
         return tokens_BT.eq(self._bos_id).cumsum(1)
 
-    def _by_documents(self, told: Mapping[str, float]) -> dict[str, float | None]:
+    def _by_documents(self, values: Mapping[str, float]) -> dict[str, float | None]:
         """Return means over the lengths that have spans of both kinds: long spans cross more often,
         and length matters by itself."""
         both = [
             i
             for i in range(len(self._lengths))
-            if told[f"within_count/{i}"] > 0 and told[f"cross_count/{i}"] > 0
+            if values[f"within_count/{i}"] > 0 and values[f"cross_count/{i}"] > 0
         ]
 
         def mean(kind: str) -> float | None:
-            losses = [told[f"{kind}_loss/{i}"] / told[f"{kind}_count/{i}"] for i in both]
+            losses = [values[f"{kind}_loss/{i}"] / values[f"{kind}_count/{i}"] for i in both]
             return sum(losses) / len(losses) if losses else None
 
         return {"jepa/within_doc": mean("within"), "jepa/cross_doc": mean("cross")}

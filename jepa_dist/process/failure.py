@@ -292,8 +292,8 @@ def _compiler_problem(error: BaseException) -> UserError | None:
     if number is None:
         return None
     if number != signal.SIGKILL:  # a terminal's signals reach all of its processes
-        told = f"stopped while it compiled ({number.name}); the same command resumes"
-        return _ExplainedError(told, exit_code=128 + number)
+        reason = f"stopped while it compiled ({number.name}); the same command resumes"
+        return _ExplainedError(reason, exit_code=128 + number)
     return _ExplainedError(
         "the C++ compiler was killed, most likely because the host's memory was used up: lower "
         "the number of ranks per host, or set parallel.compile=false (traceback: RUN/logs)"
