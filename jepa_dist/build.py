@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run, each laid out over the ranks."""
+"""Build the parts of a run from its configuration, each distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def build_joint_model(
 
 
 def build_optimizer(config: Config, named_parameters: Mapping[str, Tensor]) -> Optimizer:
-    """The parameter groups of the recipe, over this rank's shards."""
+    """Build the optimizer of this rank's shards, with the parameter groups of the recipe."""
     groups = group_parameters(named_parameters.items(), config.optim, config.model.tie_embeddings)
     dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     muon = MuonSettings(
@@ -82,7 +82,7 @@ def build_optimizer(config: Config, named_parameters: Mapping[str, Tensor]) -> O
 
 
 def build_ema(config: Config, named_parameters: Mapping[str, Tensor]) -> EMA:
-    """The moving average of the parameters, which averages nothing if there is to be none."""
+    """Build the moving average of the parameters; a null object if ``optim.ema_decay`` is 0."""
     if config.optim.ema_decay == 0:
         return NoEMA()
     return EMA(named_parameters.items(), config.optim.ema_decay)
@@ -91,7 +91,10 @@ def build_ema(config: Config, named_parameters: Mapping[str, Tensor]) -> EMA:
 def build_loader(
     config: Config, world: World, samples_consumed: int, skip: range = range(0)
 ) -> TrainLoader:
-    """This rank's training batches from the given position on, without those of ``skip``."""
+    """Build the loader of this rank's training batches.
+
+    It starts after ``samples_consumed`` sequences and omits the samples of ``skip``.
+    """
     return TrainLoader(
         _training_samples(config),
         BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size),
@@ -118,8 +121,10 @@ def _training_samples(config: Config) -> TokenDataset:
 def build_document_starts(
     config: Config, world: World, bos_id: int | None, *, step: int, consumed: int, skip: range
 ) -> DocumentStarts | None:
-    """Where documents begin in the batches from ``step`` on, if the objective's samples depend on
-    it; on rank 0, which draws them."""
+    """Build the reader of document starts in the batches from ``step`` on.
+
+    None on ranks other than 0, which draws the samples, and if they do not depend on documents.
+    """
     if not objective_class(config).reads_documents(config) or bos_id is None or not world.is_main:
         return None
     return DocumentStarts(
@@ -136,7 +141,7 @@ def build_document_starts(
 def build_validation(
     config: Config, world: World, micro: int, tokenizer: Tokenizer | None
 ) -> Validation:
-    """The fixed validation set."""
+    """Build the fixed validation set."""
     streams = {
         source.name: TokenStream(source.paths, config.model.vocab_size)
         for source in find_sources(config, "val")
@@ -153,7 +158,7 @@ def build_gpt(
     micro_batches: int = 1,
     bos_id: int | None = None,
 ) -> tuple[GPT, Gathering]:
-    """The sharded, compiled model, without an objective, with its first values.
+    """Build the sharded, compiled model with its initial weights, without an objective.
 
     Args:
         config: The model.

@@ -44,7 +44,7 @@ UNFORESEEN: tuple[type[Exception], ...] = (OSError, *_LIMITS)
 
 @contextmanager
 def end_with_reader() -> Iterator[None]:
-    """Exit quietly, as other programs do, if whoever reads the output has gone (``| head``)."""
+    """Exit quietly, as other programs do, if the reader of the output has exited (``| head``)."""
     try:
         yield
         sys.stdout.flush()

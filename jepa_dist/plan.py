@@ -1,8 +1,8 @@
-"""What a step is, decided by rank 0 alone and told to everyone once (contract C2).
+"""The plan of a step: decided by rank 0 alone, broadcast to all ranks once (contract C2).
 
-Ranks that decide on their own are how distributed jobs hang, so nobody but the ``Planner`` on
-rank 0 draws samples or asks whether to evaluate. The broadcast is asked for one step ahead, on a
-CPU group: when a step begins, its plan has arrived.
+Distributed jobs hang when ranks decide on their own, so only the ``Planner`` on rank 0 draws
+samples and decides whether to evaluate. Each plan is broadcast one step ahead, on a CPU group: when
+a step begins, its plan has arrived.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jepa_dist.optim.schedule import jepa_weight, muon_momentum, next_phase, rat
 from jepa_dist.parallel.world import World
 
 Shape: TypeAlias = tuple[int, ...] | None
-"""Of what is sampled for the global batch; None if nothing is."""
+"""Shape of the samples of a global batch; None if the objective samples nothing."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,25 @@ class StepPlan:
     """Lambda of this step; 0 switches the objective off: no samples, no JEPA region."""
     log: bool
     probe: bool
-    """The objective's vital signs are taken in this step, and logged."""
+    """The objective's diagnostics are measured in this step, and logged."""
     evaluate: bool
     last: bool
     """The run is complete after this step."""
     save: bool
     """A checkpoint follows this step."""
-    settle: bool
-    """The save in flight was seen to be done on rank 0: all take note of its end at this step."""
+    finalize_save: bool
+    """Rank 0 saw the pending save complete; every rank finalizes it at this step."""
     stop: bool
-    """Training stops after this step: it is the last one, or it was asked to."""
+    """Training stops after this step: it is the last one, or a stop was requested."""
     roll_back: bool
-    """The run goes back to its last healthy checkpoint after this step."""
+    """The run rolls back to its last healthy checkpoint after this step."""
     samples: Samples | None
-    """What the objective samples for the global batch, int64 [rows, ...] (``Objective.sampler``);
+    """The objective's samples of the global batch, int64 [rows, ...] (``Objective.sampler``);
     None while it is off, or if it samples nothing."""
 
     @classmethod
-    def of_nothing(cls, phase: int, jepa_weight: float, samples: Samples | None) -> StepPlan:
-        """A step that is never taken: what there is to compile, for the warm-up."""
+    def for_warm_up(cls, phase: int, jepa_weight: float, samples: Samples | None) -> StepPlan:
+        """Return the plan of a step that is compiled but never taken."""
         return cls(
             step=-1,
             frac=0.0,
@@ -76,7 +76,7 @@ class StepPlan:
             evaluate=False,
             last=False,
             save=False,
-            settle=False,
+            finalize_save=False,
             stop=False,
             roll_back=False,
             samples=samples,
@@ -93,14 +93,14 @@ class StepPlan:
         return not (self.stop or self.roll_back)
 
     def pack(self, shape: Shape) -> Tensor:
-        """As one float64 tensor of fixed size (all integers here are far below 2**53)."""
+        """Return one float64 tensor of fixed size (all integers are far below 2**53)."""
         samples = np.zeros(shape or 0) if self.samples is None else self.samples
         header = [float(getattr(self, name)) for name in _HEADER]
         return torch.from_numpy(np.concatenate([header, samples.ravel()]))
 
     @classmethod
     def unpack(cls, packed: Tensor, shape: Shape) -> StepPlan:
-        """The inverse of ``pack``."""
+        """Return the plan that ``pack`` has packed."""
         values = packed.numpy()
         header = dict(zip(_HEADER, values[: len(_HEADER)].tolist(), strict=True))
         typed = {name: _HEADER[name](value) for name, value in header.items()}
@@ -114,29 +114,29 @@ _HEADER = {field.name: _TYPES[field.type] for field in fields(StepPlan) if field
 
 
 class TrainingClock:
-    """Seconds of training: stands still while paused (evaluation)."""
+    """Clock of training time; stopped while paused (evaluation)."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self, seconds: float = 0.0) -> None:
-        """Begin, at what earlier starts of the run have spent."""
+        """Start at ``seconds``, the training time of the run's earlier starts."""
         self._started = time.monotonic() - seconds
 
     def seconds(self) -> float:
-        """Training time so far."""
+        """Return the training time so far."""
         return time.monotonic() - self._started
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in here does not count."""
+        """Stop the clock inside this context."""
         began = time.monotonic()
         yield
         self._started += time.monotonic() - began
 
 
 class SamplesAhead:
-    """Samples of a step, drawn in a thread while the step before it runs."""
+    """Samples of a step, drawn in a thread while the previous step runs."""
 
     def __init__(self, sample: Sampler) -> None:
         self._sample = sample
@@ -144,7 +144,7 @@ class SamplesAhead:
         self._begun: dict[int, Future[Samples]] = {}
 
     def __call__(self, step: int) -> Samples:
-        """Return the samples of ``step``; those of the next one are begun."""
+        """Return the samples of ``step`` and start drawing those of the next step."""
         begun = self._begun.pop(step, None)
         samples = self._sample(step) if begun is None else begun.result()
         self._begun = {step + 1: self._thread.submit(self._sample, step + 1)}
@@ -152,9 +152,9 @@ class SamplesAhead:
 
 
 class Planner:
-    """Rank 0's decisions. Of its state a checkpoint keeps the recurrence phase.
+    """Rank 0's decisions. A checkpoint keeps only the recurrence phase of its state.
 
-    ``documents`` are given if the objective's samples depend on them.
+    ``documents`` is given if the objective's samples depend on document starts.
     """
 
     def __init__(
@@ -170,16 +170,16 @@ class Planner:
         self._sampler = _sampler(config, documents)
         self._saved_at = time.monotonic()
         self.stop_reason: str | None = None
-        """Why training is to stop; the next step that is planned will be the one to stop after."""
+        """Why to stop training; the next step that is planned becomes the last one."""
         self.roll_back = False
-        """Whether the next step that is planned will be the one to roll back after."""
+        """Whether to roll back after the next step that is planned."""
 
-    def plan(self, step: int, settle: bool = False) -> StepPlan:
-        """Decide step ``step``; to be asked for steps in order.
+    def plan(self, step: int, finalize_save: bool = False) -> StepPlan:
+        """Return the plan of ``step``; call it for consecutive steps.
 
         Args:
-            step: Which.
-            settle: A save in flight has ended.
+            step: Optimizer step.
+            finalize_save: The pending save has completed on this rank.
         """
         config = self._config
         train, optim, jepa = config.train, config.optim, config.jepa
@@ -217,7 +217,7 @@ class Planner:
             evaluate=evaluate,
             last=last,
             save=not self.roll_back and (stop or self._is_time_to_save(step)),
-            settle=settle,
+            finalize_save=finalize_save,
             stop=stop,
             roll_back=self.roll_back,
             samples=self._sampler(step) if weight > 0 and self._sampler is not None else None,
@@ -233,29 +233,29 @@ class Planner:
 
 
 def sample_shape(config: Config) -> Shape:
-    """Return the shape of what the objective samples for the global batch."""
+    """Return the shape of the objective's samples of the global batch."""
     shape = objective_class(config).sample_shape(config)
     return None if shape is None else (config.batch.sequences, *shape)
 
 
 def _sampler(config: Config, documents: DocumentStarts | None) -> Sampler | None:
-    """Return what draws the objective's samples; None if it has none."""
+    """Return the function that draws the objective's samples; None if it has none."""
     objective = objective_class(config)
     if objective.sample_shape(config) is None:
         return None
     if documents is None:
         return objective.sampler(config, None)
-    # To read every row of the global batch takes long enough to be worth doing beforehand.
+    # Reading every row of the global batch takes long enough to be done ahead of time.
     return SamplesAhead(objective.sampler(config, documents.read))
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether what is done every so many steps (0: never) is done in this one."""
+    """Return whether something done every ``every`` steps (0: never) is due in this step."""
     return every > 0 and (step + 1) % every == 0
 
 
 class PlanChannel:
-    """Brings rank 0's plans to every rank, one step ahead of their use."""
+    """Broadcast of rank 0's plans to every rank, one step ahead of their use."""
 
     def __init__(
         self,
@@ -272,24 +272,24 @@ class PlanChannel:
         self._pending: dist.Work | None = None
 
     def request_stop(self, reason: str) -> None:
-        """Ask for a stop; heard on rank 0, which learns of every rank's request."""
+        """Request a stop. Has an effect on rank 0 only, which learns of every rank's request."""
         if self._planner is not None and self._planner.stop_reason is None:
             self._planner.stop_reason = reason
 
     def request_roll_back(self) -> None:
-        """Ask to go back to the last healthy checkpoint; heard on rank 0."""
+        """Request a roll-back to the last healthy checkpoint. Has an effect on rank 0 only."""
         if self._planner is not None:
             self._planner.roll_back = True
 
     @property
     def stop_reason(self) -> str | None:
-        """Why training stops early, if it does; known on rank 0."""
+        """Why training stops early, on rank 0; None otherwise."""
         return None if self._planner is None else self._planner.stop_reason
 
-    def request(self, step: int, settle: bool = False) -> None:
+    def request(self, step: int, finalize_save: bool = False) -> None:
         """Start the broadcast of the plan of ``step``; returns at once."""
         if self._planner is not None:
-            self._buffer = self._planner.plan(step, settle).pack(self._shape)
+            self._buffer = self._planner.plan(step, finalize_save).pack(self._shape)
         else:
             size = len(_HEADER) + int(np.prod(self._shape or 0))
             self._buffer = torch.empty(size, dtype=torch.float64)
@@ -299,7 +299,7 @@ class PlanChannel:
             )
 
     def take(self) -> StepPlan:
-        """The plan asked for last; waits only if it has not arrived yet."""
+        """Return the plan requested last; wait only if it has not arrived yet."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None

@@ -33,17 +33,17 @@ def is_url(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Remote:
-    """A place behind a URL."""
+    """A location behind a URL."""
 
     label: str
     """The key and the URL, without a password, for messages."""
     filesystem: Any
     """fsspec's ``AbstractFileSystem``."""
     path: str
-    """The place, as the file system names it."""
+    """The location, as the file system names it."""
 
     def below(self, *names: str) -> str:
-        """Return the path of something below this place."""
+        """Return the path of an entry below this location."""
         return "/".join((self.path.rstrip("/"), *names))
 
     @contextmanager
@@ -62,8 +62,8 @@ class Remote:
             raise UserError(one_line(f"{self.label}: {what}: {reason:.300}")) from None
 
     def upload(self, source: IO[bytes], path: str) -> None:
-        """Copy an open file to ``path``. Object stores show it when it is whole, ``file://`` at
-        once."""
+        """Copy an open file to ``path``. In object stores it appears when complete, with ``file://``
+        at once."""
         with self.filesystem.open(path, "wb") as target:
             while piece := source.read(_PIECE_BYTES):
                 target.write(piece)
@@ -75,7 +75,7 @@ class Remote:
                 yield piece
 
     def names(self, path: str) -> list[str]:
-        """Return the names of what lies directly in a folder; none if there is no such folder."""
+        """Return the names of a folder's entries; empty if there is no such folder."""
         try:
             found = self.filesystem.ls(path, detail=False)
         except FileNotFoundError:
@@ -84,10 +84,10 @@ class Remote:
 
 
 def open_remote(url: str, key: str) -> Remote:
-    """Return the place behind a URL; nothing is read from there yet.
+    """Return the location behind a URL; nothing is read from it yet.
 
     Args:
-        url: The place.
+        url: The location.
         key: Configuration key it came from.
 
     Raises:

@@ -106,7 +106,7 @@ class _Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint says of the run, besides its state."""
+        """What a checkpoint stores of the run besides its state."""
         return {
             "config": to_dict(self.config),
             "data_fingerprint": self.data["train"]["digest"],
@@ -115,7 +115,7 @@ class _Run:
 
 
 def _open_run(config: Config, data: Mapping[str, Any], world: World, lock: RunLock) -> _Run:
-    """Check what needs a device, lock the run directory, and find where to begin. Collective.
+    """Run the checks that need a device, lock the run directory, find where to begin. Collective.
 
     Raises:
         UserError: on every rank, if the run cannot begin.
@@ -164,7 +164,7 @@ def _open_directory(run: _Run) -> tuple[Checkpointer, Peers]:
 
 
 def _train(run: _Run, startup: Startup) -> None:
-    """Train until the run is finished or asked to stop, and save and publish what comes of it."""
+    """Train until the run is finished or asked to stop; save and publish the results."""
     rank, world = run.world.rank, run.world
     with _exit_on_error(rank, run.lock):
         checkpointer, peers = _open_directory(run)
@@ -177,7 +177,7 @@ def _train(run: _Run, startup: Startup) -> None:
     ):
         log_to_run_dir(run.directory, rank)
         reporter = _open_reporter(run) if world.is_main else _NoReporter()
-        checkpointer.on_published = functools.partial(_tell_saved, reporter, run.mirror)
+        checkpointer.on_published = functools.partial(_report_save, reporter, run.mirror)
         trainer = build_trainer(
             run.config,
             world,
@@ -203,7 +203,7 @@ def _train(run: _Run, startup: Startup) -> None:
 
 
 def _give_up(run: _Run, peers: Peers, reason: str) -> None:
-    """Record why this rank fails, where its peers and the next start look."""
+    """Record why this rank fails, for its peers and the next start."""
     peers.report_failure(reason)
     try:
         record_failure(run.directory, run.world.rank, reason)
@@ -235,18 +235,18 @@ def _watchdog(run: _Run, trainer: Trainer, peers: Peers) -> Watchdog:
 def _baselines(
     run: _Run, trainer: Trainer, reporter: Reporter | _NoReporter
 ) -> Callable[[], dict[str, Any]]:
-    """Begin to compute the n-gram baselines on rank 0; return what waits for their values."""
+    """Start computing the n-gram baselines on rank 0; return the function that waits for them."""
     if not run.world.is_main:
         return dict
     evaluation = trainer.evaluation
     return Baselines(run.config, evaluation.validation, evaluation.tokenizer, reporter.say).values
 
 
-# ---------------------------------------------------------------------------- what is published
+# ---------------------------------------------------------------------------- reporting
 
 
 class _NoReporter(Silent):
-    """What ranks other than 0 report to."""
+    """A reporter for ranks other than 0 that ignores everything."""
 
     def text(self, tag: str, text: str) -> None:
         """Ignore the text."""
@@ -282,15 +282,15 @@ def _kernels(config: ParallelConfig, attention: str) -> str:
 
 
 def _describe(run: _Run, trainer: Trainer, reporter: Reporter | _NoReporter) -> None:
-    """Say what is trained on what."""
+    """Print what is trained, on which data and devices."""
     for line in describe_mixture(run.config, trainer.segment.order):
         reporter.say(line)
     parameters = trainer.state.root.trained_parameters().items()
     reporter.text("model", model_summary(parameters, run.config.model))
 
 
-def _tell_saved(reporter: Reporter | _NoReporter, mirror: NoMirror, report: SaveReport) -> None:
-    """Tell what became of a save, and have the checkpoint copied."""
+def _report_save(reporter: Reporter | _NoReporter, mirror: NoMirror, report: SaveReport) -> None:
+    """Report a completed save, and have the checkpoint copied to the mirror."""
     reporter.saved()
     mirror.submit(report.path)
     for line in (*report.messages, *mirror.take_messages()):

@@ -86,7 +86,7 @@ def test_starts_beyond_a_later_start_are_dropped(tmp_path: Path) -> None:
 def test_without_rows_the_objective_has_no_numbers(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, jepa__within_documents=True)
     spans = np.zeros((6, 1, 2), dtype=np.int64)
-    plan = replace(StepPlan.of_nothing(0, 0.1, spans), jepa_weight=0.1)
+    plan = replace(StepPlan.for_warm_up(0, 0.1, spans), jepa_weight=0.1)
     values = {"ce": 2.0, "jepa": 0.0, "floored": 0.0}
     objective = SpanObjective(config, bos_id=None)
     record = losses(plan, values, objective)

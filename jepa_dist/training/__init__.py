@@ -1,4 +1,4 @@
-"""The training core, cut by lifetime; ``assemble.build_trainer`` puts a run together.
+"""The training core, divided by lifetime; ``assemble.build_trainer`` assembles a run.
 
 =============  ==================================================================================
 module         holds
@@ -7,7 +7,7 @@ state          what lives as long as the process: model, objective, schedule, op
 segment        what a resume or a roll-back replaces: progress, batches, plans, reduction, digests
 step           one optimizer step: accumulate, clip, update
 global_loss    one micro-batch's share of the global loss, as sums over rows
-instruments    what is observed of a step, all behind one interface
+instruments    measurements of a step, all behind one interface
 stopping       requests to stop, from any rank
 evaluation     validation, the averaged weights', a text sample
 saving         checkpoints
@@ -15,10 +15,10 @@ recovery       the roll-back after bad steps, and the refusal to finish with the
 health         steps whose loss or gradient is not finite, counted
 warm_up        compiling every graph before the first step
 times          where time goes: phases, training time, start-up
-records        numbers of a logged step's record
+records        fields of a logged step's record
 baselines      the n-gram baselines that a run is compared with
-listeners      who a run reports to
-loop           ``Trainer`` and ``Outcome``: the order of all this
+listeners      receivers of a run's reports
+loop           ``Trainer`` and ``Outcome``: what a run does in which order
 assemble       builds all of it from a configuration
 =============  ==================================================================================
 """

@@ -1,4 +1,4 @@
-"""The only place where a run is put together."""
+"""Assemble a run from its parts; no other module does."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def build_trainer(
         config: The run.
         world: The ranks.
         checkpointer: Where checkpoints go; None saves none, and installs no signal handlers.
-        resume: The checkpoint to resume from, known to be whole and to fit the configuration.
-        identity: What a checkpoint says of the run besides (configuration, data fingerprint).
+        resume: The checkpoint to resume from, verified, and matching the configuration.
+        identity: What a checkpoint stores of the run besides (configuration, data fingerprint).
         startup: Measures what this start costs.
         on_stop: Called when this process is asked to stop, by the thread that receives signals.
         on_give_up: Called with the reason before an exit because of checkpoint.grace_seconds.
-        meter: Measures the phases of steps, in place of the usual one.
+        meter: Measures the phases of steps instead of the default one.
     """
     identity = dict(identity or {})
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
@@ -132,14 +132,14 @@ def build_segment(
     observer: Observer,
     progress: Progress,
 ) -> Segment:
-    """Build what follows from how far the run is.
+    """Build everything that depends on the progress of the run.
 
     Args:
         config: The run.
         world: The ranks.
         bos_id: Id that begins every document; None if it is not known.
         clock: Training time, which rank 0's plans may depend on.
-        observer: Hears the report of every step.
+        observer: Receives the report of every step.
         progress: How far the run is.
     """
     consumed, skip = progress.samples_consumed, progress.skip
@@ -176,7 +176,7 @@ def _build_state(config: Config, world: World, bos_id: int | None, *, is_new: bo
 
 
 def _compare_ranks(config: Config, state: TrainState) -> RankTimes:
-    """Have the head timed on every rank, unless ranks are not to be compared. Collective."""
+    """Return the timer that compares the ranks; none if comparison is disabled. Collective."""
     world, model = state.world, state.model
     compare = config.monitor.straggler_ratio > 0
     hosts = world.gather(socket.gethostname()) if compare else []

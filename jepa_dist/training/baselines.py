@@ -17,7 +17,7 @@ _MOST_SECONDS = 60.0
 
 
 class Baselines:
-    """Prints the baselines and the tokenizer's loss, and keeps them for the closing record.
+    """Baselines and loss of the tokenizer: printed, and kept for the closing record.
 
     On rank 0 only. A thread computes the baselines while training begins: in the main thread, the
     other ranks would wait for rank 0 in a collective.
@@ -65,7 +65,7 @@ class Baselines:
     ) -> None:
         try:
             self._values |= compute_baselines(config, validation, tokenizer, say)
-        except Exception as error:  # of no consequence for what is trained
+        except Exception as error:  # training does not depend on them
             say(f"warning: no n-gram baselines: {type(error).__name__}: {error}")
 
 
@@ -95,7 +95,7 @@ def compute_baselines(
 
 
 def _note(tokenizer: Tokenizer, say: Callable[[str], None]) -> dict[str, str]:
-    """Say what of a text the tokenizer loses."""
+    """Print and return which part of a text the tokenizer loses."""
     if tokenizer.note is None:
         return {}
     say(tokenizer.note)

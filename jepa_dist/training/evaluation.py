@@ -19,16 +19,16 @@ from jepa_dist.training.times import Times
 
 
 class Evaluation:
-    """Evaluates the weights, at the end of the run also their moving average.
+    """Evaluation of the weights and, at the end of the run, of their moving average.
 
     Args:
         config: The run.
         state: What is evaluated.
         validation: On what.
-        tokenizer: Writes the sample; None writes none.
-        times: An evaluation is no training time.
+        tokenizer: Encodes and decodes the text sample; None: no sample.
+        times: An evaluation does not count as training time.
         stops: A request to stop ends an evaluation early.
-        identity: As of ``saving``; its validation fingerprint goes into the record.
+        identity: As in ``saving``; its validation fingerprint goes into the record.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Evaluation:
         self._state = state
         self._times = times
         self.stops = stops
-        # What was validated on, so that readers do not take two sets for one curve.
+        # Identifies the validation data, so that readers do not draw two sets as one curve.
         fingerprint = identity.get("validation_fingerprint")
         self._set = {} if fingerprint is None else {"val/set": fingerprint}
 

@@ -20,8 +20,8 @@ from jepa_dist.training.instruments import Probe
 class GlobalLoss:
     """Cross-entropy plus the weighted objective, as sums over rows.
 
-    Both are divided by the *global* number of targets or rows. So sums over ranks and micro-batches
-    of what is returned are the global means, however the batch is divided.
+    Both are divided by the *global* number of targets or rows. So the returned values, summed over
+    ranks and micro-batches, are the global means, however the batch is divided.
     """
 
     config: Config
@@ -56,7 +56,7 @@ class GlobalLoss:
         return {f"ce/{name}": loss for name, loss in zip(names, loss_S, strict=True)}
 
     def _objective_input(self, batch: Batch, plan: StepPlan, index: int) -> ObjectiveInput:
-        """Return what the objective reads of this micro-batch besides the states."""
+        """Return the objective's inputs of this micro-batch besides the states."""
         rows, samples_B = self.layout.micro_rows(index), None
         if plan.samples is not None:
             samples_B = torch.zeros(len(batch.weight), *plan.samples.shape[1:], dtype=torch.int64)

@@ -9,38 +9,38 @@ from jepa_dist.run.progress import Progress
 
 
 class BadSteps:
-    """Counts the steps whose update was skipped, and how many came in a row.
+    """Counters of the steps whose update was skipped: all, and the latest consecutive ones.
 
     Args:
-        progress: Of the run, which may have been interrupted within a row.
+        progress: Progress of the run, which may have been interrupted between two bad steps.
     """
 
     def __init__(self, progress: Progress) -> None:
         self.total = progress.bad_steps
-        self.in_row = progress.bad_in_row
+        self.consecutive = progress.bad_in_row
         self.row_sample = progress.bad_row_sample
-        """First sample of the row's batches, in samples that the run had consumed before."""
+        """Samples that the run had consumed before the first of the consecutive bad steps."""
 
     def observe(self, report: StepReport, first_sample: int) -> None:
-        """Take in a step, in order.
+        """Count the next step.
 
         Args:
             report: Its numbers.
             first_sample: Samples that the run had consumed before it.
         """
         if is_healthy(report):
-            self.in_row = 0
+            self.consecutive = 0
             return
-        if self.in_row == 0:
+        if self.consecutive == 0:
             self.row_sample = first_sample
-        self.in_row += 1
+        self.consecutive += 1
         self.total += 1
 
     def end_row(self) -> None:
-        """The run goes on elsewhere: the next bad step is the first of a new row."""
-        self.in_row = 0
+        """Reset the count of consecutive bad steps: the run continues from another state."""
+        self.consecutive = 0
 
 
 def is_healthy(report: StepReport) -> bool:
-    """Whether the step updated anything: the norm is not finite if any loss or gradient is not."""
+    """Return whether the step was applied: the norm is finite only if loss and gradient are."""
     return math.isfinite(report.values["grad_norm"])

@@ -1,9 +1,9 @@
-"""What is observed of a step besides its loss, all behind one interface.
+"""Measurements of a step besides its loss, all behind one interface.
 
-A new instrument is a class here and a line in ``assemble``. Its metrics come in three ways: numbers
-of the device are contributed to the step's one reduction over ranks (``contributions``), numbers of
-the host likewise (``host_contributions``), and what concerns this rank alone goes straight into the
-record (``record``).
+A new instrument is a class here and a line in ``assemble``. Its metrics come in three ways: device
+scalars are contributed to the step's single reduction over ranks (``contributions``), host numbers
+likewise (``host_contributions``), and numbers of this rank alone go directly into the record
+(``record``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class Instrument:
-    """Looks at steps. Each hook is called on every rank alike; here it does nothing.
+    """A measurement of steps. Hooks are called on every rank; the default ones do nothing.
 
     A step calls ``begin``, ``before_update``, ``contributions`` and ``host_contributions`` in this
     order. Its report comes back to ``observe`` some steps later. Logged steps call ``record``.
@@ -53,21 +53,21 @@ class Instrument:
         """Note that a step begins."""
 
     def before_update(self, plan: StepPlan) -> None:
-        """Look at the clipped gradients and at the weights, which are about to change."""
+        """Inspect the clipped gradients and the weights before the update."""
 
     def contributions(self) -> Mapping[str, Tensor]:
-        """Return scalars on the device to be added up over ranks; the same names on all ranks."""
+        """Return device scalars to be summed over ranks; the same names on all ranks."""
         return {}
 
     def host_contributions(self) -> Mapping[str, float]:
-        """Return numbers of the host to be added up likewise."""
+        """Return host numbers to be summed likewise."""
         return {}
 
     def observe(self, report: StepReport) -> None:
-        """Take in a step's numbers, in order."""
+        """Process a step's numbers, in order of steps."""
 
     def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
-        """Return metrics for a logged step, whose sums over ranks are ``values``."""
+        """Return metrics for a logged step; ``values`` are its sums over ranks."""
         return {}
 
 
@@ -80,10 +80,10 @@ class Speed(Instrument):
         self._root = root
         self._world = world
         self._steps: Counter[KindOfStep] = Counter()
-        """Steps since the last record by what they compute: they differ in FLOPs."""
+        """Number of steps since the last record by kind: kinds differ in FLOPs."""
 
     def begin(self, plan: StepPlan) -> None:
-        """Start the step's time."""
+        """Start the step's timer."""
         self._meter.step(plan.step, saving=self._saving.in_flight, times_communication=plan.log)
         self._steps[KindOfStep(plan.phase, plan.is_objective_on)] += 1
 
@@ -96,33 +96,33 @@ class Speed(Instrument):
 
 
 class StopRequests(Instrument):
-    """Which signals ranks have received; ``Segment`` acts on the sums."""
+    """The signals that ranks have received; ``Segment`` acts on the sums."""
 
     def __init__(self, signals: StopSignals) -> None:
         self._signals = signals
 
     def host_contributions(self) -> Mapping[str, float]:
-        """Return this rank's."""
+        """Return this rank's signals."""
         return self._signals.host_contributions()
 
 
 class Probe(Instrument):
-    """The objective's state in the steps that the plan asks for; used explicitly by the passes."""
+    """The objective's diagnostics, in the steps that the plan selects; the passes call it."""
 
     def __init__(self, tap: TapProbe) -> None:
         self._tap = tap
         self._sums: dict[str, Tensor] = {}
 
     def watcher(self, tokens_BT: Tensor, num_rows: int) -> Watch:
-        """Return what is to be shown the tapped states of a micro-batch; see ``TapProbe.watch``."""
+        """Return the function to pass a micro-batch's tapped states to: ``TapProbe.watch``."""
         return lambda states: self._tap.watch(states, tokens_BT, num_rows)
 
     def measure(self) -> None:
-        """Take the numbers of what was watched; after every backward."""
+        """Measure the watched states; call after every backward."""
         self._sums |= self._tap.measure()
 
     def contributions(self) -> Mapping[str, Tensor]:
-        """Return the step's numbers; none if nothing was watched."""
+        """Return the step's numbers; empty if nothing was watched."""
         sums, self._sums = self._sums, {}
         return sums
 
@@ -140,12 +140,12 @@ class Histograms(Instrument):
         self._taken: dict[str, Distribution] = {}
 
     def before_update(self, plan: StepPlan) -> None:
-        """Count, in the steps that it is time to; collective."""
+        """Count, in the steps in which it is due. Collective."""
         is_due = self._every > 0 and (plan.step + 1) % self._every == 0
         self._taken = distributions(self._named_parameters.items()) if is_due else {}
 
     def publish(self, publisher: Publisher, step: int) -> None:
-        """Hand out what the last step found, if it counted."""
+        """Publish the counts of the last step, if it counted."""
         if self._taken:
             publisher.histograms(self._taken, step)
 
@@ -162,7 +162,7 @@ class UpdateRatios(Instrument):
             self._ratio.before()
 
     def contributions(self) -> Mapping[str, Tensor]:
-        """Return squares of update and weights."""
+        """Return the squared norms of update and weights."""
         return self._ratio.after()
 
     def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
@@ -177,7 +177,7 @@ class Clipping(Instrument):
         self._share = ClippedShare(max_norm)
 
     def observe(self, report: StepReport) -> None:
-        """Take in the gradient norm."""
+        """Count whether the step was clipped."""
         self._share.observe(report.values["grad_norm"])
 
     def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
@@ -196,7 +196,7 @@ class Stragglers(Instrument):
         return self._times.host_sums()
 
     def observe(self, report: StepReport) -> None:
-        """Take in all ranks' seconds."""
+        """Process all ranks' seconds."""
         self._times.observe(report.values)
 
     def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
@@ -205,7 +205,7 @@ class Stragglers(Instrument):
 
 
 class Compiles(Instrument):
-    """Compiled graphs, and those of them that should not have been compiled anew."""
+    """Numbers of compiled graphs and of recompilations."""
 
     def __init__(self) -> None:
         self._counter = CompileCounter()
@@ -219,7 +219,7 @@ class Compiles(Instrument):
         self._counter.observe(compiled_graphs(), {"train", "jepa", "evaluate"})
 
     def record(self, plan: StepPlan, values: Mapping[str, float]) -> Mapping[str, Any]:
-        """Return both numbers, of this rank."""
+        """Return both numbers of this rank."""
         return {
             "compile/graphs": compiled_graphs(),
             "compile/recompiles": self._counter.recompiles,
@@ -245,28 +245,28 @@ class Instruments(Instrument):
     histograms: Histograms
     compiles: Compiles
     everything: Sequence[Instrument]
-    """The named ones, too."""
+    """All of them, including the named ones."""
 
     def begin(self, plan: StepPlan) -> None:
-        """Tell every instrument that a step begins."""
+        """Call ``begin`` of every instrument."""
         for instrument in self.everything:
             instrument.begin(plan)
 
     def before_update(self, plan: StepPlan) -> None:
-        """Let every instrument look at gradients and weights."""
+        """Call ``before_update`` of every instrument."""
         for instrument in self.everything:
             instrument.before_update(plan)
 
     def contributions(self) -> Mapping[str, Tensor]:
-        """Return every instrument's scalars of the device."""
+        """Return every instrument's device scalars."""
         return _merged(instrument.contributions() for instrument in self.everything)
 
     def host_contributions(self) -> Mapping[str, float]:
-        """Return every instrument's numbers of the host."""
+        """Return every instrument's host numbers."""
         return _merged(instrument.host_contributions() for instrument in self.everything)
 
     def observe(self, report: StepReport) -> None:
-        """Let every instrument take in a step's numbers."""
+        """Call ``observe`` of every instrument."""
         for instrument in self.everything:
             instrument.observe(report)
 

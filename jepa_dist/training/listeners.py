@@ -1,4 +1,4 @@
-"""Who a run reports to: a publisher of records and a profiler. Both may be absent."""
+"""Receivers of a run's reports: a publisher of records and a profiler. Both may be absent."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from jepa_dist.optim.histograms import Distribution
 
 
 class Publisher(Protocol):
-    """Publishes what a run says (``monitor.reporter.Reporter``); on rank 0 only."""
+    """Publisher of a run's messages and records (``monitor.reporter.Reporter``); on rank 0."""
 
     def say(self, text: str) -> None:
-        """Show a line to the user."""
+        """Print a line."""
 
     def step(self, record: Mapping[str, Any] | None) -> None:
         """Note that a step is done; ``record`` is None unless the step is logged."""
 
     def histograms(self, values: Mapping[str, Distribution], step: int) -> None:
-        """Show distributions of parameters and gradients after ``step`` steps."""
+        """Publish distributions of parameters and gradients after ``step`` steps."""
 
     def go_back(self, step: int, why: str) -> None:
         """Drop what was recorded after ``step``: the run continues from there."""
@@ -44,7 +44,7 @@ SILENT = Silent()
 
 
 class Profiler(Protocol):
-    """Is told when a step begins (``monitor.profiler.StepProfiler``)."""
+    """A profiler of steps (``monitor.profiler.StepProfiler``)."""
 
     def step(self) -> None:
         """Note that a step begins."""

@@ -1,4 +1,4 @@
-"""The training loop: the order in which a run does things, and how it ended."""
+"""The training loop: what a run does in which order, and how it ended."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Outcome:
     phase: int
     """Recurrence phase of the last step."""
     finished: bool
-    """Whether all is done; otherwise the run was asked to stop, and another start continues it."""
+    """Whether the run is complete; if not, it was asked to stop, and another start continues it."""
     saved: bool
     """Whether a checkpoint holds the last step."""
     reason: str
-    """Why it ended, for people; on rank 0 only, unless it finished."""
+    """Why it ended, for the user; on rank 0 only, unless it finished."""
     metrics: Mapping[str, Any]
     """The last record, with totals; empty if no step was taken."""
 
@@ -52,19 +52,19 @@ class Outcome:
 
 
 class Trainer:
-    """Trains. ``assemble.build_trainer`` builds one, on every rank alike.
+    """The training loop of one rank; built by ``assemble.build_trainer``.
 
     Args:
         config: The run.
         state: What is trained.
-        segment: Where it begins.
+        segment: The segment that it begins with.
         times: The clocks.
         train_step: One optimizer step.
-        instruments: What is observed of it.
+        instruments: Measurements of the step.
         evaluation: Validation, and a sample.
         saving: Checkpoints.
         recovery: The roll-back after bad steps.
-        warm_up: What precedes the first step.
+        warm_up: Compilation before the first step.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class Trainer:
         self.train_step(plan, self.segment)
 
     def _next_plan(self, profiler: Profiler) -> StepPlan:
-        """Return the plan of the step that begins; the broadcast of the one after it is begun."""
+        """Return the plan of the next step; start the broadcast of the plan after it."""
         plan = self.segment.plans.take()
-        profiler.step()  # while no plan travels: see StepProfiler.step
+        profiler.step()  # while no broadcast is in flight: see StepProfiler.step
         if plan.is_followed:
-            self.segment.plans.request(plan.step + 1, settle=self.saving.is_completed)
+            self.segment.plans.request(plan.step + 1, finalize_save=self.saving.is_completed)
         return plan
 
     def _take_in(self, plan: StepPlan) -> None:
@@ -145,14 +145,14 @@ class Trainer:
     def _publish(
         self, plan: StepPlan, validation: Mapping[str, Any], publisher: Publisher
     ) -> dict[str, Any]:
-        """Hand out the step's record; return it, or nothing if the step is not logged."""
+        """Publish the step's record; return it, or an empty one if the step is not logged."""
         record = {**self._record(plan), **validation} if plan.log else {}
         publisher.step(record or None)
         self.instruments.histograms.publish(publisher, plan.step + 1)
         return record
 
     def _record(self, plan: StepPlan) -> dict[str, Any]:
-        """Return everything that is known of a logged step; waits for the device."""
+        """Return the record of a logged step; waits for the device."""
         self.segment.drain()
         values = self.segment.ledger.values
         return {
@@ -177,7 +177,7 @@ class Trainer:
     def _conclude(self) -> Outcome:
         """Do what follows the last step: validation and the closing record."""
         progress = self.segment.progress
-        nothing = StepPlan.of_nothing(progress.phase, 0.0, None)
+        nothing = StepPlan.for_warm_up(progress.phase, 0.0, None)
         plan = replace(nothing, last=True, evaluate=True)
         validation = self.evaluation.run(plan, self.segment.plans)
         record = {
@@ -191,10 +191,10 @@ class Trainer:
     def _outcome(
         self, plan: StepPlan, step: int, record: Mapping[str, Any], validation: Mapping[str, Any]
     ) -> Outcome:
-        """Return how training ended; a last validation that was cut short is still to be done.
+        """Return how training ended; not finished if the last validation was interrupted.
 
         Raises:
-            TrainingError: the run would finish in numbers that are not finite.
+            TrainingError: the run would finish with numbers that are not finite.
         """
         refuse_bad_end(plan, self.segment, validation)
         finished = plan.last and bool(validation)

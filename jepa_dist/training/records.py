@@ -1,4 +1,4 @@
-"""What a logged step's record says, from its plan and the numbers that the ranks added up."""
+"""Fields of a logged step's record, from its plan and the sums over ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jepa_dist.plan import StepPlan
 
 
 class KindOfStep(NamedTuple):
-    """What a step's FLOPs depend on."""
+    """The properties of a step that determine its FLOPs."""
 
     phase: int
     """Recurrence phase."""
@@ -31,13 +31,13 @@ class KindOfStep(NamedTuple):
 def losses(
     plan: StepPlan, values: Mapping[str, float], objective: Objective
 ) -> dict[str, float | None]:
-    """Means over the global batch of this step; JEPA's are None while it is off."""
+    """Return means over the step's global batch; those of JEPA are None while it is off."""
     ce = values["ce"]
     off = {"loss/ce": ce, "loss/jepa": None, "loss/total": ce, "jepa/lambda": plan.jepa_weight}
     if not plan.is_objective_on:
         return off
     metrics = objective.metrics(plan.samples, values)
-    if objective.num_rows(objective.config, plan.samples) == 0:  # no row counts: no mean to report
+    if objective.num_rows(objective.config, plan.samples) == 0:  # there is no mean over zero rows
         return {**off, **metrics}
     jepa = values["jepa"]
     total = ce + plan.jepa_weight * jepa
@@ -45,10 +45,10 @@ def losses(
 
 
 def mfu(flops_per_second: float, world: World) -> dict[str, float]:
-    """Share of the devices' peak; nothing where the peak is not known.
+    """Return the share of the devices' peak FLOPs; empty if the peak is unknown.
 
     Args:
-        flops_per_second: Of all devices, over all steps since the last record.
+        flops_per_second: Rate of all devices, over all steps since the last record.
         world: The devices.
     """
     if world.device.type != "cuda":
@@ -60,7 +60,7 @@ def mfu(flops_per_second: float, world: World) -> dict[str, float]:
 
 
 def mean_flops(model: ModelConfig, objective: float, steps: Mapping[KindOfStep, int]) -> float:
-    """FLOPs per trained token over steps of several kinds.
+    """Return the mean FLOPs per trained token over steps of several kinds.
 
     Args:
         model: The model.
@@ -75,9 +75,9 @@ def mean_flops(model: ModelConfig, objective: float, steps: Mapping[KindOfStep, 
 
 
 def facts(config: Config, device: torch.device) -> dict[str, str]:
-    """What changes the numbers of a run though its configuration does not: what ``auto`` stands
-    for here, the kind of device, and the versions of the libraries that compute. Two runs that
-    differ in one of these are no pair."""
+    """Return what affects a run's numbers besides its configuration: what ``auto`` resolves to,
+    the kind of device, and the versions of the libraries that compute. Runs that differ in one
+    of these cannot be compared in pairs."""
     muon = config.optim.muon_dtype
     on_cuda = device.type == "cuda"
     return {
@@ -95,7 +95,7 @@ def facts(config: Config, device: torch.device) -> dict[str, str]:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Of this rank, in GiB."""
+    """Return this rank's memory in GiB."""
     memory = {"memory/resident_gib": resident_gib()}
     if device.type == "cuda":
         memory |= {
@@ -107,7 +107,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def kinds_of_work(plan: StepPlan) -> set[str]:
-    """What a step did, as far as other graphs are compiled for it."""
+    """Return the kinds of work of a step that have compiled graphs of their own."""
     kinds = {"train"}
     if plan.is_objective_on:
         kinds.add("jepa")
@@ -117,5 +117,5 @@ def kinds_of_work(plan: StepPlan) -> set[str]:
 
 
 def compiled_graphs() -> int:
-    """Graphs that this process has compiled."""
+    """Return the number of graphs that this process has compiled."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

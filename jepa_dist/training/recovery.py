@@ -1,4 +1,4 @@
-"""What a run does about losses and gradients that do not become finite again."""
+"""Roll-back after repeated bad steps, and refusal to finish with them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from jepa_dist.training.times import Times
 
 
 class Recovery:
-    """Rolls back to the last healthy checkpoint, once in a run.
+    """Roll-back to the last healthy checkpoint, at most once in a run.
 
     Args:
         state: Its tensors are restored.
-        saving: Knows the checkpoints.
-        times: The training clock goes back, too.
-        open_segment: Builds the segment that follows from a progress.
+        saving: Its checkpoints.
+        times: The training clock is set back, too.
+        open_segment: Builds the segment that starts from a given progress.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class Recovery:
         self._open_segment = open_segment
 
     def roll_back(self, segment: Segment, publisher: Publisher) -> Segment:
-        """Return the segment that replaces ``segment``: from the last healthy checkpoint on,
-        without the data that came with the bad steps. Collective.
+        """Return the segment that replaces ``segment``: from the last healthy checkpoint,
+        skipping the data of the bad steps. Collective.
 
-        The state is saved again at once, so that a restart leaves those data out, too.
+        The state is saved again immediately, so that a restart skips those data, too.
 
         Raises:
-            TrainingError: on every rank: it has been done before, or there is no such checkpoint.
+            TrainingError: on every rank: it was rolled back before, or there is no such checkpoint.
         """
         segment.drain()
         bad_steps = segment.ledger.bad_steps
         window = range(bad_steps.row_sample, segment.batches.samples_consumed)
-        problem = f"loss or gradient was not finite for {bad_steps.in_row} steps in a row"
+        problem = f"loss or gradient was not finite for {bad_steps.consecutive} steps in a row"
         if segment.progress.skip_count:
             raise TrainingError(*_advice(problem, window, "it was rolled back once already"))
         checkpoint = self._saving.last_healthy()
@@ -79,7 +79,7 @@ class Recovery:
 
 
 def refuse_bad_end(plan: StepPlan, segment: Segment, validation: Mapping[str, Any]) -> None:
-    """Do not let a run count as finished that ended in numbers that are not finite.
+    """Raise if the run ended with numbers that are not finite.
 
     Raises:
         TrainingError: on every rank: its last steps were skipped, or its validation loss (live or
@@ -92,10 +92,10 @@ def refuse_bad_end(plan: StepPlan, segment: Segment, validation: Mapping[str, An
         "it anyway); resume from an earlier checkpoint in another run.dir "
         "(checkpoint.resume=PATH) with lower learning rates (optim.*_lr)"
     )
-    in_row = segment.ledger.bad_steps.in_row
-    if in_row > 0:
+    consecutive = segment.ledger.bad_steps.consecutive
+    if consecutive > 0:
         raise TrainingError(
-            f"the last {in_row} step(s) of the run were skipped, because loss or gradient was "
+            f"the last {consecutive} step(s) of the run were skipped, because loss or gradient was "
             "not finite: the run is not finished",
             advice,
         )
@@ -105,12 +105,12 @@ def refuse_bad_end(plan: StepPlan, segment: Segment, validation: Mapping[str, An
 
 
 def _is_finite(value: float | None) -> bool:
-    """Return whether a number, if there is one, is finite."""
+    """Return whether a number is finite or None."""
     return value is None or math.isfinite(value)
 
 
 def _advice(problem: str, window: range, why_not: str) -> tuple[str, ...]:
-    """Return the lines that the user reads when the run gives up."""
+    """Return the lines of the error with which the run ends."""
     return (
         f"{problem}, and {why_not}",
         f"the data they came with: samples {window.start} to {window.stop - 1} of the run's order",

@@ -16,22 +16,22 @@ from jepa_dist.training.times import Times
 
 
 class Saving:
-    """A run without checkpoints: nothing is saved, and there is nothing to go back to."""
+    """The saving of a run without checkpoints: does nothing."""
 
     is_on = False
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save is being written by this rank."""
+        """Whether this rank is writing a save."""
         return False
 
     @property
     def is_completed(self) -> bool:
-        """Whether a save has ended that the ranks have not finalized yet."""
+        """Whether a save has completed but is not finalized yet."""
         return False
 
     def finalize(self, plan: StepPlan) -> None:
-        """Finalize the save in flight in the step in which rank 0 has every rank do so."""
+        """Finalize the pending save if the plan says so."""
 
     def save_after(self, plan: StepPlan, segment: Segment) -> None:
         """Start a checkpoint if the plan says so. Collective."""
@@ -40,25 +40,25 @@ class Saving:
         """Start a checkpoint; ``wait`` until it is published. Collective."""
 
     def last_healthy(self) -> Path | None:
-        """Return the newest checkpoint of which the steps before it were finite. Collective."""
+        """Return the newest checkpoint whose earlier losses were finite. Collective."""
         return None
 
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of later steps, so that no start resumes from them. Collective."""
 
     def costs(self) -> dict[str, float]:
-        """Return what the saves cost that were finalized since the last call, as metrics."""
+        """Return the costs of the saves finalized since the last call, as metrics."""
         return {}
 
 
 class CheckpointSaving(Saving):
-    """Saves the tensors of a state, and how far the run is.
+    """Saving of a state's tensors and the run's progress.
 
     Args:
         checkpointer: Writes the files.
-        state: Whose tensors.
-        times: A save is no training time.
-        identity: What a checkpoint says of the run besides (configuration, data fingerprint).
+        state: Owner of the tensors.
+        times: A save does not count as training time.
+        identity: What a checkpoint stores of the run besides (configuration, data fingerprint).
     """
 
     is_on = True
@@ -77,17 +77,17 @@ class CheckpointSaving(Saving):
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save is being written by this rank."""
+        """Whether this rank is writing a save."""
         return self._checkpointer.in_flight
 
     @property
     def is_completed(self) -> bool:
-        """Whether a save has ended that the ranks have not finalized yet."""
+        """Whether a save has completed but is not finalized yet."""
         return self._checkpointer.save_completed
 
     def finalize(self, plan: StepPlan) -> None:
-        """Finalize the save in flight in the step in which rank 0 has every rank do so."""
-        if plan.settle:
+        """Finalize the pending save if the plan says so."""
+        if plan.finalize_save:
             self._checkpointer.wait()
 
     def save_after(self, plan: StepPlan, segment: Segment) -> None:
@@ -104,9 +104,9 @@ class CheckpointSaving(Saving):
             self._checkpointer.save(progress.step, self._state.tensors(), state, wait=wait)
 
     def last_healthy(self) -> Path | None:
-        """Return the newest checkpoint of which the steps before it were finite. Collective.
+        """Return the newest checkpoint whose earlier losses were finite. Collective.
 
-        Waits for the save in flight.
+        Waits for the pending save.
         """
         self._checkpointer.wait()
         folder = self._checkpointer.folder
@@ -122,7 +122,7 @@ class CheckpointSaving(Saving):
         self._state.world.run_on_main(rename)
 
     def costs(self) -> dict[str, float]:
-        """Return what the saves cost that were finalized since the last call, as metrics."""
+        """Return the costs of the saves finalized since the last call, as metrics."""
         reports = self._checkpointer.poll()
         if not reports:
             return {}

@@ -1,6 +1,6 @@
 """A stretch of a run that begins at one state: at the start, at a checkpoint, or at a roll-back.
 
-All that follows from how far the run is lives here, so that a roll-back replaces one object. What
+Everything that depends on the run's progress is here, so that a roll-back replaces one object. What
 it does not replace (the tensors, the clocks, the instruments) is in ``state``, ``times`` and
 ``instruments``.
 """
@@ -34,18 +34,18 @@ class Batches(Iterator[Batch], Protocol):
         """Sequences of the global order that all ranks together have taken so far."""
 
     def close(self) -> None:
-        """End the processes that read ahead."""
+        """Stop the prefetching processes."""
 
 
 class Observer(Protocol):
-    """Hears every step's report, in order (``instruments.Instrument``)."""
+    """Receiver of every step's report, in order (``instruments.Instrument``)."""
 
     def observe(self, report: StepReport) -> None:
-        """Take in the numbers of a step."""
+        """Process the numbers of a step."""
 
 
 class Ledger:
-    """What the steps of a segment add up to, and the latest step's numbers."""
+    """Totals over the steps of a segment, and the latest step's numbers."""
 
     def __init__(self, progress: Progress) -> None:
         self.bad_steps = BadSteps(progress)
@@ -82,10 +82,10 @@ class Segment:
     reduction: MetricsReduction
     ledger: Ledger
     observer: Observer
-    """Hears the same reports as the ledger."""
+    """Receives the same reports as the ledger."""
 
     def start(self, clock: TrainingClock) -> None:
-        """Start the training clock and ask for the first plan. On every rank alike."""
+        """Start the training clock and request the first plan. Call on every rank."""
         clock.start(self.progress.seconds)
         self.plans.request(self.progress.step)
 
@@ -103,7 +103,7 @@ class Segment:
         self.reduction.submit(plan.step, sums, host_sums, digest, {"grad_norm": grad_norm})
 
     def take_in_arrived(self) -> None:
-        """Account for the steps whose numbers are on the host; waits for nothing."""
+        """Account for the steps whose numbers are on the host; does not wait."""
         self._take_in(self.reduction.arrived())
 
     def drain(self) -> None:
@@ -116,7 +116,7 @@ class Segment:
             self.observer.observe(report)
             if reason := stop_reason(report.values):
                 self.plans.request_stop(reason)
-        if self.ledger.bad_steps.in_row >= self.config.train.max_bad_steps:
+        if self.ledger.bad_steps.consecutive >= self.config.train.max_bad_steps:
             self.plans.request_roll_back()
 
     def _samples_before(self, step: int) -> int:
@@ -130,7 +130,7 @@ class Segment:
 
     def mixture(self, plan: StepPlan) -> dict[str, float | None]:
         """Return the metrics of a mixture in the step of ``plan``, the latest one whose numbers
-        were taken in; none without a mixture."""
+        have arrived; empty without a mixture."""
         first, sequences = self._samples_before(plan.step), self.config.batch.sequences
         places = places_of(first, sequences, self.progress.skip)
         ends = int(places[0]), int(places[-1]) + 1
@@ -150,7 +150,7 @@ class Segment:
             phase=plan.phase,
             seconds=clock.seconds(),
             bad_steps=bad_steps.total,
-            bad_in_row=bad_steps.in_row,
+            bad_in_row=bad_steps.consecutive,
             bad_row_sample=bad_steps.row_sample,
             tokens_digest=self.ledger.tokens_digest.hex(),
             spans_digest=self.ledger.spans_digest.hex(),

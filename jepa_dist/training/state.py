@@ -1,4 +1,4 @@
-"""What lives as long as the process: everything that is trained, and what trains it."""
+"""The training state, which lives as long as the process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jepa_dist.run.progress import Progress, progress_of
 
 @dataclass(frozen=True)
 class TrainState:
-    """This rank's part of everything that is trained. Its tensors change, its members do not."""
+    """This rank's part of everything that is trained. Its tensors change, its fields do not."""
 
     world: World
     root: JointModel
@@ -37,7 +37,7 @@ class TrainState:
 
     @property
     def model(self) -> GPT:
-        """The model alone: what is exported."""
+        """The model without the objective, as it is exported."""
         return self.root.model
 
     @property
@@ -46,7 +46,7 @@ class TrainState:
         return self.root.objective
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the whole state in tensors (live ones), by kind and name."""
+        """Return all live tensors of the state, by kind and name."""
         parameters: dict[str, Tensor] = {}
         for kind, module in (("model", self.model), (PREFIX, self.objective)):
             parameters |= {f"{kind}/{name}": p for name, p in module.named_parameters()}
@@ -55,8 +55,8 @@ class TrainState:
     def restore(self, checkpoint: Path) -> Progress:
         """Fill all tensors from a checkpoint and return how far its run was. Collective.
 
-        The objective may have changed since: what it holds and the checkpoint does not keeps its
-        initial value.
+        The objective may have changed since: tensors of it that the checkpoint does not have keep
+        their initial values.
 
         Raises:
             UserError: on every rank, if its tensors are not this run's.
@@ -69,8 +69,8 @@ class TrainState:
         """Write the model, and its EMA if there is one, as safetensors. Collective.
 
         Args:
-            folder: Where to.
-            config: The run's.
+            folder: Folder to write into.
+            config: Configuration of the run.
             step: Optimizer steps done.
             phase: Recurrence phase of the last step.
         """

@@ -25,14 +25,14 @@ Loss: TypeAlias = Callable[[Batch, StepPlan, int], tuple[Tensor, Sums]]
 class TrainStep:
     """Accumulate the gradient of the global batch, clip it, update the weights.
 
-    A step whose loss or gradient is not finite updates nothing, on any rank; the host learns of it
+    A step whose loss or gradient is not finite updates nothing, on any rank; the host finds out
     when the step's report arrives.
     """
 
     state: TrainState
     layout: BatchLayout
     loss: Loss
-    """This rank's share of the global loss by micro-batch, and its parts (``GlobalLoss``)."""
+    """Computes a micro-batch's share of the global loss, and its parts (``GlobalLoss``)."""
     instruments: Instruments
     meter: StepTimer
 

@@ -20,13 +20,13 @@ class Request(Protocol):
 
 
 class NoRequest:
-    """The request of a run without checkpoints, which signals end at once as usual."""
+    """The request of a run without checkpoints, which signals terminate immediately."""
 
     received: signal.Signals | None = None
 
 
 class StopSignals:
-    """Tells all ranks of the request that one of them has received."""
+    """Distribution of one rank's request to stop to all ranks."""
 
     def __init__(self, request: Request, world: World, meter: StepTimer) -> None:
         self._request = request
@@ -41,18 +41,18 @@ class StopSignals:
     def is_asked(self) -> bool:
         """Return whether any rank was asked to stop. Collective: waits for all.
 
-        It also tells the watchdog that a long phase makes progress.
+        Also reports progress to the watchdog, for long phases.
         """
         self._meter.still_alive()
         return self._world.any(self.is_received)
 
     def host_contributions(self) -> dict[str, float]:
-        """Return which signal this rank has received, to be added up over ranks."""
+        """Return which signal this rank has received, for the sum over ranks."""
         received = self._request.received
         return {_PREFIX + number.name: float(number == received) for number in STOP_SIGNALS}
 
 
 def stop_reason(values: Mapping[str, float]) -> str:
-    """Return why a step's sums over all ranks ask for a stop; an empty text if they do not."""
+    """Return the reason for a stop from a step's sums over all ranks; empty if there is none."""
     names = [number.name for number in STOP_SIGNALS if values[_PREFIX + number.name] > 0]
     return f"asked to stop ({', '.join(names)})" if names else ""

@@ -1,4 +1,4 @@
-"""Where a run's time goes: phases of steps, training time, the start."""
+"""Clocks of a run: phases of steps, training time, the start."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Times:
     clock: TrainingClock
     """Training time over all starts of the run."""
     startup: Startup
-    """What this start costs."""
+    """Time spent on this start."""
 
     @contextmanager
     def off_training(self, phase: str) -> Iterator[None]:
-        """Report the time spent in here as ``time/PHASE``, not as training time."""
+        """Report the time inside this context as ``time/PHASE``, not as training time."""
         with self.meter.phase(phase), self.clock.paused():
             yield

@@ -19,20 +19,20 @@ from jepa_dist.training.step import TrainStep
 from jepa_dist.training.stopping import StopSignals
 from jepa_dist.training.times import Times
 
-# The thread that receives signals may be later than the compiler's end.
+# The thread that receives signals may run after the compiler has exited.
 _SIGNAL_SECONDS = 0.5
 
 
 class NoWarmUp:
-    """Graphs are compiled when they are first needed."""
+    """The warm-up of a run that compiles graphs when they are first needed."""
 
     def run(self, say: Callable[[str], None]) -> bool:
-        """Do nothing and return True: training may begin."""
+        """Return True: training may begin."""
         return True
 
 
 class WarmUp(NoWarmUp):
-    """Compiles every graph. Weights, optimizer, data position and generators are not touched.
+    """Compilation of every graph; weights, optimizer, data position and generators stay unchanged.
 
     Where ranks of a host can share the compiler's cache, one of them fills it while the others
     wait.
@@ -45,7 +45,7 @@ class WarmUp(NoWarmUp):
         self._times = times
 
     def run(self, say: Callable[[str], None]) -> bool:
-        """Compile, and return False if a stop was asked for meanwhile. Collective."""
+        """Compile; return False if a stop was requested meanwhile. Collective."""
         say("compiling (a minute or so, seconds once the cache is filled)")
         fills_cache = self._step.state.world.fills_compile_cache()
         for is_first_turn in (True, False):
@@ -61,9 +61,8 @@ class WarmUp(NoWarmUp):
         return True
 
     def _compile_unless_stopped(self, phase: int, jepa_weight: float) -> None:
-        """Compile; return early if a signal ended the compiler and was meant for this rank, too.
-
-        A terminal's Ctrl-C reaches all of its processes.
+        """Compile; return early if a signal ended the compiler and this rank received it, too
+        (Ctrl-C reaches all processes of a terminal).
         """
         try:
             self.compile(phase, jepa_weight)
@@ -75,14 +74,14 @@ class WarmUp(NoWarmUp):
                 raise
 
     def compile(self, phase: int, jepa_weight: float) -> None:
-        """Run forward and backward on a batch of zeros, and once without gradient as validation
-        does; on this rank alone."""
+        """Run forward and backward on a batch of zeros, and forward without gradient as in
+        validation; on this rank alone."""
         state, config, size = self._step.state, self._config, self._step.layout.micro_size
         rows = np.zeros((size, config.model.seq_len + 1), dtype=np.int64)
         batch = make_batch(rows, range(size), size).to(state.world.device)
         shape = sample_shape(config) if jepa_weight else None
         samples = None if shape is None else np.ones(shape, dtype=np.int64)
-        plan = StepPlan.of_nothing(phase, jepa_weight, samples)
+        plan = StepPlan.for_warm_up(phase, jepa_weight, samples)
         for index in state.schedule.micro_batches(1):
             with without_communication(state.root):
                 loss, _ = self._step.loss(batch, plan, index)
@@ -95,7 +94,7 @@ class WarmUp(NoWarmUp):
 
 
 def _variants(config: Config) -> tuple[list[int], list[float]]:
-    """Return the recurrence phases and JEPA weights (off, on) that the run will pass through."""
+    """Return the recurrence phases and JEPA weights (off, on) that the run will use."""
     first = [1] if config.train.loop_phase2_at > 0 else []
     phases = [0, *first, LAST_PHASE] if config.model.num_loops > 0 else [0]
     return phases, [0.0, config.jepa.lambda_] if config.jepa.lambda_ > 0 else [0.0]
