@@ -28,7 +28,7 @@ from jepa_dist.optim.muon import MuonSettings
 from jepa_dist.optim.optimizer import Optimizer
 from jepa_dist.parallel.attention import bind_attention, choose_attention
 from jepa_dist.parallel.shard import (
-    Gathering,
+    FSDPSchedule,
     InitialValue,
     compute_dtype,
     parallelize,
@@ -41,7 +41,7 @@ def build_joint_model(
     world: World,
     bos_id: int | None = None,
     values: InitialValue | None = None,
-) -> tuple[JointModel, Gathering]:
+) -> tuple[JointModel, FSDPSchedule]:
     """Build the sharded, compiled model and objective with their initial weights.
 
     Args:
@@ -63,8 +63,8 @@ def build_joint_model(
 
     model.model.head.by_row = bool(mixed_names(config))
     layout = BatchLayout(config.batch.sequences, config.batch.micro, world.rank, world.world_size)
-    gathering = _parallelize(model, config.parallel, world, value, layout.num_micro)
-    return model, gathering
+    schedule = _parallelize(model, config.parallel, world, value, layout.num_micro)
+    return model, schedule
 
 
 def build_optimizer(config: Config, named_parameters: Mapping[str, Tensor]) -> Optimizer:
@@ -157,7 +157,7 @@ def build_gpt(
     initial_value: InitialValue,
     micro_batches: int = 1,
     bos_id: int | None = None,
-) -> tuple[GPT, Gathering]:
+) -> tuple[GPT, FSDPSchedule]:
     """Build the sharded, compiled model with its initial weights, without an objective.
 
     Args:
@@ -179,7 +179,7 @@ def _parallelize(
     world: World,
     initial_value: InitialValue,
     micro_batches: int,
-) -> Gathering:
+) -> FSDPSchedule:
     """Shard and compile a model on the meta device; see ``build_gpt``."""
     model = root if isinstance(root, GPT) else root.model
     config = model.config

@@ -160,7 +160,7 @@ def _simulate_step(
     meta, timeout = torch.device("meta"), timedelta(seconds=60)
     mesh = build_mesh(config.parallel, ranks, torch.device("cpu"))
     world = World(0, 0, ranks, meta, mesh, dist.new_group(), timeout)
-    model, gathering = build_gpt(
+    model, schedule = build_gpt(
         config.model, config.parallel, world, _nothing, micro_batches, bos_id=0
     )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -177,7 +177,7 @@ def _simulate_step(
         patch.object(Muon, "_require_equal_on_all_ranks", lambda muon, present: None),
         CollectiveCounter() as counter,
     ):
-        for _ in gathering.micro_batches(micro_batches):
+        for _ in schedule.micro_batches(micro_batches):
             output = model(tokens, tokens, weight, phase=LAST_PHASE)
             assert output.loss_sum is not None
             output.loss_sum.backward()

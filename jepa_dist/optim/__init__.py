@@ -1,1 +1,1 @@
-"""The optimizer room: parameter groups, schedules, AdamW and Muon on parameter shards, EMA."""
+"""The optimizer: parameter groups, schedules, AdamW and Muon on parameter shards, EMA."""

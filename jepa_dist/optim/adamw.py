@@ -2,7 +2,7 @@
 
 ``torch.optim.AdamW`` runs on DTensors too, but sends every one of them through DTensor's dispatch
 (0.94 against 0.24 ms of host time for 61 vectors), refuses DTensors and plain tensors in one
-group, and creates its state only at the first step, when a checkpoint may long have to be read.
+group, and creates its state only at the first step, but a checkpoint is loaded before that.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, in place, on the shards alone.
+        """Update every parameter that has a gradient, in place; shards only, no communication.
 
         Args:
             skip: See ``Optimizer.step``.
@@ -55,8 +55,7 @@ class AdamW(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any], skip: Tensor | None) -> None:
         present = [p for p in group["params"] if p.grad is not None]
         filled = [p for p in present if local(p).numel()]
-        # An empty shard has nothing to update, but its step counts: a checkpoint may take any
-        # rank's.
+        # The step of an empty shard is counted, too: a checkpoint may store any rank's count.
         if len(filled) < len(present):
             empty = [p for p in present if not local(p).numel()]
             counts = [self.state[p]["adam_step"] for p in empty]

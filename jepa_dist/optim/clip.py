@@ -23,8 +23,8 @@ class GradientClip:
 
     Args:
         parameters: Plain tensors (the same on every rank) or DTensors sharded over one mesh
-            dimension; those without gradient are passed over. The same list on every rank.
-        max_norm: Limit of the global L2 norm; 0 only measures.
+            dimension; those without gradient are skipped. The same list on every rank.
+        max_norm: Limit of the global L2 norm; 0 only computes the norm.
     """
 
     def __init__(self, parameters: Iterable[Tensor], max_norm: float) -> None:
@@ -38,8 +38,8 @@ class GradientClip:
         """Clip the gradients that exist now. Collective.
 
         Returns:
-            The norm before clipping, 0-dim float32, on the gradients' device. A gradient that is
-            not finite makes it so, and with it all gradients.
+            The norm before clipping, 0-dim float32, on the gradients' device. If any gradient is
+            not finite, neither is the norm, nor any gradient afterwards.
         """
         squares, gradients = [], list[Tensor]()
         for group, parameters in self._by_group.items():
@@ -58,7 +58,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def _shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
-    """The ranks over which the parameter's squares must be added up; None where all are here."""
+    """Return the ranks to sum the parameter's squares over; None if this rank holds all of it."""
     if not isinstance(parameter, DTensor):
         return None
     dim = shard_dim(parameter)
@@ -70,7 +70,7 @@ def _shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
 def _sum_of_squares(
     gradients: list[Tensor], group: dist.ProcessGroup | None, device: torch.device
 ) -> Tensor:
-    """Of these shards, added up over the group; 0-dim float32."""
+    """Return the sum of squares of these shards over the group; 0-dim float32."""
     if gradients:
         norms = torch._foreach_norm(gradients, dtype=torch.float32)
         square = torch.linalg.vector_norm(torch.stack(norms)).square()

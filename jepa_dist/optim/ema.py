@@ -22,7 +22,7 @@ class EMA:
         decay: Weight of the past, in [0, 1].
 
     Raises:
-        ValueError: a parameter that is not float32, which ``swap`` could not give back exactly.
+        ValueError: a parameter that is not float32, which ``swap`` could not restore exactly.
     """
 
     is_on = True
@@ -40,18 +40,18 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the current parameters into the average; once per optimizer step."""
+        """Update the average with the current parameters; call once per optimizer step."""
         averages, parameters = self._shards()
         torch._foreach_lerp_(averages, parameters, 1 - self._decay)
 
     @contextmanager
     def swap(self) -> Iterator[None]:
-        """The model holds the average while the context lasts, and then its own values again.
+        """Put the average into the model inside this context, and restore its values afterwards.
 
-        Values are exchanged in place, tensor by tensor (the largest shard once more in memory, no
-        copy of the model), bit for bit, and back again also after an exception. In the meantime
-        neither train nor ``update`` nor save. Reshard before and after: FSDP2 may still hold
-        gathered copies of the other values.
+        Values are exchanged in place, tensor by tensor (memory for the largest shard, no copy of
+        the model), bit for bit, and restored after an exception, too. Do not train, ``update`` or
+        save inside. Reshard before and after: FSDP2 may still hold gathered copies of the other
+        values.
         """
         self._exchange()
         try:
@@ -60,7 +60,7 @@ class EMA:
             self._exchange()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The averages, keyed ``ema/NAME``, placed like their parameters.
+        """Return the averages, keyed ``ema/NAME``, placed like their parameters.
 
         These are the live tensors: to resume, write into them.
         """
@@ -74,7 +74,7 @@ class EMA:
             average.copy_(kept)
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's non-empty parts of the averages and of the parameters, in one order."""
+        """Return this rank's non-empty shards of averages and parameters, in the same order."""
         averages = [local(average) for average in self._averages.values()]
         parameters = [local(parameter) for parameter in self._parameters.values()]
         filled = [index for index, shard in enumerate(parameters) if shard.numel()]
@@ -82,7 +82,7 @@ class EMA:
 
 
 class NoEMA(EMA):
-    """No average: nothing to update, to save or to swap."""
+    """The absence of an average: nothing to update, save or swap."""
 
     is_on = False
 

@@ -123,7 +123,7 @@ class Wave:
         # Shard index of each rank that sends to this one (its replica), in rank order.
         self._sources = [shard for replica, shard in places if replica == my_replica]
         self._targets = [shard for _, shard in places]
-        # On the device: a list as an index would be a copy that the host waits for, in every step.
+        # On the device: indexing by a list would copy and synchronize in every step.
         self._target_shards = torch.tensor(self._targets, device=device)
         # Sizes and order of all transfers, equal in every step; here: sizes of this rank's shards.
         mine_here = [self._size_of_mine(shard) for shard in range(grid.shards)]

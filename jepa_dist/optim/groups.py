@@ -1,9 +1,9 @@
-"""Which parameter is optimized how (golden README section 4).
+"""Parameter groups: which optimizer updates which parameter (golden README section 4).
 
 Four groups, in step order: ``tok`` (the token embedding), ``head`` (an untied output head),
 ``matrix`` (every 2-D matrix inside the blocks and the objective, and the embedding projections)
-and ``scalar`` (scales, gains, mixes, skips). A parameter is recognized by its name and its number
-of dimensions alone, so nothing here depends on the model's classes.
+and ``scalar`` (scales, gains, mixes, skips). A parameter is assigned by its name and number of
+dimensions only, so nothing here depends on the model's classes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _RULE = (
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """One group: its parameters by name and the hyperparameters they share.
+    """A group of parameters by name, and the hyperparameters they share.
 
     ``lr`` is the base rate (schedules multiply it), ``weight_decay`` is decoupled. ``betas`` and
-    ``eps`` are Adam's and mean nothing where ``kind`` is ``muon``.
+    ``eps`` are Adam's, not used if ``kind`` is ``muon``.
     """
 
     name: GroupName
@@ -51,19 +51,19 @@ def group_parameters(
 ) -> list[ParamGroup]:
     """Sort every trainable parameter into exactly one group.
 
-    Frozen parameters and those without elements (skips of a model without any) belong to none.
+    Frozen parameters and empty ones (skips of a model without any) belong to none.
 
     Args:
         named_parameters: Names as in the golden files and the parameters (plain or DTensor);
             untied loop MLPs may live under ``override_mlps`` or inside their blocks.
         config: Rates, decays and the choice of optimizer for the matrices.
-        tied: Whether the token embedding is the output head, too.
+        tied: Whether the token embedding is also the output head.
 
     Returns:
-        The groups that have members, in step order; members in the order given.
+        The non-empty groups, in step order; members in the order given.
 
     Raises:
-        UserError: a parameter no rule knows, or one given twice; all of them at once.
+        UserError: parameters that match no rule, or are given twice; all of them at once.
     """
     members: dict[GroupName, dict[str, Tensor]] = {name: {} for name in STEP_ORDER}
     owners: dict[int, str] = {}

@@ -19,7 +19,7 @@ _LIMITS = (*(-limit for limit in reversed(_POSITIVE)), 0.0, *_POSITIVE, math.inf
 
 
 class Distribution(NamedTuple):
-    """Of all finite elements of a tensor."""
+    """Statistics and histogram of a tensor's finite elements."""
 
     minimum: float
     maximum: float
@@ -33,10 +33,11 @@ class Distribution(NamedTuple):
 
 
 def distributions(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Distribution]:
-    """Of every parameter (``weights/NAME``) and its gradient, if any (``gradients/NAME``).
+    """Return the distribution of every parameter (``weights/NAME``) and gradient, if any
+    (``gradients/NAME``).
 
-    Collective where parameters are DTensors: waits for the device, and adds up over ranks. Tensors
-    without finite elements are left out.
+    Collective if parameters are DTensors: waits for the device, and sums over ranks. Tensors
+    without finite elements are omitted.
     """
     tensors = {
         f"{kind}/{name}": tensor
@@ -54,7 +55,7 @@ def distributions(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, D
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    """This rank's share of number, sum, sum of squares and counts, float64."""
+    """Return this rank's share of number, sum, sum of squares and counts, float64."""
     values = _finite(tensor)
     limits = torch.tensor(_LIMITS, dtype=torch.float32, device=values.device)
     counts = torch.bincount(torch.bucketize(values, limits), minlength=len(_LIMITS)).double()
@@ -64,7 +65,7 @@ def _sums(tensor: Tensor) -> Tensor:
 
 
 def _ends(tensor: Tensor) -> Tensor:
-    """Minus the minimum, and the maximum; -inf without elements."""
+    """Return minus the minimum, and the maximum; -inf without elements."""
     values = _finite(tensor)
     nothing = values.new_tensor([-math.inf])
     return torch.stack([torch.cat([nothing, -values]).max(), torch.cat([nothing, values]).max()])
@@ -76,7 +77,7 @@ def _finite(tensor: Tensor) -> Tensor:
 
 
 def _replicas(tensor: Tensor) -> int:
-    """How many ranks hold each element."""
+    """Return how many ranks hold each element."""
     if not isinstance(tensor, DTensor):
         return 1
     return len(grid_of(tensor.device_mesh, shard_dim(tensor)).ranks)

@@ -1,4 +1,4 @@
-"""What the optimizers need to know of a DTensor: its shard here, and who holds the others.
+"""A DTensor as the optimizers use it: this rank's shard, and which ranks hold the others.
 
 FSDP2 shards every parameter by rows (dimension 0) over one mesh dimension and replicates it over
 the others. Row r of R rows on W shards lies on shard r // ceil(R / W), as ``torch.chunk`` cuts:
@@ -17,25 +17,25 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` that this rank holds, sharing its memory; not differentiable."""
-    # What ``to_local`` returns without gradient; called hundreds of times per step, it counts.
+    """Return this rank's shard of ``tensor``, sharing its memory; not differentiable."""
+    # Faster than ``to_local``, and called hundreds of times per step.
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def local_gradient(parameter: Tensor) -> Tensor:
-    """This rank's part of the gradient, which must exist."""
+    """Return this rank's shard of the gradient, which must exist."""
     assert parameter.grad is not None
     return local(parameter.grad)
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's non-empty parts of all gradients that exist."""
+    """Return this rank's non-empty shards of all gradients that exist."""
     shards = [local(p.grad) for p in parameters if p.grad is not None]
     return [shard for shard in shards if shard.numel()]
 
 
 def shard_dim(tensor: DTensor) -> int | None:
-    """The mesh dimension that splits the rows, or None where every rank holds all of them.
+    """Return the mesh dimension that shards the rows, or None if every rank holds all of them.
 
     Raises:
         ValueError: any other placement (columns split, partial sums, two sharded dimensions).
@@ -73,7 +73,7 @@ class Grid:
 
 
 def grid_of(mesh: DeviceMesh, dim: int | None) -> Grid:
-    """The grid of ``mesh`` whose dimension ``dim`` shards (None: every rank is a replica).
+    """Return the grid of ``mesh`` whose dimension ``dim`` shards (None: every rank is a replica).
 
     Raises:
         ValueError: a mesh of several dimensions that does not span the world.
@@ -98,6 +98,6 @@ def _group_over(mesh: DeviceMesh) -> dist.ProcessGroup:
 
 
 def rows_of_shard(rows: int, shards: int, index: int) -> tuple[int, int]:
-    """First row and one past the last row that shard ``index`` of ``shards`` holds."""
+    """Return the first row, and one past the last, of shard ``index`` of ``shards``."""
     chunk = -(-rows // shards)
     return min(rows, chunk * index), min(rows, chunk * (index + 1))

@@ -75,9 +75,9 @@ class Muon(torch.optim.Optimizer):
     """Decoupled decay, then lr * sqrt(max(1, rows / cols)) times the orthogonalized momentum.
 
     A parameter without gradient is decayed and keeps its momentum, as in the reference; only those
-    of the objective (``objective.NAME``) are not decayed, or one that starts late would start from
-    nothing. All ranks must have gradients of the same parameters; they compare the set whenever it
-    changes.
+    of the objective (``objective.NAME``) are not decayed then: an objective that starts late would
+    start with weights near zero. All ranks must have gradients of the same parameters; they compare
+    the set whenever it changes.
     State per parameter: ``momentum``, float32, placed like the parameter.
 
     Args:
@@ -174,7 +174,7 @@ class Muon(torch.optim.Optimizer):
         return _Plan(list(by_width.values()), whole, waves)
 
     def _require_equal_on_all_ranks(self, present: Sequence[bool]) -> None:
-        """Refuse sets of gradients that differ between ranks; the transfers would hang."""
+        """Raise if ranks have gradients of different parameters; the transfers would hang."""
         claims = [[has, not has] for has in present]
         device = self._params[0].device
         for grid in dict.fromkeys(grid for grid in self._grids if grid is not None):

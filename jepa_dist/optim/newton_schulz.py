@@ -1,7 +1,7 @@
-"""Newton-Schulz iteration: all singular values of a matrix toward 1, by matrix products alone.
+"""Newton-Schulz iteration: moves all singular values of a matrix to 1 by matrix products only.
 
-Fixed coefficients: K. Jordan, "Muon" (https://kellerjordan.github.io/posts/muon/); the iteration
-ends near 1, not at it, on purpose. Polar Express: N. Amsel et al., arXiv 2505.16932, coefficients
+Fixed coefficients: K. Jordan, "Muon" (https://kellerjordan.github.io/posts/muon/); by design the
+iteration ends near 1, not at it. Polar Express: N. Amsel et al., arXiv 2505.16932, coefficients
 that differ per iteration. Both as in golden README section 3.
 """
 
@@ -39,16 +39,16 @@ def orthogonalize(
     dtype: torch.dtype,
     result_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """The orthogonalized matrices, in order; one batched iteration per shape.
+    """Return the orthogonalized matrices, in order; one batched iteration per shape.
 
     A tall matrix is iterated as its transpose and shares a batch with wide ones of that shape.
 
     Args:
         matrices: 2-D tensors of any shapes on one device.
-        table: Coefficients (a, b, c) per iteration; the last row serves all further ones.
+        table: Coefficients (a, b, c) per iteration; the last row is used for all further ones.
         steps: Number of iterations.
-        dtype: Of the iteration.
-        result_dtype: Of the results, which are contiguous; None is that of the iteration.
+        dtype: Dtype of the iteration.
+        result_dtype: Dtype of the results, which are contiguous; None: that of the iteration.
     """
     batches: dict[tuple[int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
@@ -58,7 +58,7 @@ def orthogonalize(
     for members in batches.values():
         stacked = torch.stack([_wide(matrices[index]) for index in members]).to(dtype)
         wide_BSL = _iterate(stacked, table, steps).to(result_dtype or dtype)
-        # One copy for the batch; views of the transpose would cost every user one for each matrix.
+        # One copy for the batch; with transposed views, callers would copy each matrix.
         are_tall = [_is_tall(matrices[index]) for index in members]
         tall_BLS = wide_BSL.mT.contiguous() if any(are_tall) else wide_BSL
         for place, (index, is_tall) in enumerate(zip(members, are_tall, strict=True)):
@@ -75,7 +75,7 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def _iterate(x_BSL: Tensor, table: Coefficients, steps: int) -> Tensor:
-    """``steps`` iterations on a batch of S x L matrices, S <= L, which is overwritten."""
+    """Run ``steps`` iterations on a batch of S x L matrices, S <= L, which is overwritten."""
     norm = torch.linalg.vector_norm(x_BSL, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     x_BSL /= norm + _EPS
     for step in range(steps):

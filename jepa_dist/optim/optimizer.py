@@ -1,4 +1,4 @@
-"""The optimizer as the trainer sees it: one step over all groups, one flat dictionary of state."""
+"""The optimizer of a run: one step over all groups, one flat dictionary of state."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jepa_dist.optim.muon import Muon, MuonSettings
 
 
 class Optimizer:
-    """Steps every group in the order given, at the rates and momentum last scheduled.
+    """Optimizer of all groups, in the order given, at the rates and momentum last scheduled.
 
-    Construct it after sharding, on every rank alike. Before the first ``set_schedule`` the base
-    rates hold.
+    Construct it after sharding, on every rank. Before the first ``set_schedule`` it uses the base
+    rates.
 
     Args:
         groups: From ``group_parameters``.
-        muon: How matrices are orthogonalized, if a group is of kind ``muon``.
+        muon: Settings of the groups of kind ``muon``.
     """
 
     def __init__(self, groups: Iterable[ParamGroup], muon: MuonSettings) -> None:
@@ -29,7 +29,7 @@ class Optimizer:
         }
 
     def set_schedule(self, lr_multiplier: float, momentum: float) -> None:
-        """Scale all base rates (and with them all decays) and set Muon's momentum; no device."""
+        """Scale all base rates (and with them all decays) and set Muon's momentum; host only."""
         for group in self._groups:
             member = self._members[group.name]
             for settings in member.param_groups:
@@ -38,12 +38,12 @@ class Optimizer:
                     settings["momentum"] = momentum
 
     def step(self, skip: Tensor | None = None) -> None:
-        """Update all parameters in place. Collective where a group is optimized by Muon.
+        """Update all parameters in place. Collective if a group is optimized by Muon.
 
         Args:
             skip: 0-dim float32 on the parameters' device, the same on every rank: 1 leaves
-                parameters and state as they are, whatever the gradients hold; 0 or None updates.
-                The host need not know which.
+                parameters and state unchanged, whatever the gradients are; 0 or None updates. Not
+                read by the host.
         """
         for member in self._members.values():
             member.step(skip)
@@ -54,15 +54,15 @@ class Optimizer:
             member.zero_grad(set_to_none=True)
 
     def parameters(self) -> dict[str, list[Tensor]]:
-        """Everything that is optimized, by group name."""
+        """Return all optimized parameters, by group name."""
         return {group.name: list(group.parameters.values()) for group in self._groups}
 
     def learning_rates(self) -> dict[str, float]:
-        """The current rate of each group, by group name."""
+        """Return the current rate of each group, by group name."""
         return {name: member.param_groups[0]["lr"] for name, member in self._members.items()}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The whole state, keyed ``kind/parameter name``; complete from the start.
+        """Return the whole state, keyed ``kind/parameter name``; complete from the start.
 
         These are the live tensors: to resume, write into them (torch.distributed.checkpoint loads
         in place). Moments and momenta are DTensors placed like their parameter, so they reshard;

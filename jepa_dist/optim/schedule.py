@@ -12,9 +12,9 @@ from jepa_dist.config.schema import OptimConfig, ScheduleConfig
 
 
 def rate_multiplier(frac: float, schedule: ScheduleConfig, optim: OptimConfig) -> float:
-    """Multiplier of all learning rates by the configured schedule, in 0..1.
+    """Return the multiplier of all learning rates in the configured schedule, in 0..1.
 
-    ``schedule.decay_from`` is a number or None by now (``resume.find_start`` resolves "now").
+    ``schedule.decay_from`` must be a number or None (``resume.find_start`` resolves "now").
     """
     if schedule.kind == "cosine":
         shape = cosine(frac, schedule.warmup_frac, optim.min_lr)
@@ -29,20 +29,20 @@ def rate_multiplier(frac: float, schedule: ScheduleConfig, optim: OptimConfig) -
 
 
 def warmup(frac: float, warmup_frac: float) -> float:
-    """Linear warm-up: from 0 at the start to 1 at ``warmup_frac``, then 1; 0 means always 1."""
+    """Return the linear warm-up: from 0 to 1 at ``warmup_frac``, then 1; 0 means always 1."""
     return 1.0 if frac >= warmup_frac else frac / warmup_frac
 
 
 def cosine(frac: float, start: float, min_lr: float) -> float:
-    """1 until ``start``, then down to ``min_lr`` at the end of the run along half a cosine."""
+    """Return 1 until ``start``, then half a cosine down to ``min_lr`` at the end of the run."""
     done = min(max(0.0, (frac - start) / (1 - start)), 1.0)
     return min_lr + (1 - min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
 def decay(frac: float, start: float, min_lr: float, is_sqrt: bool) -> float:
-    """1 until ``start``, then down to ``min_lr`` at the end of the run.
+    """Return 1 until ``start``, then a decay to ``min_lr`` at the end of the run.
 
-    With d the part of the decay that is over: linear, 1 - d; ``is_sqrt``, 1 - sqrt(d). ``start`` 1
+    With d the completed fraction of the decay: linear, 1 - d; ``is_sqrt``, 1 - sqrt(d). ``start`` 1
     means always 1.
     """
     if frac < start or start >= 1:
@@ -52,7 +52,7 @@ def decay(frac: float, start: float, min_lr: float, is_sqrt: bool) -> float:
 
 
 def lr_multiplier(frac: float, warmdown_frac: float, min_lr: float) -> float:
-    """Multiplier of all learning rates: 1, then linearly down over the last ``warmdown_frac``.
+    """Return the multiplier of all rates: 1, then linearly down over the last ``warmdown_frac``.
 
     ``min_lr`` is the multiplier's floor, not a rate. ``warmdown_frac`` 0 means always 1.
     """
@@ -62,7 +62,7 @@ def lr_multiplier(frac: float, warmdown_frac: float, min_lr: float) -> float:
 
 
 def muon_momentum(step: int, start: float, final: float, warmup_steps: int) -> float:
-    """Muon's momentum: linear from ``start`` at step 0 to ``final`` at step ``warmup_steps``."""
+    """Return Muon's momentum: linear from ``start`` at step 0 to ``final`` at ``warmup_steps``."""
     if step >= warmup_steps:
         return final
     done = step / warmup_steps
@@ -72,7 +72,7 @@ def muon_momentum(step: int, start: float, final: float, warmup_steps: int) -> f
 def next_phase(
     phase: int, frac: float, num_loops: int, enable_looping_at: float, loop_phase2_at: float
 ) -> int:
-    """Recurrence phase of the coming step, given that of the step before (0 before the first).
+    """Return the recurrence phase of the next step, given that of the last one (0 at first).
 
     A state machine with at most one transition per call: when both thresholds are passed, phase 1
     still lasts one step. ``loop_phase2_at`` 0 skips phase 1.
@@ -89,10 +89,10 @@ def next_phase(
 def jepa_weight(
     frac: float, lambda_: float, start_frac: float, ramp_frac: float, stop_frac: float = 1.0
 ) -> float:
-    """Weight of the JEPA loss: 0 before ``start_frac``, then up to ``lambda_`` over ``ramp_frac``,
-    and 0 again from ``stop_frac`` on.
+    """Return the weight of the JEPA loss: 0 before ``start_frac``, then up to ``lambda_`` over
+    ``ramp_frac``, and 0 again from ``stop_frac`` on.
 
-    ``ramp_frac`` 0 gives the whole weight at once; ``stop_frac`` 1 never switches it off.
+    ``ramp_frac`` 0 gives the full weight at once; ``stop_frac`` 1 never switches it off.
     """
     if frac < start_frac or (stop_frac < 1 and frac >= stop_frac):
         return 0.0

@@ -1,8 +1,8 @@
-"""How far a step moves the weights, relative to their size: |update| / |weight| per group.
+"""Size of a step's update relative to the weights: |update| / |weight| per group.
 
-Measured on a sample: up to ``_SAMPLED`` elements of every shard, evenly spaced and from all columns
-alike, are kept while the optimizer steps. That costs no copy of the weights, and sums over ranks
-give the same ratio as all elements would, up to sampling error.
+Measured on a sample: up to ``_SAMPLED`` elements of every shard, evenly spaced over rows and
+columns, are copied before the optimizer step. This needs no copy of the weights, and sums over
+ranks give the ratio of all elements, up to sampling error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PREFIX = "update_ratio"
 
 
 class UpdateRatio:
-    """Call ``before`` and ``after`` around a step, on every rank alike; then ``metrics``.
+    """Measurement of update ratios: call ``before`` and ``after`` a step, then ``metrics``.
 
     Args:
         groups: Parameters (plain or DTensor) by group name.
@@ -31,15 +31,15 @@ class UpdateRatio:
         self._before: dict[str, list[Tensor]] = {}
 
     def before(self) -> None:
-        """Keep the sampled weights."""
+        """Copy the sampled weights."""
         self._before = {
             name: [sample.clone() for sample in _samples(parameters)]
             for name, parameters in self._groups.items()
         }
 
     def after(self) -> dict[str, Tensor]:
-        """Squares of update and weight, 0-dim float32 on the device, to be added up over ranks;
-        nothing unless ``before`` was called."""
+        """Return squared norms of update and weight, 0-dim float32 on the device, to be summed
+        over ranks; empty unless ``before`` was called."""
         sums: dict[str, Tensor] = {}
         for name, before in self._before.items():
             parameters = self._groups[name]
@@ -54,7 +54,7 @@ class UpdateRatio:
         return sums
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Ratios by group, from the sums over all ranks; none where they were not measured."""
+        """Return ratios by group, from the sums over all ranks; empty if not measured."""
         ratios = {}
         for name in self._groups:
             weight = sums.get(f"{_PREFIX}/{name}/weight", 0.0)
@@ -65,13 +65,13 @@ class UpdateRatio:
 
 
 def _samples(parameters: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Views of evenly spaced elements."""
+    """Yield views of evenly spaced elements."""
     for parameter in parameters:
         yield local(parameter).flatten()[:: _stride(parameter)]
 
 
 def _stride(parameter: Tensor) -> int:
-    """Coprime to the width: a stride that has a factor in common with it passes over columns."""
+    """Return a stride coprime to the width: any other stride would skip columns."""
     whole = local(parameter)
     stride = max(1, math.ceil(whole.numel() / _SAMPLED))
     while whole.dim() > 1 and whole.numel() > 0 and math.gcd(stride, whole.size(-1)) > 1:
@@ -80,7 +80,7 @@ def _stride(parameter: Tensor) -> int:
 
 
 def _square(samples: Iterable[Tensor], factors: list[float]) -> Tensor:
-    """Estimated sum of squares; the factors are roots of elements
-    per sampled one."""
+    """Return the estimated sum of squares; a factor is the root of the number of elements per
+    sampled one."""
     norms = torch._foreach_norm([sample.float() for sample in samples])
     return torch.stack(torch._foreach_mul(norms, factors)).square().sum()

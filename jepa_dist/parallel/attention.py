@@ -54,8 +54,8 @@ def choose_attention(
         query: Shape of the queries, [B, H, T, C].
         key: Shape of keys and values, [B, K, T, C].
         dtype: Dtype of the computation.
-        device: Its device.
-        masks_documents: Attention is to keep within documents.
+        device: Device of the computation.
+        masks_documents: Attention must not cross documents.
         is_compiled: Regions are compiled.
 
     Raises:
@@ -66,7 +66,7 @@ def choose_attention(
     if wanted == "flex":
         chosen = wanted if can_flex else None
     elif wanted == "auto" and masks_documents and is_compiled and can_flex:
-        chosen = "flex"  # the only one that skips what is masked
+        chosen = "flex"  # the only one that skips masked blocks
     else:
         names = list(_SDPA) if wanted == "auto" else [wanted]
         chosen = _sdpa_choice(names, query, key, dtype, device, masks_documents)
@@ -141,7 +141,7 @@ def _repeat_heads(x_BKTC: Tensor, q_BHTC: Tensor) -> Tensor:
 
 
 def _flex(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, documents_BT: Tensor | None) -> Tensor:
-    """Compute FlexAttention, which skips the blocks of which nothing is visible."""
+    """Compute FlexAttention, which skips completely masked blocks."""
     length = q_BHTC.size(2)
     if documents_BT is None:
         mask = create_block_mask(_is_visible, None, None, length, length, device=q_BHTC.device)

@@ -1,4 +1,4 @@
-"""FSDP2's communication: how long computation stands still for it, and how to do without it."""
+"""Measure the exposed time of FSDP2's communication, and run passes without communication."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 
 from jepa_dist.parallel.shard import fsdp_modules
 
-# Methods of FSDP2's parameter groups, which have no public hooks; alike in torch 2.11 and 2.13.
+# Methods of FSDP2's parameter groups, which have no public hooks; the same in torch 2.11 and 2.13.
 _WAITING_POINTS = ("pre_forward", "pre_backward", "post_backward", "finalize_backward")
 
 
 def time_communication(model: nn.Module, timed: Callable[[], AbstractContextManager[None]]) -> None:
-    """Have every point at which computation may wait for communication run inside ``timed()``.
+    """Run every point at which computation may wait for communication inside ``timed()``.
 
-    FSDP2 overlaps its collectives with computation and reports nothing of what it could not hide.
-    But the stream that computes waits for them at four points only: before a unit's forward and
-    backward (its parameters must be there), after its backward (the gradients of an earlier unit
-    must be on their way), and at the end of backward (all must be reduced). What passes there is
-    the communication that is exposed, and the copies into and out of the collectives' buffers.
+    FSDP2 overlaps its collectives with computation, and does not report what it could not hide.
+    But the compute stream waits for them at four points only: before a unit's forward and
+    backward (for its parameters), after its backward (for the reduction of an earlier unit to be
+    launched), and at the end of backward (for all reductions). The time spent there is the exposed
+    communication, and the copies into and out of the collectives' buffers.
     """
     for group in _parameter_groups(model):
         for name in _WAITING_POINTS:
@@ -37,9 +37,10 @@ def time_communication(model: nn.Module, timed: Callable[[], AbstractContextMana
 
 @contextmanager
 def without_communication(model: nn.Module) -> Iterator[None]:
-    """In here a rank runs passes over the model by itself; begin the micro-batch before.
+    """Let this rank run passes over the model alone, inside this context.
 
-    Parameters are zero but for its own part, and gradients (to be thrown away) are not reduced.
+    Start the micro-batch before entering it. Parameters are zero except this rank's shards, and
+    gradients, which must be discarded, are not reduced.
     """
     for module in fsdp_modules(model):
         module.set_custom_all_gather(_NoAllGather())
@@ -53,11 +54,11 @@ def without_communication(model: nn.Module) -> Iterator[None]:
             module.set_custom_reduce_scatter(DefaultReduceScatter())
             module.set_requires_all_reduce(True)
         for group in _parameter_groups(model):
-            group._partial_reduce_output = None  # what replicas would add to their next gradient
+            group._partial_reduce_output = None  # would be added to the next gradient with replicas
 
 
 class _Zeros:
-    """Buffers for collectives that do not take place."""
+    """Allocator of zeroed buffers for skipped collectives."""
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
@@ -67,16 +68,16 @@ class _Zeros:
 
 class _NoAllGather(_Zeros, AllGather):
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Everything but this rank's own part stays zero."""
+        """Do nothing: all but this rank's shard stays zero."""
 
 
 class _NoReduceScatter(_Zeros, ReduceScatter):
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """The sum stays zero."""
+        """Do nothing: the sum stays zero."""
 
 
 def _parameter_groups(model: nn.Module) -> list[Any]:
-    """Of all units; a module without parameters of its own has none. torch 2.11 knows one each."""
+    """Return all units' groups; a module without parameters has none. torch 2.11 has one each."""
     states: list[Any] = [module._get_fsdp_state() for module in fsdp_modules(model)]
     groups: list[Any] = []
     for state in states:

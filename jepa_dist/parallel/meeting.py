@@ -29,7 +29,7 @@ _POLL_SECONDS = 0.02
 def launcher_store(timeout: timedelta) -> Store:
     """Return the store at MASTER_ADDR and MASTER_PORT: torchrun's, or one that rank 0 serves.
 
-    Rank 0's listens at MASTER_ADDR only. If that is no address of its host (or, with several
+    Rank 0's listens at MASTER_ADDR only. If that is not an address of its host (or, with several
     hosts, a name that resolves to loopback here), it listens on all interfaces, as PyTorch's do.
 
     Args:

@@ -72,7 +72,7 @@ class MetricsReduction:
         digest: int,
         shared: Mapping[str, Tensor],
     ) -> None:
-        """Start the reduction of one step.
+        """Start the reduction of a step's numbers.
 
         Args:
             step: Optimizer step.

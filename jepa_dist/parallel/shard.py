@@ -33,7 +33,7 @@ class InitialValue(Protocol):
     """Full initial tensor of a parameter; the same on every rank that asks."""
 
     def __call__(self, name: str, shape: torch.Size, *, device: torch.device) -> Tensor:
-        """The float32 tensor of this full shape, on ``device``."""
+        """Return the float32 tensor of this full shape, on ``device``."""
 
 
 # Identical blocks share a graph; this many variants (parallel, XSA, with and without gradient)
@@ -58,24 +58,24 @@ def parallelize(
     world: World,
     initial_value: InitialValue,
     micro_batches: int = 1,
-) -> Gathering:
+) -> FSDPSchedule:
     """Turn a model on the meta device into this rank's part of it, with its initial weights.
 
     Args:
         model: The plain model; parameters on meta.
-        regions: What is compiled, named by the model.
+        regions: Modules to compile, named by the model.
         blocks: Modules in execution order, each of which returns one tensor; they are gathered and
             freed in units of ``config.blocks_per_unit``.
-        looped: Those of them that run several times per pass.
-        reduced_in_parts: Those of which some parameters belong to one of these times alone, so
-            that their gradients are reduced before the others'.
+        looped: Blocks that run several times per pass.
+        reduced_in_parts: Blocks with parameters that only one of these executions uses, whose
+            gradients are reduced before the others'.
         config: Parallel settings.
         world: Ranks and mesh.
-        initial_value: Full initial tensor by name and shape, on any rank the same.
+        initial_value: Full initial tensor by name and shape, the same on every rank.
         micro_batches: Forward and backward passes per optimizer step.
 
     Returns:
-        The control over when parameters are gathered and gradients reduced.
+        The schedule of gathering parameters and reducing gradients.
     """
     blocks, looped = list(blocks), list(looped)
     for block in blocks:
@@ -86,11 +86,11 @@ def parallelize(
     units = fsdp_units(blocks, looped, config.blocks_per_unit)
     looped = looped if config.keep_looped_gathered else []
     accumulates = micro_batches > 1 and config.accumulate == "gathered"
-    # The last block's backward follows its forward at once.
+    # The last block's backward follows its forward immediately.
     kept = blocks if accumulates else [*looped, *blocks[-1:]]
     shard(model, units, kept, config, world)
     materialize(model, world.device, initial_value)
-    return Gathering(model, looped, config, reduced_in_parts)
+    return FSDPSchedule(model, looped, config, reduced_in_parts)
 
 
 def fsdp_units(blocks: Sequence[T], looped: Iterable[T], blocks_per_unit: int) -> list[list[T]]:
@@ -98,9 +98,9 @@ def fsdp_units(blocks: Sequence[T], looped: Iterable[T], blocks_per_unit: int) -
 
     A unit holds up to ``blocks_per_unit`` consecutive blocks, either looped ones or others. FSDP2
     ends the forward of a unit when each of its blocks has run once, so a pass over the model must
-    run all of a unit's blocks equally often, and run them all before it repeats one. Where one
-    unit holds all blocks they belong to the root instead, whose forward is the whole pass: there
-    are no units then.
+    run all of a unit's blocks equally often, and run them all before it repeats one. If one unit
+    would hold all blocks, there are no units: the blocks belong to the root, whose forward is the
+    whole pass.
     """
     if blocks_per_unit >= len(blocks):
         return []
@@ -119,7 +119,7 @@ def shard(
     config: ParallelConfig,
     world: World,
 ) -> None:
-    """``fully_shard`` each unit and the root; gradients are summed, not averaged.
+    """Apply ``fully_shard`` to each unit and the root; gradients are summed, not averaged.
 
     Units with a block in ``kept`` stay gathered between forward and backward, whatever the
     configuration; so does the root.
@@ -135,27 +135,27 @@ def shard(
         fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     if world.world_size == 1:
-        return  # nothing is summed, and a factor would cost a pass over all gradients
+        return  # no reduction; a divide factor would cost a pass over all gradients
     for module in fsdp_modules(model):
         # Losses are divided by the global batch before backward: the plain sum is then exact for
-        # ranks that hold different numbers of sequences. gloo knows no pre-multiplied sum.
+        # ranks that hold different numbers of sequences. gloo has no pre-multiplied sum.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
-class Gathering:
-    """When parameters are gathered and gradients reduced, within one optimizer step.
+class FSDPSchedule:
+    """FSDP schedule of one optimizer step: when to gather parameters and reduce gradients.
 
-    Between micro-batches parameters stay gathered and gradients whole, so that a step gathers and
-    reduces once (``parallel.accumulate: sharded`` frees and reduces after each). Looped blocks stay
-    gathered from their first pass until the last backward is done (measured: 12 instead of 33
+    Between micro-batches parameters stay gathered and gradients unsharded, so that a step gathers
+    and reduces once (``parallel.accumulate: sharded`` frees and reduces after each). Looped blocks
+    stay gathered from their first pass until the last backward is done (measured: 12 instead of 33
     all-gathers for four of eight blocks run three times). Autograd adds up the gradients of their
-    passes before FSDP2 sees them, so they reduce once; only MLPs that belong to one pass alone
+    passes before FSDP2 sees them, so they are reduced once; only MLPs that belong to a single pass
     (``model.untie_loop_mlps``) are reduced as soon as that pass is done.
 
-    With replicas and ``accumulate: sharded``, gradients are summed over the replicas in the last
-    micro-batch alone. Not those of ``reduced_in_parts``: FSDP2 keeps one partial sum per block,
-    which has the shape of whatever was reduced last.
+    With replicas and ``accumulate: sharded``, gradients are summed over the replicas only in the
+    last micro-batch, except those of ``reduced_in_parts``: FSDP2 keeps one partial sum per block,
+    which has the shape of the latest reduction.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Gathering:
     def micro_batches(self, count: int) -> Iterator[int]:
         """Yield the index of each micro-batch of a step, for its forward and backward.
 
-        Afterwards parameters are shards again.
+        Afterwards parameters are sharded again.
         """
         for index in range(count):
             self._begin_micro_batch(is_last=index == count - 1)
@@ -185,7 +185,7 @@ class Gathering:
         """Set up forward and backward of one micro-batch."""
         is_complete = is_last or self._shards_each
         self._model.set_requires_gradient_sync(is_complete)
-        self._model.set_requires_all_reduce(is_last)  # over replicas, once even so
+        self._model.set_requires_all_reduce(is_last)  # over replicas: once per step in any case
         for block in self._in_parts:
             block.set_requires_all_reduce(True)
         self._model.set_reshard_after_backward(is_complete)
@@ -193,16 +193,16 @@ class Gathering:
             block.set_reshard_after_backward(False)
 
     def release(self) -> None:
-        """Free what is still gathered; parameters are shards again. After backward or evaluation.
+        """Reshard all parameters. Call this after backward or evaluation.
 
-        (A forward without backward leaves gathered what is not freed after forward.)
+        (A forward without backward leaves units gathered that are not resharded after forward.)
         """
         for module in fsdp_modules(self._model):
             module.reshard()
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """The first module of every FSDP unit, which speaks for the unit; the root first."""
+    """Return the first module of every FSDP unit, which represents it; the root first."""
     units: dict[int, FSDPModule] = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -211,7 +211,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
-    """Dtype of gathered parameters and activations."""
+    """Return the dtype of gathered parameters and activations."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
@@ -221,7 +221,7 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
 
 
 def checkpoint_activations(block: nn.Module, mode: str) -> None:
-    """Recompute the block's activations in backward, all but attention (full) or all but attention
+    """Recompute the block's activations in backward, except attention (full), or except attention
     and matrix products (selective).
 
     The output of attention is always saved: it costs one [B, T, D] tensor per block, attention is
@@ -245,7 +245,7 @@ def checkpoint_activations(block: nn.Module, mode: str) -> None:
 def saved_operations(mode: str) -> frozenset[Any]:
     """Return the operations whose outputs ``selective`` or ``full`` keeps for backward.
 
-    The same object for all blocks: the compiler tells graphs apart by its identity.
+    The same object for all blocks, since graphs are keyed by its identity.
     """
     return _SAVED[mode]
 
@@ -291,7 +291,7 @@ def materialize(model: nn.Module, device: torch.device, initial_value: InitialVa
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
-    """Where this rank's part of a parameter lies in the full tensor (all of it if plain)."""
+    """Return the slices of the full tensor that this rank holds (all of it if plain)."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)
     shape, offset = compute_local_shape_and_global_offset(

@@ -17,7 +17,7 @@ from jepa_dist.objectives.objective import PREFIX, Objective, is_objectives
 from jepa_dist.optim.clip import GradientClip
 from jepa_dist.optim.ema import EMA
 from jepa_dist.optim.optimizer import Optimizer
-from jepa_dist.parallel.shard import Gathering
+from jepa_dist.parallel.shard import FSDPSchedule
 from jepa_dist.parallel.world import World
 from jepa_dist.run.progress import Progress, progress_of
 
@@ -29,7 +29,7 @@ class TrainState:
     world: World
     root: JointModel
     """The model and the objective; passes go through it."""
-    schedule: Gathering
+    schedule: FSDPSchedule
     """When parameters are gathered and gradients reduced."""
     optimizer: Optimizer
     clip_gradients: GradientClip
