@@ -1,4 +1,4 @@
-"""The reference GPT (parameter-golf PR #1412), number for number; extras off, a plain GPT.
+"""The reference GPT (parameter-golf PR #1412), numerically identical; a plain GPT without extras.
 
 Tensor names carry their shape: B batch, T sequence, D model width, E embedding width,
 V vocabulary, R rotated dimensions of a head.
@@ -22,35 +22,35 @@ from jepa_dist.model.places import Places, places_in_documents
 
 
 class Output(NamedTuple):
-    """What a pass over the model hands out (a pytree, as FSDP2's hooks need)."""
+    """The result of a pass over the model (a pytree, as FSDP2's hooks need)."""
 
     loss_sum: Tensor | None = None
     """Sum over all targets of weight times cross-entropy (nats), float32 scalar."""
     row_loss_B: Tensor | None = None
-    """Each row's part of it, float32, without gradient; only of a pass with gradients of a head
-    that is asked for it (``HeadRegion.by_row``)."""
+    """Each row's part of it, float32, without gradient; only in a pass with gradients, and only
+    with ``HeadRegion.by_row``."""
     logits_BTV: Tensor | None = None
     """Logits after the soft cap, float32; only without targets."""
     taps: tuple[Tensor, ...] = ()
-    """The hidden states that were asked for, [B, T, D] each, in the activations' dtype."""
+    """The requested hidden states, [B, T, D] each, in the activations' dtype."""
 
 
 class EmbedRegion(nn.Module):
-    """Tokens to the residual stream. Holds no parameters: a tied embedding belongs to the root."""
+    """Token embedding. Has no parameters of its own: a tied embedding belongs to the root."""
 
     def forward(self, tokens_BT: Tensor, emb_VE: Tensor, proj_DE: Tensor | None) -> Tensor:
-        """Look up, norm in the embedding's own width, project if the widths differ: [B, T, D]."""
+        """Look up, normalize in the embedding's width, project if the widths differ: [B, T, D]."""
         x_BTE = rms_norm(F.embedding(tokens_BT, emb_VE))
         return x_BTE if proj_DE is None else F.linear(x_BTE, proj_DE)
 
 
 class SkipRegion(nn.Module):
-    """Mix an encoder state into the decoder's stream."""
+    """U-Net skip: adds an encoder state to the decoder's stream."""
 
     def forward(
         self, x_BTD: Tensor, s_BTD: Tensor, weight_D: Tensor, gate_D: Tensor | None
     ) -> Tensor:
-        """``x + w s``, or ``g x + (1 - g) w s`` with g the sigmoid of the gate."""
+        """Return ``x + w s``, or ``g x + (1 - g) w s`` with g the sigmoid of the gate."""
         skip_BTD = weight_D * s_BTD
         if gate_D is None:
             return x_BTD + skip_BTD
@@ -78,7 +78,7 @@ class GPT(nn.Module):
             None if config.tie_embeddings else nn.Linear(embed_width, config.vocab_size, bias=False)
         )
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
-        # As many rows as the longest phase needs; shorter phases leave the last ones idle.
+        # As many rows as the longest phase needs; shorter phases do not use the last ones.
         rows = execution_order(config, LAST_PHASE).num_skips if config.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.empty(rows, width)) if rows else None
         self.skip_gates = (
@@ -90,7 +90,7 @@ class GPT(nn.Module):
         self._rope: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def regions(self) -> Iterator[tuple[str, nn.Module]]:
-        """The parts that are compiled, each as one graph, in execution order."""
+        """Yield the parts that are compiled, each as one graph, in execution order."""
         yield "embed", self.embed
         for index, block in enumerate(self.blocks):
             yield f"blocks.{index}", block
@@ -107,18 +107,18 @@ class GPT(nn.Module):
         taps: Sequence[int] = (),
         cache: KVCache | None = None,
     ) -> Output:
-        """One pass over the model.
+        """Run one pass over the model.
 
         Args:
             tokens_BT: int64 input ids.
-            targets_BT: int64 ids to predict; without them the logits are handed out.
+            targets_BT: int64 ids to predict; without them the logits are returned.
             weight: float32 weight in the loss sum of every row, [B] (0 for padding rows), or of
                 every target, [B, T].
             phase: Recurrence phase 0, 1 or 2.
-            taps: Layers whose states to hand out, in this order: -1 for the final pre-norm state
-                (the very tensor that the head reads), i for block i's output at its last execution.
+            taps: Layers whose states to return, in this order: -1 for the final pre-norm state
+                (the same tensor that the head reads), i for block i's output at its last execution.
             cache: Keys and values of the positions before ``tokens_BT``; the pass appends its own.
-                For generation: eager, without gradients, on a whole model.
+                For generation: eager, without gradients, on an unsharded model.
         """
         x_BTD = self.embed(tokens_BT, self.tok_emb.weight, _weight(self.embed_proj))
         if cache is None:
@@ -138,10 +138,10 @@ class GPT(nn.Module):
 
         Args:
             tokens_BT: The rows from their beginning on.
-            length: Of the whole rows, if more tokens follow.
+            length: Length of the complete rows, if more tokens follow.
 
         Raises:
-            ValueError: the model masks documents and was not told how they begin.
+            ValueError: the model masks documents, but has no ``bos_id``.
         """
         count = tokens_BT.size(1)
         cos_TR, sin_TR = self._rope_tables(length or count, tokens_BT.device)
@@ -158,7 +158,7 @@ class GPT(nn.Module):
     def _run_blocks(
         self, x_BTD: Tensor, places: Places, phase: int, taps: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Encoder, decoder with skips; returns the final state and the tapped ones."""
+        """Run encoder and decoder with skips; return the final state and the tapped ones."""
         order = execution_order(self.config, phase)
         x0_BTD = _distinct(x_BTD) if self.config.x0_mix else None
         states: dict[int, Tensor] = {}
@@ -192,8 +192,8 @@ class GPT(nn.Module):
 
 
 def _distinct(x: Tensor) -> Tensor:
-    """The same values as another tensor object: a region given one tensor twice would need, and
-    compile, a graph of its own."""
+    """Return the same values as another tensor object: a region that gets one tensor twice is
+    compiled to a separate graph."""
     return x.view_as(x)
 
 

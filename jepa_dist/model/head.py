@@ -65,7 +65,7 @@ class HeadRegion(nn.Module):
         y = y if proj_ED is None else F.linear(y, proj_ED)
         if targets_BT is None or weight is None:
             return capped_logits(y, head_VE, self.softcap)
-        # [B] becomes [B, 1], [B, T] stays.
+        # [B] becomes [B, 1]; [B, T] is unchanged.
         weight_BT = weight.view(len(weight), -1).expand_as(targets_BT)
         rows = Rows(y.flatten(0, 1), targets_BT.flatten(), weight_BT.flatten())
         chunks = num_chunks(targets_BT.numel(), len(head_VE))
@@ -123,7 +123,7 @@ def chunked_loss_sum(rows: Rows, head_VE: Tensor, softcap: float, chunks: int) -
 def loss_by_position(
     rows: Rows, head_VE: Tensor, softcap: float, chunks: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the same sum, and its parts, float32 [N], whose gradient is not to be used."""
+    """Return the same sum, and its parts, float32 [N], which must not be differentiated."""
     if chunks == 1:
         loss_N = _weighted_loss(rows, head_VE, softcap)
         return loss_N.sum(), loss_N

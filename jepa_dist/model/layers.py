@@ -1,8 +1,8 @@
 """The parts of a block: norm, rotary embedding, attention, MLP (golden README section 1).
 
-Where an equivalent formula moves fewer bytes through memory it is the one used here, since half of
-a small model's step is spent on that: scales are folded into weights, norms are applied as factors
-to what is read anyway (docs/performance.md, "Bytes per block", has the counts).
+Of equivalent formulas, these move the fewest bytes through memory, which takes half of a small
+model's step: scales are folded into weights, norms are applied as factors to tensors that are read
+anyway (docs/performance.md, "Bytes per block", has the counts).
 
 Tensor names carry their shape: B batch, T sequence, D model width, H query heads, K key/value
 heads, C head width, R rotated dimensions of a head.
@@ -28,19 +28,19 @@ NORM_EPS = torch.finfo(torch.float32).eps
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, without weight."""
+    """Return the RMS norm over the last dimension, without weight."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
 def inverse_rms(x: Tensor) -> Tensor:
-    """The factor by which RMS norm scales each vector of the last dimension, [..., 1], in float32
-    or wider."""
+    """Return the factor by which RMS norm scales each vector of the last dimension, [..., 1], in
+    float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
 
 
 def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, float32 [T, R/2] each.
+    """Return cosines and sines of the rotary angles, float32 [T, R/2] each.
 
     Lengths strictly above ``seq_len`` rescale the base (NTK style); the frequencies' denominator
     is the number of rotated dimensions, not the head width.
@@ -68,7 +68,7 @@ def rotate(x_BTHC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 def remove_own_value(y_BTHC: Tensor, v_BTKC: Tensor) -> Tensor:
     """XSA: remove from each head's output its component along its own position's value."""
-    # Repeated for each query head: then every sum has one shape, and the compiler needs one kernel.
+    # Repeated for each query head, so that all sums have one shape and compile to one kernel.
     v_BTHC = v_BTKC.repeat_interleave(y_BTHC.size(2) // v_BTKC.size(2), dim=2)
     v_BTHC = v_BTHC.to(torch.promote_types(v_BTHC.dtype, torch.float32))
     square_BTH1 = v_BTHC.square().sum(-1, keepdim=True).clamp(min=1e-24)
@@ -77,20 +77,21 @@ def remove_own_value(y_BTHC: Tensor, v_BTKC: Tensor) -> Tensor:
 
 
 def project(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """``scale * (weight @ x)`` for a scale per output channel: on the weight, which is smaller."""
+    """Return ``scale * (weight @ x)``, one scale per output channel; scales the weight, which is
+    smaller."""
     return F.linear(x, weight if scale is None else weight * scale[:, None])
 
 
 def causal_attention(
     q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, documents_BT: Tensor | None
 ) -> Tensor:
-    """Attend causally, and only within the own document, with grouped key/value heads.
+    """Attend causally, and only within the same document, with grouped key/value heads.
 
     Args:
         q_BHTC: Queries.
         k_BKTC: Keys.
         v_BKTC: Values.
-        documents_BT: Numbers of the positions' documents; None: all attend to all before them.
+        documents_BT: Numbers of the positions' documents; None: all earlier positions are visible.
 
     Returns:
         [B, H, T, C].
@@ -108,7 +109,7 @@ def causal_attention(
 
 
 def same_document(query_BT: Tensor, key_BS: Tensor) -> Tensor:
-    """Return where a query's and a key's document are the same, bool [B, 1, T, S]."""
+    """Return whether a query's and a key's document are the same, bool [B, 1, T, S]."""
     return query_BT[:, None, :, None] == key_BS[:, None, None, :]
 
 
@@ -140,7 +141,7 @@ class Attention(nn.Module):
         scale_D: Tensor | None,
         documents_BT: Tensor | None,
     ) -> Tensor:
-        """Attend over the normed ``x_BTD``, scale the output's channels; returns [B, T, D]."""
+        """Attend over the normalized ``x_BTD``, scale the output's channels; return [B, T, D]."""
         weights = [self.c_q.weight, self.c_k.weight, self.c_v.weight]
         heads_BTHC = F.linear(x_BTD, torch.cat(weights)).unflatten(-1, (-1, self.head_dim))
         q_BTHC, k_BTKC, v_BTKC = heads_BTHC.split([len(w) // self.head_dim for w in weights], 2)
@@ -158,7 +159,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers round a squared leaky ReLU (slope 0.5, so z^2 or 0.25 z^2)."""
+    """Two linear layers around a squared leaky ReLU (slope 0.5, so z^2 or 0.25 z^2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -169,18 +170,18 @@ class MLP(nn.Module):
         """Transform each position of ``norm * x``, scale the output's channels: [B, T, D].
 
         The norm's factor is positive, so it commutes with the first product and with the leaky
-        ReLU: applied (squared) to the hidden layer, it leaves nothing but ``fc(x)`` to be kept for
-        backward, and the normed stream is never written to memory.
+        ReLU: if it is applied (squared) to the hidden layer, only ``fc(x)`` is saved for backward,
+        and the normalized stream is never written to memory.
         """
         hidden = F.leaky_relu(self.fc(x_BTD), 0.5).square() * norm_BT1.square()
         return project(hidden.type_as(x_BTD), self.proj.weight, scale_D)
 
 
 class Block(nn.Module):
-    """One transformer block: attention and MLP, one after the other or side by side.
+    """A transformer block: attention and MLP, in sequence or in parallel.
 
-    Blocks that differ only in numbers share one compiled graph: what differs by layer is a tensor
-    (``norm_scale``), booleans stand for true variants only.
+    Blocks that differ only in numbers share one compiled graph: values that differ by layer are
+    tensors (``norm_scale``), booleans are only used for different computations.
     """
 
     norm_scale: Tensor | None
@@ -196,12 +197,12 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.empty(width)) if config.branch_scales else None
         self.mlp_scale = nn.Parameter(torch.empty(width)) if config.branch_scales else None
         self.resid_mix = nn.Parameter(torch.empty(2, width)) if config.x0_mix else None
-        # On a real device also when the model is built on meta: it holds a value.
+        # On a real device even if the model is built on meta, since it has a value.
         scale = torch.tensor(1.0 / math.sqrt(index + 1), device="cpu") if config.ln_scale else None
         self.register_buffer("norm_scale", scale, persistent=False)
 
     def mlp_of_repeat(self, repeat: int) -> nn.Module:
-        """The MLP of the ``repeat``-th further execution in a pass (its own one if untied)."""
+        """Return the MLP of repetition ``repeat`` in a pass (a separate one if untied)."""
         if repeat == 0 or not self.loop_mlps:
             return self.mlp
         return self.loop_mlps[repeat - 1]
@@ -221,7 +222,7 @@ class Block(nn.Module):
             x_BTD: Residual stream.
             x0_BTD: Embedding at the start of the pass; must not be the same tensor as ``x_BTD``
                 (aliasing costs a compiled graph). None without ``x0_mix``.
-            cos_TR: Rotary cosines, float32; [B, T, R/2] where they differ by row.
+            cos_TR: Rotary cosines, float32; [B, T, R/2] if they differ by row.
             sin_TR: Rotary sines, likewise.
             mlp: One of this block's MLPs, from ``mlp_of_repeat``. An argument, so that every
                 repeat runs the same compiled graph.
@@ -239,6 +240,6 @@ class Block(nn.Module):
         return x_BTD + mlp(x_BTD, self._norm(x_BTD), self.mlp_scale)
 
     def _norm(self, x_BTD: Tensor) -> Tensor:
-        """RMS norm of the stream, as a factor of each position: [B, T, 1]."""
+        """Return the RMS norm of the stream as a factor of each position: [B, T, 1]."""
         norm_BT1 = inverse_rms(x_BTD)
         return norm_BT1 if self.norm_scale is None else norm_BT1 * self.norm_scale

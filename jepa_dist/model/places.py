@@ -1,4 +1,4 @@
-"""Where the positions of rows are: their rotary angles, and the document each belongs to.
+"""Positions of rows: their rotary angles, and the document that each belongs to.
 
 Tensor names carry their shape: B batch, T sequence, R rotated dimensions of a head.
 """
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Places(NamedTuple):
-    """What blocks know of the positions besides the residual stream."""
+    """Inputs of blocks that describe the positions."""
 
     cos: Tensor
-    """Rotary cosines, float32 [T, R/2], or [B, T, R/2] where they differ by row."""
+    """Rotary cosines, float32 [T, R/2], or [B, T, R/2] if they differ by row."""
     sin: Tensor
     """Rotary sines, likewise."""
     documents_BT: Tensor | None

@@ -1,7 +1,7 @@
 """Cosines whose norms have a floor.
 
 The gradient of a cosine grows as 1/norm. A floor relative to the size of the states bounds it; each
-norm is floored on its own.
+norm is floored separately.
 """
 
 from __future__ import annotations

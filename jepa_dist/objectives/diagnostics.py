@@ -1,8 +1,8 @@
-"""Is the objective alive, and does it learn a short-cut? Numbers read off the tapped states.
+"""Diagnostics of the objective, computed from the tapped states: is it active, is it a short-cut?
 
-What each one means, and its value for states of known kinds: docs/objective.md. Everything is
-computed in float32 on the states' device without waiting for it, but for the spectrum (LAPACK and
-its likes tell whether they converged).
+docs/objective.md explains them, with values for states of known kinds. Everything is computed in
+float32 on the states' device, asynchronously except for the eigenvalues, whose solver synchronizes
+to check convergence.
 
 Tensor names carry their shape: B batch, T sequence, D model width, L span lengths, P places.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 from jepa_dist.objectives.span_loss import span_cosines
 
 _TINY = 1e-30
-# States that differ by less than this share of their norm differ by rounding.
+# States that differ by less than this fraction of their norm differ by rounding.
 _ROUNDING = 1e-6
 
 
 def gradient_products(objective: Tensor, total: Tensor) -> dict[str, Tensor]:
-    """Of the gradients of lambda * JEPA and of cross-entropy at the tapped state.
+    """Return products of the gradients of lambda * JEPA and cross-entropy at the tapped state.
 
     Args:
         objective: Gradient of lambda * JEPA with respect to the tapped states, any shape.
@@ -40,10 +40,10 @@ def gradient_products(objective: Tensor, total: Tensor) -> dict[str, Tensor]:
 
 
 def describe_states(h_BTD: Tensor) -> dict[str, Tensor]:
-    """Spread and motion of the tapped states; float32 scalars by name.
+    """Return spread and motion of the tapped states; float32 scalars by name.
 
-    The state at position 0 is left out of all but ``straightness``: as an attention sink it can
-    outweigh the others (``sink_share`` tells).
+    All but ``straightness`` omit the state at position 0: as an attention sink it can outweigh the
+    others (see ``sink_share``).
     """
     h_BTD = h_BTD.float()
     later_BTD = h_BTD[:, 1:]
@@ -79,7 +79,7 @@ def mean_pairwise_cosine(h_BTD: Tensor) -> Tensor:
 
 
 def _ranks(centered_BTD: Tensor, energy: Tensor) -> dict[str, Tensor]:
-    """How many directions the states use, by the eigenvalues' shares p of the variance.
+    """Return how many directions the states use, by the eigenvalues' shares p of the variance.
 
     Effective rank: exp of the entropy of p (Roy and Vetterli 2007). Participation ratio:
     1 / sum p^2. Both are D for a round cloud and 1 for a line or a point.
@@ -98,10 +98,13 @@ def _ranks(centered_BTD: Tensor, energy: Tensor) -> dict[str, Tensor]:
 
 
 def _eigenvalues(covariance_DD: Tensor, rounding: Tensor) -> Tensor:
-    """In rising order; zeros for a matrix that holds rounding errors alone, NaN where LAPACK's
-    iteration does not converge: what only looks at a run must not end it."""
+    """Return the eigenvalues in ascending order.
+
+    Zeros for a matrix that holds only rounding errors; NaN if LAPACK's iteration does not converge,
+    since a diagnostic must not end a run.
+    """
     scale = covariance_DD.diagonal().sum()
-    # LAPACK raises on what is not finite; that comes out as NaN by the energy.
+    # LAPACK raises on non-finite values; the energy makes the result NaN then.
     matrix_DD = (covariance_DD / scale.clamp_min(_TINY)).nan_to_num(0, 0, 0)
     matrix_DD = torch.where(scale > rounding, matrix_DD, torch.zeros_like(matrix_DD))
     try:
@@ -111,7 +114,8 @@ def _eigenvalues(covariance_DD: Tensor, rounding: Tensor) -> Tensor:
 
 
 def _clock_share(centered_BTD: Tensor) -> Tensor:
-    """Share of the variance along the one direction that best fits the position, for all rows."""
+    """Return the share of the variance along the direction that best fits the position, for all
+    rows."""
     num_rows, length, _ = centered_BTD.shape
     time_T = torch.arange(length, device=centered_BTD.device, dtype=torch.float32)
     time_T = time_T - time_T.mean()
@@ -122,18 +126,18 @@ def _clock_share(centered_BTD: Tensor) -> Tensor:
 
 
 def _straightness(h_BTD: Tensor) -> Tensor:
-    """|h[T-1] - h[0]| over the length of the way between them, mean over rows."""
+    """Return |h[T-1] - h[0]| over the length of the path between them, mean over rows."""
     direct_B = torch.linalg.vector_norm(h_BTD[:, -1] - h_BTD[:, 0], dim=-1)
     way_B = torch.linalg.vector_norm(h_BTD.diff(dim=1), dim=-1).sum(1)
     return (direct_B / way_B.clamp_min(_TINY)).mean()
 
 
 def sink_share(h_BTD: Tensor, spans_BS2: Tensor) -> Tensor:
-    """Share of the context due to h[0], float32 scalar.
+    """Return the share of the context due to h[0], float32 scalar.
 
-    Of the squared distances of the context's four states (0, a-1, b, T-1) from the mean of their
-    row (without position 0), that of h[0]: 1/4 if it is like the others, 1 if there is nothing
-    else.
+    The share of h[0] in the squared distances of the context's four states (0, a-1, b, T-1) from
+    the mean of their row (without position 0): 1/4 if it is like the others, 1 if the others are
+    at the mean.
     """
     h_BTD = h_BTD.float()
     distance_BT = (h_BTD - h_BTD[:, 1:].mean(1, keepdim=True)).square().sum(-1)
@@ -145,10 +149,10 @@ def sink_share(h_BTD: Tensor, spans_BS2: Tensor) -> Tensor:
 
 
 def document_share(h_BTD: Tensor, documents_BT: Tensor) -> Tensor:
-    """Share of the variance inside rows that lies between their documents, float32 scalar.
+    """Return the share of the variance inside rows that is between their documents, float32 scalar.
 
-    Of the squared distances of the states (without position 0) from the mean of their row, what
-    is left when each state is replaced by the mean of its document.
+    The fraction of the squared distances of the states (without position 0) from the mean of their
+    row that remains if each state is replaced by the mean of its document.
 
     Args:
         h_BTD: Tapped states.
@@ -157,7 +161,7 @@ def document_share(h_BTD: Tensor, documents_BT: Tensor) -> Tensor:
     h_BTD, documents_BT = h_BTD[:, 1:].float(), documents_BT[:, 1:]
     centered_BTD = h_BTD - h_BTD.mean(1, keepdim=True)
     rows, length, width = centered_BTD.shape
-    # Documents are as many as there are positions at most; most of these sums stay empty.
+    # There are at most as many documents as positions; most of these sums stay empty.
     sums = centered_BTD.new_zeros(rows, length + 2, width)
     sums.scatter_add_(1, documents_BT[..., None].expand_as(centered_BTD), centered_BTD)
     counts = centered_BTD.new_zeros(rows, length + 2)
@@ -167,9 +171,9 @@ def document_share(h_BTD: Tensor, documents_BT: Tensor) -> Tensor:
 
 
 def cosine_table(h_BTD: Tensor, grid_LP2: Tensor) -> Tensor:
-    """cos(context, patch) of every row on a grid of spans, [B, L, P] float32.
+    """Return cos(context, patch) of every row on a grid of spans, [B, L, P] float32.
 
-    Norms are not floored as in the loss: on a straight line it is 1 for the shortest patch, too.
+    Norms are not floored as in the loss: on a straight line it is 1 even for the shortest patch.
     Between equal states it is 0.
     """
     spans_BS2 = grid_LP2.flatten(0, 1).expand(len(h_BTD), -1, -1)
@@ -180,10 +184,9 @@ def cosine_table(h_BTD: Tensor, grid_LP2: Tensor) -> Tensor:
 def loss_by_documents(
     cosine_BLP: Tensor, grid_LP2: Tensor, documents_BT: Tensor
 ) -> dict[str, Tensor]:
-    """Loss on spans inside one document against those that cross documents, per span length.
+    """Return the loss of spans inside one document and of those that cross documents, by length.
 
-    Per length, because long spans cross more often: a difference of the plain means could be one
-    of length.
+    By length, because long spans cross more often: plain means would also differ by length.
 
     Args:
         cosine_BLP: From ``cosine_table``.

@@ -1,4 +1,4 @@
-"""The root of everything that is trained: the GPT and the objective beside it."""
+"""The root module of training: GPT and objective."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ Watch = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 class ObjectiveInput(NamedTuple):
-    """What the objective reads of a micro-batch besides the states."""
+    """The objective's inputs of a micro-batch besides the states."""
 
     weight_B: Tensor
     """float32 weight of each row (0 for padding)."""
     samples: Tensor | None
-    """int64 [B, ...], these rows of what rank 0 sampled."""
+    """int64 [B, ...], these rows of rank 0's samples."""
     watch: Watch | None
-    """Is shown the states, and returns the same ones for the objective to read."""
+    """Called with the states; returns the same ones for the objective to read."""
 
 
 class JointOutput(NamedTuple):
-    """What a pass hands out (a pytree, as FSDP2's hooks need)."""
+    """The result of a pass (a pytree, as FSDP2's hooks need)."""
 
     loss_sum: Tensor | None = None
-    """As ``model.gpt.Output``'s."""
+    """As in ``model.gpt.Output``."""
     row_loss_B: Tensor | None = None
-    """As ``model.gpt.Output``'s."""
+    """As in ``model.gpt.Output``."""
     logits_BTV: Tensor | None = None
-    """As ``model.gpt.Output``'s."""
+    """As in ``model.gpt.Output``."""
     objective: Sums | None = None
-    """The objective's sums, if it was asked for."""
+    """The objective's sums, if its input was given."""
 
 
 class JointModel(nn.Module):
     """A GPT and its objective as one module, which FSDP shards as one.
 
-    Pass through this root, not through its ``model``, once it is sharded: FSDP2 gathers the
-    parameters that belong to no block in the root's forward.
+    Once it is sharded, call this root, not its ``model``: FSDP2 gathers the parameters outside of
+    blocks in the root's forward.
     """
 
     def __init__(self, model: GPT, objective: Objective) -> None:
@@ -74,14 +74,14 @@ class JointModel(nn.Module):
         phase: int = 0,
         objective: ObjectiveInput | None = None,
     ) -> JointOutput:
-        """One pass over the model, and over the objective if its input is given.
+        """Run one pass over the model, and over the objective if its input is given.
 
         Args:
             tokens_BT: As ``GPT.forward``.
             targets_BT: As ``GPT.forward``.
             weight: As ``GPT.forward``.
             phase: As ``GPT.forward``.
-            objective: What the objective reads; None leaves it out.
+            objective: Input of the objective; None: not computed.
         """
         taps = () if objective is None else self.objective.taps
         output = self.model(tokens_BT, targets_BT, weight, phase=phase, taps=taps)

@@ -1,13 +1,13 @@
-"""Next-state prediction (NITP, arXiv 2605.24956): a state predicts a shallow state to come.
+"""Next-state prediction (NITP, arXiv 2605.24956): a state predicts a later, shallower state.
 
     u = rms_norm(h)                                     (h: ``jepa.layer`` at position t)
     p = u, W u, or W_down (silu(W_gate u) * W_up u)     (``jepa.next_state.head``)
     z = stop_gradient(target layer's state at t + shift)
     loss = mean of 1 - cos(p, z)
 
-The mean is over all sequences and all T - shift positions. A position does not count if its target
-begins a document (``within_documents``), but the divisor stays, so it is known without
-communication. docs/objective.md has more.
+The mean is over all sequences and all T - shift positions. A position whose target begins a
+document is not counted (``within_documents``), but the divisor is the same, so that it is known
+without communication. See docs/objective.md.
 
 Tensor names carry their shape: B batch, T sequence, P = T - shift positions, D model width.
 """
@@ -29,10 +29,11 @@ from jepa_dist.objectives.probe import TapProbe
 
 
 class NextStateObjective(Objective):
-    """Reads two layers, samples nothing; its parameters are those of the head (no bias).
+    """Objective that reads two layers and samples nothing; its parameters are the head's (no bias).
 
     ``proj.weight`` of a linear head, ``gate.weight``, ``up.weight`` and ``down.weight`` of a swiglu
-    one, [out, in]. None starts at zero: the cosine of a zero prediction has an unbounded gradient.
+    one, [out, in]. None is initialized to zero: the cosine of a zero prediction has an unbounded
+    gradient.
     """
 
     def __init__(self, config: Config, bos_id: int | None) -> None:
@@ -64,10 +65,10 @@ class NextStateObjective(Objective):
         weight_B: Tensor,
         samples: Tensor | None,
     ) -> Sums:
-        """Sum the loss over the rows at hand.
+        """Return the loss summed over the given rows.
 
-        Besides it, sums over counted positions: their cosines, their number, and how many of them
-        have a norm at the floor.
+        And sums over counted positions: their cosines, their number, and how many of them have a
+        norm at the floor.
         """
         h_BTD, target_BTD = states
         num_positions = h_BTD.size(1) - self._shift
@@ -120,7 +121,7 @@ class NextStateObjective(Objective):
 
     @property
     def flops_per_token(self) -> float:
-        """6 per element of the head's matrices, at the positions that predict."""
+        """Return 6 per element of the head's matrices, at the positions that predict."""
         seq_len = self.config.model.seq_len
         size = sum(parameter.numel() for parameter in self.parameters())
         return 6.0 * size * (seq_len - self._shift) / seq_len

@@ -1,9 +1,9 @@
-"""What the training core knows of an objective: the contract that each one fulfils.
+"""The interface between the training core and an objective.
 
 An objective is a module beside the GPT under the trained root (``joint.JointModel``). Its
 parameters are sharded by FSDP in the root's unit, so they add no collective; they are in the
 optimizer's groups (``optim/groups.py``), in the moving average and in checkpoints under
-``objective/NAME``, and in no exported model. ``docs/objective.md`` tells how to add one.
+``objective/NAME``, but not in exported models. ``docs/objective.md`` describes how to add one.
 
 Tensor names carry their shape: B batch, T sequence, D model width.
 """
@@ -29,23 +29,23 @@ DocumentStarts: TypeAlias = Callable[[int], NDArray[np.bool_]]
 """Returns where documents begin in the rows of a step's global batch, bool [rows, T]."""
 
 PREFIX = "objective"
-"""What names of the objective's tensors begin with, beside those of the model."""
+"""Prefix of the names of the objective's tensors."""
 
 
 class Sums(NamedTuple):
-    """Sums over the rows given, so that micro-batches and ranks can be added up."""
+    """Sums over the given rows, which add up over micro-batches and ranks."""
 
     loss: Tensor
     """Row weight times the loss of the row, summed; scalar, at least float32."""
     parts: dict[str, Tensor]
-    """What the metrics need besides: float32 scalars by name, detached."""
+    """Further sums that the metrics need: float32 scalars by name, detached."""
 
 
 class Objective(nn.Module):
     """An auxiliary loss on the model's hidden states. Subclasses override what they need.
 
-    ``forward`` is a compile region: one graph. Nothing that changes over a run may be a constant of
-    it, and it communicates nothing.
+    ``forward`` is a compile region: one graph. Values that change during a run must not be
+    constants of it, and it must not communicate.
 
     Args:
         config: The run.
@@ -56,11 +56,11 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
 
-    # ------------------------------------------------------------------ what rank 0 samples
+    # ------------------------------------------------------------------ sampling on rank 0
 
     @classmethod
     def sample_shape(cls, config: Config) -> tuple[int, ...] | None:
-        """Return the shape of what is sampled per row of the global batch; None: nothing is."""
+        """Return the shape of the samples per row of the global batch; None: no samples."""
         return None
 
     @classmethod
@@ -70,7 +70,7 @@ class Objective(nn.Module):
 
     @classmethod
     def sampler(cls, config: Config, documents: DocumentStarts | None) -> Sampler:
-        """Return what samples on rank 0; called only if ``sample_shape`` is not None.
+        """Return the function that samples on rank 0; called if ``sample_shape`` is not None.
 
         Args:
             config: The run.
@@ -89,7 +89,7 @@ class Objective(nn.Module):
     def taps(self) -> tuple[int, ...]:
         """Layers whose states are read, in this order, as ``GPT.forward`` names them.
 
-        The first one is the state that the objective's gradient is measured at.
+        The objective's gradient is measured at the first one.
         """
         raise NotImplementedError
 
@@ -100,13 +100,13 @@ class Objective(nn.Module):
         weight_B: Tensor,
         samples: Tensor | None,
     ) -> Sums:
-        """Sum the loss over the rows at hand.
+        """Return the loss summed over the given rows.
 
         Args:
             states: The hidden states of ``taps``, [B, T, D] each, in the activations' dtype.
             tokens_BT: int64 input ids.
             weight_B: float32 weight of each row (0 for padding).
-            samples: int64 [B, ...], these rows of what was sampled (zeros for padding rows).
+            samples: int64 [B, ...], these rows of the samples (zeros for padding rows).
         """
         raise NotImplementedError
 
@@ -119,29 +119,29 @@ class Objective(nn.Module):
         """
         return fan_in_uniform(f"{PREFIX}.{name}", shape, seed, device)
 
-    # ------------------------------------------------------------------ what is reported
+    # ------------------------------------------------------------------ metrics
 
     def metrics(self, samples: Samples | None, values: Mapping[str, float]) -> dict[str, float]:
         """Return ``jepa/*`` metrics of a step in which the objective was on.
 
         Args:
-            samples: What was sampled for the step.
+            samples: Samples of the step.
             values: ``jepa``, the mean loss, and the sums of ``Sums.parts`` over all ranks.
         """
         return {}
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs of forward and backward per trained token, as ``model/flops.py`` counts them."""
+        """Return the FLOPs of forward and backward per trained token (as in ``model/flops.py``)."""
         return 0.0
 
     def probe(self, bos_id: int | None, device: torch.device) -> TapProbe:
-        """Return what takes the objective's diagnostics out of a step (docs/objective.md)."""
+        """Return the probe that measures the objective's diagnostics (docs/objective.md)."""
         return TapProbe()
 
 
 class NoObjective(Objective):
-    """No objective (``jepa.lambda`` is 0): reads nothing, samples nothing and is never called."""
+    """The absent objective (``jepa.lambda`` is 0): reads and samples nothing, is never called."""
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -150,6 +150,6 @@ class NoObjective(Objective):
 
 
 def is_objectives(tensor: str) -> bool:
-    """Return whether a tensor of a checkpoint (KIND/NAME) is the objective's or its state's."""
+    """Return whether a checkpoint's tensor (KIND/NAME) belongs to the objective or its state."""
     kind, _, name = tensor.partition("/")
     return kind == PREFIX or name.startswith(f"{PREFIX}.")

@@ -1,8 +1,8 @@
-"""Reads an objective's diagnostics out of a training step, without a second pass.
+"""Measure an objective's diagnostics in a training step, without a second pass.
 
 The backward of the step computes both gradients that are compared: that of the whole loss arrives
-at the tapped state, and that of lambda * JEPA at a view of it which the objective alone reads.
-``diagnostics`` computes the numbers, docs/objective.md says what they mean.
+at the tapped state, and that of lambda * JEPA at a view of it that only the objective reads.
+``diagnostics`` computes the numbers, docs/objective.md explains them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PREFIX = "probe/"
 
 
 class TapProbe:
-    """Watches one micro-batch of a step: ``watch``, backward, ``measure``; then ``metrics``.
+    """Probe of one micro-batch of a step: ``watch``, backward, ``measure``; then ``metrics``.
 
-    This class holds what every objective has. Subclasses add numbers in ``means`` and ``sums``,
-    and what becomes of them in ``own_metrics``.
+    This class has the diagnostics of all objectives. Subclasses add numbers in ``means`` and
+    ``sums``, and turn sums into metrics in ``own_metrics``.
     """
 
     def __init__(self) -> None:
@@ -32,13 +32,13 @@ class TapProbe:
         self._gradients: dict[str, Tensor] = {}
 
     def watch(self, states: Sequence[Tensor], tokens_BT: Tensor, num_rows: int) -> list[Tensor]:
-        """Take note of a micro-batch before its backward.
+        """Watch a micro-batch; call this before its backward.
 
         Args:
             states: The tapped states [B, T, D] that the rest of the network reads; gradients are
                 compared at the first.
             tokens_BT: Their input ids.
-            num_rows: How many of the rows are no padding.
+            num_rows: Number of rows that are not padding.
 
         Returns:
             The same states, for the objective to read.
@@ -46,14 +46,14 @@ class TapProbe:
         self._watched = [state.detach()[:num_rows] for state in states], tokens_BT[:num_rows]
         tap_BTD, *others = states
         view_BTD = tap_BTD.view_as(tap_BTD)
-        if tap_BTD.requires_grad:  # if not, no gradient arrives, and that is the finding
+        if tap_BTD.requires_grad:  # if not, both gradients are zero
             tap_BTD.register_hook(self._keep("total"))
             view_BTD.register_hook(self._keep("objective"))
         return [view_BTD, *others]
 
     def measure(self) -> dict[str, Tensor]:
-        """Return what was watched, in float64 scalars that add up over ranks; none if nothing
-        was."""
+        """Return the diagnostics as float64 scalars that add up over ranks; empty if no
+        micro-batch was watched."""
         if self._watched is None:
             return {}
         states, tokens_BT = self._watched
@@ -66,7 +66,7 @@ class TapProbe:
     def metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """Return the numbers of a step for its record, from the sums over all ranks.
 
-        All but the gradients' are means over the rows looked at (the first micro-batch of each
+        All but the gradients' are means over the watched rows (the first micro-batch of each
         rank). None: not defined for those rows.
         """
         values = {
@@ -89,7 +89,7 @@ class TapProbe:
         }
 
     def means(self, states: Sequence[Tensor], tokens_BT: Tensor) -> Mapping[str, Tensor]:
-        """Return metrics of the rows given, by name: scalars, reported as means over rows."""
+        """Return metrics of the given rows, by name: scalars, reported as means over rows."""
         return {}
 
     def sums(self, states: Sequence[Tensor], tokens_BT: Tensor) -> Mapping[str, Tensor]:
@@ -120,7 +120,7 @@ class TapProbe:
 
 
 def _scalars(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every element under a name of its own: ``probe/NAME/i/j``."""
+    """Yield every element under its own name: ``probe/NAME/i/j``."""
     for name, tensor in parts.items():
         elements = tensor.double().flatten().unbind()
         for place, element in zip(np.ndindex(*tensor.shape), elements, strict=True):

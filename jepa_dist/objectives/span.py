@@ -16,8 +16,8 @@ from jepa_dist.objectives.spans import sample_spans, sample_spans_within
 
 
 class SpanObjective(Objective):
-    """Reads one layer and holds no parameters. Samples are spans [rows, S, 2]; zeros along a row
-    that has no legal span, which then does not count."""
+    """Objective that reads one layer and has no parameters. Samples are spans [rows, S, 2]; a row
+    without a legal span is all zeros and not counted."""
 
     def __init__(self, config: Config, bos_id: int | None) -> None:
         super().__init__(config, bos_id)
@@ -35,7 +35,7 @@ class SpanObjective(Objective):
 
     @classmethod
     def sampler(cls, config: Config, documents: DocumentStarts | None) -> Sampler:
-        """Return what draws the spans of a step."""
+        """Return the function that draws the spans of a step."""
         return lambda step: _sample_jepa_spans(config, documents, step)
 
     @classmethod
@@ -55,7 +55,7 @@ class SpanObjective(Objective):
         weight_B: Tensor,
         samples: Tensor | None,
     ) -> Sums:
-        """Sum the loss over the rows at hand that have spans."""
+        """Return the loss summed over the given rows that have spans."""
         (h_BTD,) = states
         assert samples is not None
         weight_B = weight_B * (samples[:, 0, 0] > 0)
@@ -63,7 +63,7 @@ class SpanObjective(Objective):
         return Sums(loss, {"floored": floored})
 
     def metrics(self, samples: Samples | None, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the mean cosine, the loss relative to no structure, and what did not count."""
+        """Return the mean cosine, the loss relative to no structure, and the shares not counted."""
         jepa, num_rows = self.config.jepa, self.num_rows(self.config, samples)
         metrics = {}
         if num_rows:
@@ -77,7 +77,7 @@ class SpanObjective(Objective):
         return metrics
 
     def probe(self, bos_id: int | None, device: torch.device) -> SpanProbe:
-        """Return the probe of spans."""
+        """Return the span probe."""
         config = self.config
         return SpanProbe(config.model.seq_len, config.jepa.max_span_frac, bos_id, device)
 

@@ -1,4 +1,4 @@
-"""The loss: hidden states at the ends of a span must move linearly (contract C3).
+"""The span loss: hidden states at the ends of a span must move linearly (contract C3).
 
     context = (h[a-1] - h[0]) + (h[T-1] - h[b])
     patch   =  h[b] - h[a-1]
@@ -25,7 +25,7 @@ UNSTRUCTURED_LOSS = 1.0 + 0.5**0.5
 def span_loss(
     h_BTD: Tensor, spans_BS2: Tensor, weight_B: Tensor, norm_floor: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum the loss over the sequences at hand; no communication.
+    """Return the loss summed over the given sequences; no communication.
 
     Args:
         h_BTD: Hidden states, any floating dtype (computed in at least float32).
@@ -43,9 +43,9 @@ def span_loss(
 
 
 def span_cosines(h_BTD: Tensor, spans_BS2: Tensor, norm_floor: float) -> tuple[Tensor, Tensor]:
-    """cos(context, patch) of every span, and whether one of its norms hit the floor.
+    """Return cos(context, patch) of every span, and whether one of its norms hit the floor.
 
-    Each norm is floored on its own at ``norm_floor`` times the RMS norm of the sequence's states
+    Each norm is floored separately at ``norm_floor`` times the RMS norm of the sequence's states
     (detached; taken per sequence, so that the loss of a sequence does not depend on its
     neighbors), or at an absolute 1e-8 if ``norm_floor`` is 0. Without the relative floor, a span
     between two equal states has an exactly zero patch and a gradient of order 1e6.
@@ -64,7 +64,7 @@ def span_cosines(h_BTD: Tensor, spans_BS2: Tensor, norm_floor: float) -> tuple[T
 
 
 def context_and_patch(h_BTD: Tensor, spans_BS2: Tensor) -> tuple[Tensor, Tensor]:
-    """Context and patch vectors, [B, S, D] each, in at least float32.
+    """Return context and patch vectors, [B, S, D] each, in at least float32.
 
     Their sum is always ``h[T-1] - h[0]``. The few states needed are gathered before the cast; the
     differences come first, so a common offset of all states cancels.

@@ -1,4 +1,4 @@
-"""Diagnostics of the span loss: short-cuts, documents, and its value by span length and place."""
+"""Diagnostics of the span loss: short-cuts, documents, its value by span length and position."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jepa_dist.objectives.spans import grid_spans
 
 
 class SpanProbe(TapProbe):
-    """Looks at a fixed grid of spans besides.
+    """Probe of the span objective, which also evaluates a fixed grid of spans.
 
     Args:
         seq_len: T.
-        max_span_frac: Longest span looked at, as in ``objectives.spans``.
+        max_span_frac: Longest span of the grid, as in ``objectives.spans``.
         bos_id: Id that begins every document; None if it is not known.
         device: Where the states are.
     """
@@ -75,7 +75,7 @@ class SpanProbe(TapProbe):
 
     def _by_documents(self, values: Mapping[str, float]) -> dict[str, float | None]:
         """Return means over the lengths that have spans of both kinds: long spans cross more often,
-        and length matters by itself."""
+        and the loss depends on the length."""
         both = [
             i
             for i in range(len(self._lengths))

@@ -1,4 +1,4 @@
-"""Span sampling: a pure function of (seed, step), vectorised over the global batch (contract C3).
+"""Span sampling: a pure function of (seed, step), vectorized over the global batch (contract C3).
 
 A span (a, b) covers positions a..b of a row of T, both inclusive: 1 <= a <= b <= T-1. Position
 a-1 is the state before it, so position 0 never lies inside. The whole row (1, T-1) leaves no
@@ -27,11 +27,11 @@ def sample_spans(
     max_span_frac: float,
     sampler: Sampler = "start_then_length",
 ) -> NDArray[np.int64]:
-    """Spans of every sequence of one global batch.
+    """Return the spans of every sequence of one global batch.
 
     Args:
         seed: The run's seed.
-        step: Optimizer step; (seed, step) keys a counter-based generator of its own.
+        step: Optimizer step; (seed, step) is the key of a counter-based generator.
         shape: (sequences of the global batch, spans per sequence).
         seq_len: T, at least 3.
         max_span_frac: A span is at most ``max(1, floor(max_span_frac * T))`` long.
@@ -60,10 +60,10 @@ def sample_spans_within(
     max_span_frac: float,
     sampler: Sampler = "start_then_length",
 ) -> NDArray[np.int64]:
-    """Spans that do not cross documents: positions a-1..b lie in one.
+    """Return spans that do not cross documents: positions a-1..b lie in one.
 
-    The distribution is that of ``sample_spans`` over the spans that are then left: a start uniform
-    over those with any, then the length; or uniform over all of them.
+    The distribution is that of ``sample_spans`` over the remaining spans: a start uniform over
+    those with any, then the length; or uniform over all of them.
 
     Args:
         seed: The run's seed.
@@ -74,12 +74,12 @@ def sample_spans_within(
         sampler: As in ``sample_spans``.
 
     Returns:
-        int64 [B, S, 2] of (a, b); (0, 0) all along a row that has no such span.
+        int64 [B, S, 2] of (a, b); all (0, 0) in a row that has no such span.
     """
     choices_BT = _lengths_within(starts_BT, max_length(starts_BT.shape[1], max_span_frac))
     weight_BT = choices_BT if sampler == "uniform" else (choices_BT > 0).astype(np.int64)
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    # One cumulative sum over the flattened batch: a row's draw is a place in its stretch of it.
+    # One cumulative sum over the flattened batch: a row's draws index its section of it.
     ends = weight_BT.cumsum()
     row_ends_B1 = ends.reshape(weight_BT.shape)[:, -1:]
     total_B1 = weight_BT.sum(axis=1, keepdims=True)
@@ -99,10 +99,10 @@ def sample_spans_within(
 def grid_spans(
     seq_len: int, max_span_frac: float, num_lengths: int = 8, num_positions: int = 8
 ) -> NDArray[np.int64]:
-    """Legal spans of geometrically rising lengths (rows) at evenly spaced places (columns).
+    """Return legal spans of geometrically rising lengths (rows) at evenly spaced places (columns).
 
-    They keep off both ends of the row where they can, since a span at an end has another
-    expected loss (docs/objective.md).
+    They avoid both ends of the row if they can, since a span at an end has another expected loss
+    (docs/objective.md).
 
     Returns:
         int64 [num_lengths, num_positions, 2] of (a, b); short rows repeat lengths and places.
@@ -115,10 +115,10 @@ def grid_spans(
 
 
 def max_length(seq_len: int, max_span_frac: float) -> int:
-    """Longest legal span: the cap, and never the whole row of T-1 positions.
+    """Return the longest legal span: the cap, but never the whole row of T-1 positions.
 
-    The cap is the floor of the exact product with the decimal number that was written down: as
-    floating-point numbers 0.29 * 100 is a little less than 29.
+    The cap is the floor of the exact product with the configured decimal number: in floating point
+    0.29 * 100 is a little less than 29.
     """
     return min(max(1, math.floor(Fraction(repr(max_span_frac)) * seq_len)), seq_len - 2)
 
@@ -137,7 +137,7 @@ def _start_then_length(
 def _uniform(
     generator: np.random.Generator, shape: tuple[int, int], seq_len: int, longest: int
 ) -> _Draw:
-    # There are T - l spans of length l: draw one of all and see which length it falls into.
+    # There are T - l spans of length l: draw one of all, then find its length.
     per_length = seq_len - np.arange(1, longest + 1)
     ends = np.cumsum(per_length)
     drawn = generator.integers(0, ends[-1], shape)
@@ -147,14 +147,14 @@ def _uniform(
 
 
 def _lengths_within(starts_BT: NDArray[np.bool_], longest: int) -> NDArray[np.int64]:
-    """How many lengths a span may have that begins at each position, without crossing documents.
+    """Return how many lengths a span at each position may have without crossing documents.
 
     A span at a reads the state at a-1, so it begins after the document's first position; it ends
     before the next document does.
     """
     seq_len = starts_BT.shape[1]
     position_T = np.arange(seq_len)
-    # The first boundary at or after each position: a minimum running from the right.
+    # The first boundary at or after each position: a running minimum from the right.
     boundary_BT = np.where(starts_BT, position_T, seq_len)
     boundary_BT = np.minimum.accumulate(boundary_BT[:, ::-1], axis=1)[:, ::-1]
     lengths_BT = np.minimum(boundary_BT - position_T, longest)
