@@ -274,7 +274,7 @@ REFUSED = {
             pre_tokenizer=tokenizers.pre_tokenizers.Whitespace(),
             decoder=tokenizers.decoders.BPEDecoder(),
         ).save(str(p)),
-        "no byte-level BPE",
+        "not byte-level BPE",
     ),
     "adds a space": (
         lambda p: trained(
@@ -304,7 +304,7 @@ def test_an_unknown_tiktoken_vocabulary_asks_for_its_pattern(
 ) -> None:
     path = tmp_path / "alone.tiktoken"
     path.write_bytes(tiktoken_file.read_bytes())
-    with pytest.raises(UserError, match=r"has 264 tokens.*say in alone\.tiktoken\.json"):
+    with pytest.raises(UserError, match=r"has 264 tokens.*add alone\.tiktoken\.json"):
         load_tokenizer(str(path))
     (tmp_path / "alone.tiktoken.json").write_text('{"pattern": "."}')
     with pytest.raises(UserError, match="special_tokens"):

@@ -124,7 +124,7 @@ def test_passwords_are_not_printed() -> None:
 
 def test_names_do_not_lead_out_of_the_cache(memory: Any, tmp_path: Path) -> None:
     memory.pipe_file("/data/..bin", b"")
-    with pytest.raises(UserError, match="is no name of a shard"):
+    with pytest.raises(UserError, match="is not a valid shard name"):
         find_shards("memory://data/*bin", "data.train")
 
 

@@ -1,1 +1,1 @@
-"""Token shards, the order they are read in, and everything that prepares or checks them."""
+"""Token shards: the order of reading, preparation and checks."""

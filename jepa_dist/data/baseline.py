@@ -1,4 +1,4 @@
-"""What counting reaches: bits per byte of bigram and trigram models, for the log to compare with.
+"""N-gram baselines: bits per byte of bigram and trigram models, for comparison in the log.
 
 A model that does not clearly beat these has learned nothing beyond byte statistics.
 """
@@ -29,14 +29,14 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class NgramBaseline:
-    """Bits per byte of n-gram models, and what they were counted on."""
+    """Bits per byte of n-gram models, and the number of tokens they were counted on."""
 
     bits_per_byte: dict[str, float]
     """``bigram`` and ``trigram``."""
     counted: int
     """Training tokens that were counted."""
     available: int
-    """Training tokens that there are."""
+    """All training tokens."""
 
 
 def ngram_baseline(
@@ -45,14 +45,14 @@ def ngram_baseline(
     vocab_size: int,
     counter: ByteCounter | None = None,
 ) -> NgramBaseline | None:
-    """Return the bits per byte of n-gram models, counted on shards, on validation targets.
+    """Return the bits per byte on validation targets of n-gram models counted on shards.
 
-    Counted are the tokens of a shard that have two before them; of large data a sample, since
-    other ranks wait meanwhile: blocks at even distances, ``MOST_TOKENS`` in all.
+    Counts all tokens of a shard but the first two; of large data a sample of ``MOST_TOKENS``, in
+    evenly spaced blocks, since other ranks wait meanwhile.
 
     Each order is smoothed with the one below it as a Dirichlet prior worth one observation,
     p(z|xy) = (n(xyz) + p(z|y)) / (n(xy) + 1), down to the unigram, whose prior is uniform. All
-    targets of the windows count, with the context that their window holds: the first target has
+    targets of the windows are scored, with the context inside their window: the first target has
     one token before it, so the trigram uses the bigram there.
 
     Args:
@@ -60,10 +60,10 @@ def ngram_baseline(
         windows: Validation windows, int64 [N, T+1].
         vocab_size: Number of token ids.
         counter: Bytes per token (default: the byte tokenizer's); a target without bytes (BOS)
-            adds its loss all the same.
+            still adds its loss.
 
     Returns:
-        The result, or None above 512 ids, where the table of trigrams grows too big.
+        The result, or None above 512 ids, where the trigram table is too large.
 
     Raises:
         UserError: a damaged shard, or a token id outside the vocabulary.
@@ -87,13 +87,13 @@ def ngram_baseline(
 
 
 def _smooth(counts: Counts, context: Ids, target: Ids, lower: Rates) -> Rates:
-    """Probability of each target from ``counts`` [contexts, vocab] with ``lower`` as prior."""
+    """Return the probability of each target by ``counts`` [contexts, vocab], prior ``lower``."""
     row_sums = counts.sum(axis=1, dtype=np.int64)
     return (counts[context, target] + _PRIOR * lower) / (row_sums[context] + _PRIOR)
 
 
 def _count(train: Sequence[Path], vocab_size: int) -> tuple[Counts, Counts, Counts]:
-    """Counts of trigrams [V*V, V], bigrams [V, V] and unigrams [V] in the shards."""
+    """Count trigrams [V*V, V], bigrams [V, V] and unigrams [V] in the shards."""
     trigrams = np.zeros(vocab_size**3, dtype=np.uint32)
     bigrams = np.zeros(vocab_size**2, dtype=np.uint32)
     unigrams = np.zeros(vocab_size, dtype=np.uint32)
@@ -106,7 +106,7 @@ def _count(train: Sequence[Path], vocab_size: int) -> tuple[Counts, Counts, Coun
 
 
 def _chunks(train: Sequence[Path], vocab_size: int) -> Iterator[Ids]:
-    """The tokens to count in pieces that begin with the two tokens before them."""
+    """Yield the tokens to count, in pieces that start with their two previous tokens."""
     counts = [read_count(path) for path in train]
     starts = [
         (path, start)

@@ -1,4 +1,4 @@
-"""Where documents begin in the rows of a global batch, for spans that do not cross them."""
+"""Document starts in the rows of a global batch, for spans that do not cross documents."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class DocumentStarts:
     """The document starts of each step's global batch.
 
     Args:
-        dataset: Where the samples are.
+        dataset: The samples.
         bos_id: Id that begins every document.
         sequences: Rows of a global batch.
-        seed: Of the order of samples.
-        step: Optimizer step at which ``samples_consumed`` holds.
-        samples_consumed: Of the run, before that step.
-        skip: Places in the order that the run passes over.
+        seed: Seed of the order of samples.
+        step: Optimizer step that ``samples_consumed`` refers to.
+        samples_consumed: Samples that the run has consumed before that step.
+        skip: Places in the order that the run skips.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DocumentStarts:
         self._offset = samples_consumed - step * sequences
 
     def read(self, step: int) -> Starts:
-        """True where a position of the step's rows begins a document, bool [sequences, seq_len].
+        """Return whether each position of the step's rows begins a document, bool [rows, seq_len].
 
         Raises:
             UserError: a damaged shard.

@@ -14,13 +14,13 @@ class ByteCounter:
     """Bytes of text per token, for bits per byte; tables over token ids, each [vocab_size].
 
     ``base_bytes`` (int16) counts UTF-8 bytes without a leading space, ``has_leading_space``
-    (bool) adds one unless the previous token ``is_boundary`` (bool: control tokens, which stand
-    for no text): there SentencePiece has put the space in itself. Two kinds of models need more:
+    (bool) adds one unless the previous token ``is_boundary`` (bool: control tokens, which have
+    no text): there SentencePiece has inserted the space itself. Two kinds of models need more:
 
     * ``has_trailing_space`` (bool; a space ends a word, and SentencePiece adds one at the end of
       a text): that space counts with the token after it, unless that is a boundary.
     * ``spelled_space`` (three ids; a space without a piece of its own is spelled in the three
-      bytes of U+2581): the three count as one byte, or as none where SentencePiece put it in.
+      bytes of U+2581): the three count as one byte, or as none if SentencePiece inserted it.
     """
 
     base_bytes: npt.NDArray[np.int16]
@@ -30,7 +30,7 @@ class ByteCounter:
     spelled_space: tuple[int, int, int] | None = None
 
     def count(self, prev: npt.NDArray[Any], target: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Bytes of each target given the token before it; integer ids of one shape, int64 out.
+        """Return the bytes of each target given its previous token; ids of one shape, int64 out.
 
         The last axis is a sequence: ``prev`` is ``target`` one place earlier. Only sums over
         sequences are exact; a single token may count the byte of its neighbor.

@@ -1,7 +1,7 @@
-"""Byte-level BPE: the vocabularies of GPT-2, Llama 3, Qwen and the like, from their files.
+"""Byte-level BPE: the vocabularies of GPT-2, Llama 3, Qwen and others, from their files.
 
-Every token of these stands for known bytes, and every byte has a token. So text is kept exactly,
-whatever its bytes are, unless the tokenizer's own normalizer changes it.
+Every token is a known byte string, and every byte has a token. So any text is preserved exactly,
+unless the tokenizer's own normalizer changes it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class ByteLevel:
     """A tokenizer whose tokens are byte strings (``data.tokenizer.Tokenizer``).
 
     Args:
-        name: Its identity.
-        tokens: Bytes of each id; None where an id stands for no text (special tokens, gaps).
+        name: Identity of the tokenizer.
+        tokens: Bytes of each id; None for ids without text (special tokens, gaps).
         bos_id: Id that begins every document.
-        encode: Ids of valid Unicode text; can be pickled.
+        encode: Returns the ids of valid Unicode text; can be pickled.
 
     Raises:
-        UserError: there are bytes without a token of their own.
+        UserError: some byte has no token.
     """
 
     def __init__(
@@ -61,20 +61,20 @@ class ByteLevel:
         if len(singles) < 256:
             missing = next(byte for byte in range(256) if byte not in singles)
             raise UserError(
-                f"{name}: has no token for byte 0x{missing:02x}, so it cannot write every text; "
+                f"{name}: has no token for byte 0x{missing:02x}, so it cannot encode every text; "
                 "use a byte-level vocabulary with all 256 bytes"
             )
         self._byte_ids = np.array([singles[byte] for byte in range(256)], dtype=self._dtype)
 
     def encode(self, text: bytes) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """Ids of a piece of text, [tokens], without BOS; bytes that are not UTF-8 are kept."""
+        """Return the ids of a text, [tokens], without BOS; invalid UTF-8 is preserved."""
         try:
             return np.array(self._encode(text.decode()), dtype=self._dtype)
         except UnicodeDecodeError:
             return np.concatenate([np.empty(0, self._dtype), *self._encode_parts(text)])
 
     def _encode_parts(self, text: bytes) -> Iterator[npt.NDArray[Any]]:
-        """Ids of text with invalid UTF-8: each byte of what is invalid is a token."""
+        """Yield the ids of text with invalid UTF-8; each invalid byte becomes a token."""
         start = 0
         while start < len(text):
             try:
@@ -89,12 +89,12 @@ class ByteLevel:
             start = end + bad
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens vanish, broken UTF-8 becomes U+FFFD."""
+        """Return the text of the ids, without special tokens; invalid UTF-8 becomes U+FFFD."""
         known = (self._tokens[i] for i in ids if i < self.vocab_size)
         return b"".join(token for token in known if token).decode("utf-8", "replace")
 
     def byte_counter(self, vocab_size: int | None = None) -> ByteCounter:
-        """Tables for ``vocab_size`` ids (default: the tokenizer's); unused ids are boundaries."""
+        """Return tables for ``vocab_size`` ids (default: all); unused ids are boundaries."""
         size = vocab_size or self.vocab_size
         base_bytes = np.zeros(size, np.int16)
         is_boundary = np.ones(size, np.bool_)
@@ -119,10 +119,10 @@ def _identity(kind: str, content: bytes, bos_id: int) -> str:
 
 
 def load_hugging_face(path: Path) -> ByteLevel:
-    """The byte-level BPE in a ``tokenizer.json``.
+    """Load the byte-level BPE of a ``tokenizer.json``.
 
-    A document begins with the ``bos_token`` of the ``tokenizer_config.json`` beside it; without
-    one, with the token that the file's own post-processor puts first, or one that is known by name.
+    A document begins with the ``bos_token`` of the ``tokenizer_config.json`` in the same folder;
+    without one, with the first token of the file's post-processor, or a well-known one.
 
     Raises:
         UserError: not such a file, not byte-level BPE, without a token that begins documents, or
@@ -137,11 +137,11 @@ def load_hugging_face(path: Path) -> ByteLevel:
 
 
 def hugging_face_from(content: bytes, label: str, bos_token: str | None = None) -> ByteLevel:
-    """The byte-level BPE in the contents of a ``tokenizer.json``.
+    """Return the byte-level BPE in the contents of a ``tokenizer.json``.
 
     Args:
-        content: Of the file.
-        label: What to call it in errors.
+        content: Contents of the file.
+        label: Name of the tokenizer in errors.
         bos_token: The token that begins documents, if that is known.
 
     Raises:
@@ -157,7 +157,7 @@ def hugging_face_from(content: bytes, label: str, bos_token: str | None = None) 
 
 
 class _HuggingFaceEncode:
-    """Ids of a text by the contents of a ``tokenizer.json``; another process loads them again."""
+    """Encoder of a ``tokenizer.json``, pickled as its contents; other processes load it again."""
 
     def __init__(self, content: bytes, label: str) -> None:
         self._content, self._label = content, label
@@ -172,7 +172,7 @@ class _HuggingFaceEncode:
         except Exception as error:  # the library raises no narrower type
             raise UserError(
                 f"{label}: not a tokenizer.json of Hugging Face: {str(error)[:200]}; name the file "
-                "that lies beside the model's weights"
+                "in the folder of the model's weights"
             ) from None
         self.model.no_truncation()
         self.model.no_padding()
@@ -194,23 +194,23 @@ class _HuggingFaceEncode:
 
 
 def _check_byte_level(data: Any, label: str) -> None:
-    """Refuse a ``tokenizer.json`` whose tokens are not byte strings, or that adds to the text."""
+    """Raise if the tokens of a ``tokenizer.json`` are not byte strings, or if it adds text."""
     pre_tokenizers, decoders = _parts(data.get("pre_tokenizer")), _parts(data.get("decoder"))
     types = {part.get("type") for part in (*pre_tokenizers, *decoders)}
     if data.get("model", {}).get("type") != "BPE" or "ByteLevel" not in types:
         raise UserError(
-            f"{label}: is no byte-level BPE, whose bytes per token would be known exactly; use the "
+            f"{label}: not byte-level BPE, so its bytes per token are not known exactly; use the "
             "model's SentencePiece file (tokenizer.model) if it has one"
         )
     if any(part.get("add_prefix_space") for part in pre_tokenizers):
         raise UserError(
-            f"{label}: adds a space before every text (add_prefix_space in pre_tokenizer), which "
-            "no text contains; set it to false in the file"
+            f"{label}: adds a space to the start of every text (add_prefix_space in "
+            "pre_tokenizer); set it to false in the file"
         )
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
-    """A component of a ``tokenizer.json``, or those that a sequence of them holds."""
+    """Return a component of a ``tokenizer.json`` as a list, or those of a sequence."""
     if not isinstance(component, dict):
         return []
     inner = component.get("pretokenizers") or component.get("decoders") or []
@@ -218,7 +218,7 @@ def _parts(component: Any) -> list[dict[str, Any]]:
 
 
 def _token_bytes(model: Any) -> dict[int, bytes]:
-    """The bytes of each id that stands for text."""
+    """Return the bytes of each id that has text."""
     byte_of = {letter: byte for byte, letter in _letters().items()}
     tokens = {}
     for token, i in model.get_vocab(with_added_tokens=False).items():
@@ -233,9 +233,9 @@ def _token_bytes(model: Any) -> dict[int, bytes]:
 
 @functools.cache
 def _letters() -> dict[int, str]:
-    """The letter that byte-level BPE writes for each byte (GPT-2's table).
+    """Return the character that byte-level BPE writes for each byte (GPT-2's table).
 
-    Printable Latin-1 characters stand for themselves, all others for U+0100 and up in their order.
+    Printable Latin-1 characters map to themselves, the other bytes in order to U+0100 and up.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in printable)
@@ -244,7 +244,7 @@ def _letters() -> dict[int, str]:
 
 
 def _configured_bos(config: Path) -> str | None:
-    """The ``bos_token`` of a ``tokenizer_config.json``; None if there is none."""
+    """Return the ``bos_token`` of a ``tokenizer_config.json``; None if there is none."""
     try:
         token = read_json(config, _MOST_BYTES).get("bos_token")
     except (OSError, ValueError, AttributeError):
@@ -266,13 +266,13 @@ def _bos_id(model: Any, configured: str | None, label: str) -> int:
             )
         return special[configured]
     by_processor = list(model.encode("", add_special_tokens=True).ids)[:1]
-    # A vocabulary may have such a name as a token of text: Qwen's has "<s>".
+    # A vocabulary may have such a name as an ordinary token: Qwen's has "<s>".
     by_name = [special[name] for name in _BOS_NAMES if name in special]
     found = [*by_processor, *by_name]
     if not found:
         raise UserError(
-            f"{label}: nothing says which token begins a document; put a tokenizer_config.json "
-            'beside it, with {"bos_token": "TOKEN"}'
+            f"{label}: nothing says which token begins a document; add a tokenizer_config.json "
+            'to its folder, with {"bos_token": "TOKEN"}'
         )
     return int(found[0])
 
@@ -285,14 +285,14 @@ _LLAMA3 = (
 )
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# As tiktoken has it now: unlike Llama 3's, white space at the end of a text is one piece.
+# As in current tiktoken: unlike Llama 3's, white space at the end of a text is one piece.
 _CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s+$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 
-# What the files leave out of vocabularies that are known by their number of tokens: the pattern
-# that cuts text, the id that begins documents, the number of ids with all special ones.
+# What tiktoken files lack, for vocabularies recognized by their number of tokens: the pattern that
+# splits text, the id that begins documents, the number of ids including special ones.
 _KNOWN = {
     50_256: (_GPT2, 50_256, 50_257),  # gpt2, r50k_base
     100_256: (_CL100K, 100_257, 100_277),  # cl100k_base
@@ -302,14 +302,14 @@ _KNOWN = {
 
 
 def load_tiktoken(path: Path) -> ByteLevel:
-    """The vocabulary in a tiktoken file: a line per token, its bytes in base64 and its rank.
+    """Load a tiktoken file, which has a line per token: its bytes in base64, and its rank.
 
-    The file lacks the pattern that cuts text into words, and the special tokens. Both are known
-    for GPT-2, cl100k_base, Llama 3 and Qwen; for others ``PATH.json`` gives them:
+    It lacks the pattern that splits text into words, and the special tokens. Both are known for
+    GPT-2, cl100k_base, Llama 3 and Qwen; for others ``PATH.json`` must give them:
     ``{"pattern": REGEX, "special_tokens": {NAME: ID}, "bos_token": NAME}``.
 
     Raises:
-        UserError: not such a file, nothing is known of it, or the tiktoken package is missing.
+        UserError: not such a file, an unknown vocabulary, or the tiktoken package is missing.
     """
     label = f"tokenizer {str(path)!r}"
     try:
@@ -338,14 +338,14 @@ def load_tiktoken(path: Path) -> ByteLevel:
 
 
 def _completed(path: Path, ranks: Mapping[bytes, int], label: str) -> tuple[str, int, int]:
-    """Pattern, id that begins documents and number of ids of a tiktoken vocabulary."""
+    """Return pattern, id that begins documents and number of ids of a tiktoken vocabulary."""
     beside = path.with_name(path.name + ".json")
     try:
         given = read_json(beside, _MOST_BYTES)
         special = {str(name): int(i) for name, i in given["special_tokens"].items()}
         bos_id = special[given["bos_token"]]
         if bos_id in ranks.values():
-            raise ValueError(f"id {bos_id} of the bos_token is that of text")
+            raise ValueError(f"id {bos_id} of the bos_token is the id of a text token")
         return str(given["pattern"]), bos_id, max(special.values()) + 1
     except FileNotFoundError:
         pass
@@ -356,8 +356,8 @@ def _completed(path: Path, ranks: Mapping[bytes, int], label: str) -> tuple[str,
         ) from None
     if len(ranks) not in _KNOWN:
         raise UserError(
-            f"{label}: has {len(ranks)} tokens, and no known vocabulary has; say in {beside.name} "
-            'what the file leaves out: {"pattern": REGEX, "special_tokens": {NAME: ID}, '
+            f"{label}: has {len(ranks)} tokens, unlike known vocabularies; add {beside.name} with "
+            'what the file lacks: {"pattern": REGEX, "special_tokens": {NAME: ID}, '
             '"bos_token": NAME}'
         )
     return _KNOWN[len(ranks)]

@@ -1,4 +1,4 @@
-"""Whether the data fit the configuration, before any process group exists (contract C7)."""
+"""Check the data against the configuration, before any process group exists (contract C7)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from jepa_dist.data.sources import epoch_problems, find_sources, find_split, tra
 from jepa_dist.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from jepa_dist.errors import UserError
 
-# Tokens at the beginning of a shard in which an id is looked for.
+# Number of tokens at the start of a shard that are searched for an id.
 _SEARCHED_TOKENS = 1 << 26
 _SEARCH_STEP = 1 << 20
 
 
 def check_data(config: Config) -> None:
-    """Look at every shard's header, at meta.json and at the tokenizer.
+    """Check every shard's header, meta.json and the tokenizer.
 
     Raises:
         UserError: missing or damaged shards, a split without one whole window, validation shards
-            among the training shards, a tokenizer or data of another vocabulary than the model's;
-            all of it at once.
+            among the training shards, a tokenizer or data whose vocabulary differs from the
+            model's; all problems at once.
     """
     problems = [*_split_problems(config, "train"), *_split_problems(config, "val")]
     if not problems:
@@ -46,9 +46,9 @@ def check_data(config: Config) -> None:
 
 
 def with_bos(config: Config) -> Config:
-    """Return a configuration that names the id which begins documents, if the model needs it.
+    """Return a configuration with the id that begins documents, if the model needs it.
 
-    What is stored of a run is then enough to run its model, without the data.
+    The model can then be run from what the run stores, without the data.
     """
     if not config.model.document_mask:
         return config
@@ -58,12 +58,12 @@ def with_bos(config: Config) -> Config:
 
 
 def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
-    """The id that begins every document of the training data; None if nothing says.
+    """Return the id that begins every document of the training data; None if unknown.
 
-    What ``data.bos_id`` says counts most, then the note beside prepared shards, then the tokenizer.
+    Sources in order of precedence: ``data.bos_id``, meta.json of prepared shards, the tokenizer.
 
     Raises:
-        UserError: nothing says, but an option needs to know.
+        UserError: unknown, but an option needs it.
     """
     if config.data.bos_id is not None:
         return config.data.bos_id
@@ -89,10 +89,10 @@ def known_bos(config: Config, tokenizer: Tokenizer | None) -> int | None:
 
 
 def load_checked_tokenizer(config: Config, splits: Iterable[str]) -> Tokenizer | None:
-    """The configured tokenizer, known to be the model's and that of the data; None if unset.
+    """Return the configured tokenizer, checked against model and data; None if unset.
 
     Raises:
-        UserError: it cannot be loaded, or the model's or the data's vocabulary is another.
+        UserError: it cannot be loaded, or the vocabulary of model or data differs.
     """
     tokenizer = None
     problems: list[str] = []
@@ -110,7 +110,7 @@ def load_checked_tokenizer(config: Config, splits: Iterable[str]) -> Tokenizer |
 
 
 def _load_tokenizer(config: Config) -> Tokenizer:
-    """The configured tokenizer.
+    """Return the configured tokenizer.
 
     Raises:
         UserError: it cannot be loaded.
@@ -145,9 +145,9 @@ def _label(config: Config, split: str) -> str:
 
 
 def _split_problems(config: Config, split: str) -> Iterator[str]:
-    """Whether the shards of each source of a split can be read and hold enough.
+    """Yield problems of a split's sources: shards that cannot be read, or are too small.
 
-    Windows of training stay inside a shard, those of validation run through all of a source.
+    Training windows are inside a shard, validation windows cross the shards of a source.
     """
     try:
         sources = find_sources(config, split)
@@ -178,7 +178,7 @@ def _length_problems(config: Config, split: str, label: str, counts: list[int]) 
 
 
 def _overlap_problems(config: Config) -> Iterator[str]:
-    """Validation shards that are trained on: the same file, or the same tokens in another."""
+    """Yield a problem if a validation shard is trained on: the same file, or the same tokens."""
     train, val = find_split(config, "train"), find_split(config, "val")
     by_file = {path.resolve(): path for path in train}
     by_start: dict[tuple[int, bytes], list[Path]] = {}
@@ -198,14 +198,14 @@ def _overlap_problems(config: Config) -> Iterator[str]:
 
 
 def _start_of(path: Path) -> tuple[int, bytes]:
-    """Number of tokens, and the first of them."""
+    """Return the number of tokens, and the first of them as bytes."""
     shard = Shard(path)
     start = shard.read(0, min(shard.count, 1024)).astype(np.int64)  # shards may differ in type
     return shard.count, start.tobytes()
 
 
 def _byte_problems(config: Config) -> Iterator[str]:
-    """Whether shards without a meta.json are of the byte tokenizer that they are taken for."""
+    """Yield a problem if shards without a meta.json are of another byte tokenizer."""
     if config.data.tokenizer != BYTES:
         return
     for source in (*find_sources(config, "train"), *find_sources(config, "val")):
@@ -214,8 +214,8 @@ def _byte_problems(config: Config) -> Iterator[str]:
             continue
         shard = Shard(path)
         ids = set(np.unique(shard.read(0, min(shard.count, _SEARCH_STEP))).tolist())
-        # Text has spaces and line ends; the bytes that their ids would be in the other mapping
-        # (28 and 6) do not occur in any.
+        # Text has spaces and line ends; the bytes that these ids mean in the other mapping (28 and
+        # 6) do not occur in text.
         if {1, ord(" ") + 4, ord("\n") + 4} <= ids and not {256, ord(" "), ord("\n")} & ids:
             yield (
                 f"data.tokenizer={BYTES!r}: {path} is of another byte tokenizer, of 260 ids (1 "
@@ -226,7 +226,7 @@ def _byte_problems(config: Config) -> Iterator[str]:
 
 
 def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Whether the boundaries can be seen that an option keeps within."""
+    """Yield a problem if an option needs document boundaries and the data show none."""
     try:
         bos_id = known_bos(config, tokenizer)
     except UserError as error:
@@ -239,13 +239,13 @@ def _boundary_problems(config: Config, tokenizer: Tokenizer | None) -> Iterator[
         place = "" if searched == shard.count else f"the first {searched} tokens of "
         yield (
             f"{config.documents_key}=true: no document begins in {place}{shard.path}: id "
-            f"{bos_id} does not occur; set data.bos_id to the one that begins documents, or leave "
-            "the option off"
+            f"{bos_id} does not occur; set data.bos_id to the one that begins documents, or "
+            "disable the option"
         )
 
 
 def _meta_problems(config: Config, split: str, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """What the notes beside prepared shards say, against model and tokenizer."""
+    """Yield differences between meta.json of prepared shards and model or tokenizer."""
     expected = config.model.vocab_size
     try:
         metas = metas_beside(find_split(config, split))

@@ -1,4 +1,4 @@
-"""Compressed JSON lines, read as a stream: gzip and zstd, of several members or frames."""
+"""Stream reader of compressed JSON lines: gzip and zstd, with any number of members or frames."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from jepa_dist.errors import UserError
 from jepa_dist.files import open_regular
 
-# A compressed byte can stand for a thousand, so little is read at a time.
+# A compressed byte may expand to a thousand, so little is read at a time.
 _READ_BYTES = 1 << 12
 _MOST_OUT = 1 << 20
 _MOST_WINDOW = 1 << 27
@@ -19,27 +19,27 @@ _MOST_WINDOW = 1 << 27
 
 @dataclass(frozen=True)
 class Lines:
-    """Whole lines of a file."""
+    """Complete lines of a file."""
 
     data: bytes
     offset: int
-    """Of the first one in the uncompressed text."""
+    """Offset of the first one in the uncompressed text."""
     line: int
     """Number of the first one, from 1."""
     consumed: int
-    """Compressed bytes read since the lines before."""
+    """Compressed bytes read since the previous lines."""
 
 
 def read_lines(path: Path, block_bytes: int, line_bytes: int) -> Iterator[Lines]:
-    """The lines of a ``.gz`` or ``.zst`` file, in blocks of about ``block_bytes``.
+    """Yield the lines of a ``.gz`` or ``.zst`` file, in blocks of about ``block_bytes``.
 
-    Memory is bounded by a block and a line, whatever the file holds.
+    Memory is bounded by a block and a line, whatever the file contains.
 
     Raises:
-        UserError: a damaged or cut file, by offset; a line of more than ``line_bytes``; the
-            zstandard package is missing.
+        UserError: a damaged or truncated file, with the offset; a line of more than
+            ``line_bytes``; the zstandard package is missing.
     """
-    held, end = bytearray(), 0  # end: of the last whole line
+    held, end = bytearray(), 0  # end: end of the last complete line
     offset, line, reported, consumed = 0, 1, 0, 0
     for data, consumed in _decompressed(path):
         if b"\n" in data:
@@ -62,7 +62,7 @@ def read_lines(path: Path, block_bytes: int, line_bytes: int) -> Iterator[Lines]
 
 
 def _decompressed(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Pieces of the uncompressed text, each with the number of compressed bytes read by then."""
+    """Yield pieces of the uncompressed text, each with the compressed bytes read so far."""
     kind = path.suffix.lower()
     start = _zstd(path) if kind == ".zst" else lambda: _Gzip()
     with open_regular(path) as file:
@@ -83,7 +83,7 @@ def _decompressed(path: Path) -> Iterator[tuple[bytes, int]]:
                     yield out, at
                 if frame.ended:
                     frame, begun = start(), False
-                    data = data.lstrip(b"\0") if kind == ".gz" else data  # padding of tar tools
+                    data = data.lstrip(b"\0") if kind == ".gz" else data  # padding by tar
         if begun:
             raise UserError(
                 f"{path}: ends at byte {at} in the middle of its {kind[1:]} data; restore the file "
@@ -98,7 +98,7 @@ class _Gzip:
         self._object = zlib.decompressobj(wbits=31)
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
-        """Some output, and what is left of the input."""
+        """Return some output, and the rest of the input."""
         out = self._object.decompress(data, _MOST_OUT)
         return out, self._object.unused_data or self._object.unconsumed_tail
 
@@ -114,7 +114,7 @@ class _Zstd:
         self._object = context.decompressobj()
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
-        """All output, and what follows the frame."""
+        """Return all output, and the input after the frame."""
         out = self._object.decompress(data)
         return out, self._object.unused_data if self._object.eof else b""
 

@@ -1,4 +1,4 @@
-"""Which files make a corpus: the default one, or what the user names."""
+"""The files of a corpus: the default one, or the user's."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _KINDS: dict[str, Kind] = {
     **{f"{inner}{outer}": "lines" for inner in (".jsonl", ".json") for outer in (".gz", ".zst")},
 }
 SUFFIXES = ".txt, .jsonl, .json, .jsonl.gz, .jsonl.zst and .parquet"
-# What lies beside the data in folders of data sets, and is none.
+# Files in folders of data sets that are not data.
 _NO_DATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "meta.json"),
 }
 _BLOCK = 1 << 20
 
-# Encodings that hold every other byte 0, or name themselves in their first bytes.
+# Encodings recognized by their first bytes, or because every other byte is 0.
 _MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -48,8 +48,8 @@ _MARKS = {
 class InputFile:
     """One file of a corpus.
 
-    ``name`` identifies it whatever machine it lies on: the path below the folder that was named,
-    or the bare file name.
+    ``name`` identifies it on any machine: the path below the folder that the user named, or the
+    bare file name.
     """
 
     path: Path
@@ -58,16 +58,16 @@ class InputFile:
     split: Split | None = None
     """The split of all its documents; None: a hash decides for each of them."""
     split_by: Literal["text", "name"] = "text"
-    """What is hashed: the document's text, or the file's name and the document's place in it."""
+    """The hash input: the document's text, or the file's name and the document's offset in it."""
 
     @property
     def kind(self) -> Kind:
-        """What the file holds: text, JSON lines (compressed or not), or records."""
+        """Kind of the contents: text, JSON lines (compressed or not), or records."""
         return _kind(self.path) or "text"
 
     @property
     def is_compressed(self) -> bool:
-        """Whether it can only be read from its beginning."""
+        """Whether it can only be read from its start."""
         return self.path.suffix.lower() in (".gz", ".zst")
 
     @property
@@ -77,19 +77,19 @@ class InputFile:
 
 
 def _kind(path: Path) -> Kind | None:
-    """The kind of a file by its name; None if it is of no kind that is read."""
+    """Return the kind of a file by its name; None if it is not read."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     return next((_KINDS[s] for s in ("".join(suffixes), path.suffix.lower()) if s in _KINDS), None)
 
 
 @dataclass
 class Skipped:
-    """Files and folders that were met in a folder but not read, by kind."""
+    """Numbers of files and folders that were found but not read, by kind."""
 
     kinds: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        """One line, or nothing."""
+        """Return one line; empty if nothing was skipped."""
         if not self.kinds:
             return ""
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.kinds.most_common(12))
@@ -98,12 +98,12 @@ class Skipped:
 
 
 def default_corpus() -> tuple[str, list[InputFile]]:
-    """The text of the running Python's standard library, one document per file: (name, files).
+    """Return name and files of the running Python's standard library, one document per file.
 
     Its documents are split by name, as they were before documents were split by text.
 
     Raises:
-        UserError: this Python comes without the sources of its library.
+        UserError: this Python has no sources of its library.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [
@@ -121,14 +121,14 @@ def default_corpus() -> tuple[str, list[InputFile]]:
 
 
 def user_files(inputs: Iterable[str], split: Split | None, skipped: Skipped) -> list[InputFile]:
-    """The files that the user's inputs stand for, each folder in sorted order.
+    """Return the files of the user's inputs, each folder in sorted order.
 
-    Hidden files and linked folders are passed over like files of other kinds.
+    Hidden files and linked folders are skipped like files of other kinds.
 
     Args:
         inputs: Files and folders.
-        split: Where they belong, if that is known.
-        skipped: Takes note of what is not read.
+        split: Their split, if it is known.
+        skipped: Records what is not read.
 
     Raises:
         UserError: a missing input, one of another kind, a folder without such files or that
@@ -169,7 +169,7 @@ _MISSING = "no such file or folder"
 
 
 def _walk(root: Path, skipped: Skipped) -> Iterator[Path]:
-    """The files below a folder that are read.
+    """Yield the files below a folder that are read.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -204,7 +204,7 @@ def _walk(root: Path, skipped: Skipped) -> Iterator[Path]:
 
 
 def _check_encoding(file: InputFile) -> None:
-    """Refuse text whose bytes are not those of UTF-8 (or another extension of ASCII)."""
+    """Raise if a text file is not in UTF-8 (or another extension of ASCII)."""
     with _opened(file.path) as stream:
         start = stream.read(4096)
     mark = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
@@ -228,14 +228,14 @@ def _opened(path: Path) -> Any:
 
 
 def listing(files: Sequence[InputFile]) -> dict[str, Any]:
-    """What identifies files without reading them: number, bytes, digest of names and sizes."""
+    """Identify files without reading them: number, bytes, digest of names and sizes."""
     text = "\n".join(f"{file.split} {file.name} {file.size}" for file in files)
     digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
     return {"files": len(files), "bytes": sum(file.size for file in files), "digest": digest}
 
 
 def content_digest(files: Iterable[InputFile]) -> str:
-    """What identifies the contents of files, in order; reads all of them.
+    """Return a digest of the contents of files, in order; reads all of them.
 
     Raises:
         UserError: one of them cannot be read.
@@ -244,10 +244,10 @@ def content_digest(files: Iterable[InputFile]) -> str:
 
 
 def check_distinct(files: Sequence[InputFile]) -> None:
-    """Refuse a file that is named twice, and text that would be trained on and validated on.
+    """Check that no text is both trained on and validated on.
 
     Raises:
-        UserError: there is a file twice, or two files of the same contents in different splits.
+        UserError: a file is named twice, or files in different splits have the same contents.
     """
     by_path: dict[Path, InputFile] = {}
     by_size: dict[int, list[InputFile]] = {}
@@ -258,7 +258,7 @@ def check_distinct(files: Sequence[InputFile]) -> None:
         if file.size:
             by_size.setdefault(file.size, []).append(file)
     for group in by_size.values():
-        if len({file.split for file in group}) == 1:  # equal documents share their split
+        if len({file.split for file in group}) == 1:  # equal documents are in the same split
             continue
         by_digest: dict[bytes, InputFile] = {}
         for file in group:
@@ -278,5 +278,5 @@ def _digest(file: InputFile) -> bytes:
 def _twice(file: InputFile, other: InputFile, how: str) -> UserError:
     return UserError(
         f"{file.path}: {how} as {other.path}, so that text may be both trained and validated on; "
-        "name every text once, and validation text (--val) that is not among the INPUT"
+        "name every text once, and validation text (--val) that is not in the INPUT"
     )

@@ -1,8 +1,8 @@
-"""From files to token documents: cut into small byte ranges, then encoded one task at a time.
+"""Turn files into token documents: cut them into small byte ranges, then encode task by task.
 
-Cutting is cheap and sequential (the parent does it); reading and encoding happen in whatever
-process gets the task. Neither depends on how many processes there are, and neither holds more
-than a task's text, however large a file is.
+Cutting is cheap and sequential (in the parent); reading and encoding happen in worker processes.
+The result does not depend on the number of processes, and memory is bounded by a task's text,
+however large a file is.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from jepa_dist.errors import UserError
 
 TASK_BYTES = 1 << 20
 _CUT_WINDOW = 1 << 16
-# A line is held as text and as tokens, some ten times this in all.
+# A line is held as text and as tokens, about ten times this in total.
 LINE_BYTES = 1 << 26
 
-# A document's split follows from so much of its beginning, less than its first piece.
+# A document's split is a hash of this many bytes of its start, less than its first piece.
 _HEAD_BYTES = 1 << 16
 _COUNTED_TOKENS = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -42,7 +42,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Piece:
     """Bytes start..stop-1 of a file.
 
-    Of a .jsonl file: whole lines. Otherwise text of the one document that begins at byte
+    Of a .jsonl file: complete lines. Otherwise text of the document that begins at byte
     ``document`` of the file.
     """
 
@@ -51,12 +51,12 @@ class Piece:
     stop: int
     document: int
     head: bytes | None = None
-    """Beginning of the document's text, if it has several pieces."""
+    """Start of the document's text, if it has several pieces."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of a compressed .jsonl file."""
+    """Complete lines of a compressed .jsonl file."""
 
     file: InputFile
     lines: compressed.Lines
@@ -64,13 +64,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Records:
-    """Texts of consecutive records of a file, the first of which is number ``first`` (from 0)."""
+    """Texts of consecutive records of a file, from record ``first`` (counted from 0)."""
 
     file: InputFile
     texts: tuple[bytes, ...]
     first: int
     consumed: int
-    """Bytes of the file read since the records before."""
+    """Bytes of the file read since the previous records."""
 
 
 Part = Piece | Block | Records
@@ -78,23 +78,23 @@ Part = Piece | Block | Records
 
 @dataclass(frozen=True)
 class Selected:
-    """Parts of which some documents are left out."""
+    """Parts of which some documents are omitted."""
 
     parts: list[Part]
     keep: npt.NDArray[np.bool_]
-    """Whether a document stays: first the one that the parts may continue, then each that begins
-    in them."""
+    """Whether to keep each document: first the one that the parts may continue, then each that
+    begins in them."""
 
 
 @dataclass
 class Encoded:
-    """What a task became, per split; bytes read."""
+    """The result of a task, per split; bytes read."""
 
     tokens: dict[Split, list[Tokens]] = field(default_factory=lambda: {s: [] for s in SPLITS})
     documents: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     counted_bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    """Bytes of text that the tokens stand for."""
+    """Bytes of text that the tokens encode."""
     bytes_read: int = 0
 
     def count(self, other: Encoded) -> None:
@@ -105,22 +105,22 @@ class Encoded:
             self.counted_bytes[split] += other.counted_bytes[split]
 
     def joined(self) -> Encoded:
-        """The same with at most one array per split: far cheaper to send than one a document."""
+        """Return the same with one array per split: far cheaper to send than one per document."""
         tokens = {split: [np.concatenate(t)] if t else [] for split, t in self.tokens.items()}
         return replace(self, tokens=tokens)
 
 
 def split_of(file: InputFile, document: int, text: bytes, val_fraction: float) -> Split:
-    """The split of a document of a file.
+    """Return the split of a document.
 
-    Decided by a hash of the document alone, never by what else is in the corpus, so that adding
-    files moves no document from one split to the other.
+    It only depends on a hash of the document, not on the rest of the corpus, so that adding files
+    moves no document to the other split.
 
     Args:
-        file: Holds the document.
-        document: The byte at which it begins in a file that is split by name.
-        text: Its text without byte order mark, or a beginning of at least ``_HEAD_BYTES``.
-        val_fraction: Of the documents, where the file does not say their split.
+        file: File that contains the document.
+        document: Byte offset of the document, for a file that is split by name.
+        text: Its text without byte order mark, or its first ``_HEAD_BYTES`` or more.
+        val_fraction: Fraction of validation documents, if the file does not determine the split.
     """
     if file.split:
         return file.split
@@ -138,13 +138,13 @@ def split_of(file: InputFile, document: int, text: bytes, val_fraction: float) -
 def tasks(
     files: Iterable[InputFile], separator: bytes | None, text_of: TextOf | None = None
 ) -> Iterator[list[Part]]:
-    """Parts of all files in order, gathered into lists of about ``TASK_BYTES``.
+    """Yield parts of all files in order, in lists of about ``TASK_BYTES``.
 
     Args:
-        files: What to read.
+        files: Files to read.
         separator: Bytes between the documents of a text file; None makes it one document. A line
-            end in it matches one of CR and LF, too.
-        text_of: What the text of a record is (default: the field "text").
+            end in it also matches CR LF.
+        text_of: Extracts the text of a record (default: the field "text").
 
     Raises:
         UserError: a document of a file of records is longer than ``LINE_BYTES``, or the file is
@@ -170,7 +170,7 @@ def _size(part: Part) -> int:
 
 
 def _consumed(part: Part) -> int:
-    """Bytes of the file that lie in a part."""
+    """Return the bytes of the file in a part."""
     if isinstance(part, Piece):
         return part.stop - part.start
     return part.lines.consumed if isinstance(part, Block) else part.consumed
@@ -187,7 +187,7 @@ def _parts(file: InputFile, separator: bytes | None, text_of: TextOf) -> Iterato
 
 
 def _records(file: InputFile, text_of: TextOf) -> Iterator[Records]:
-    """Texts of a file's records, in groups of about ``TASK_BYTES``."""
+    """Yield the texts of a file's records, in groups of about ``TASK_BYTES``."""
     if file.kind == "json":
         records = json_records(file.path, LINE_BYTES)
     else:
@@ -244,7 +244,7 @@ def _check_size(file: InputFile, stream: BinaryIO) -> None:
 
 
 def input_changed() -> UserError:
-    """Return the error for input that is not what it was when it was read before."""
+    """Return the error for input that has changed since it was read before."""
     return UserError("the input changed while it was read; try again")
 
 
@@ -253,7 +253,7 @@ def _shorter(file: InputFile) -> UserError:
 
 
 def _documents(file: InputFile, separator: bytes | None) -> Iterator[tuple[int, int]]:
-    """Byte ranges of a text file's documents; may be empty ones."""
+    """Yield the byte ranges of a text file's documents; may be empty."""
     if separator is None:
         yield 0, file.size
         return
@@ -270,14 +270,14 @@ def _documents(file: InputFile, separator: bytes | None) -> Iterator[tuple[int, 
                 yield start, offset + found.start()
                 done = found.end()
                 start = offset + done
-            # A separator may straddle two blocks: keep what can be its beginning.
+            # A separator may span two blocks: keep what may be its start.
             done = max(done, len(text) - longest + 1)
             offset, text = offset + done, text[done:]
     yield start, offset + len(text)
 
 
 def _cut(file: InputFile, stream: BinaryIO, start: int, stop: int) -> Iterator[Piece]:
-    """Pieces of one document: cut after a line if one ends nearby, never inside a character."""
+    """Yield pieces of a document, cut after a line if one ends nearby, never in a character."""
     document = start
     head = read_head(stream, start, stop) if stop - start > TASK_BYTES else None
     while start < stop:
@@ -291,14 +291,14 @@ def _cut(file: InputFile, stream: BinaryIO, start: int, stop: int) -> Iterator[P
 
 
 def read_head(stream: BinaryIO, start: int, stop: int) -> bytes:
-    """Read the beginning of the document at bytes start..stop-1, for ``split_of``."""
+    """Read the start of the document at bytes start..stop-1, for ``split_of``."""
     stream.seek(start)
     data = stream.read(min(len(_BYTE_ORDER_MARK) + _HEAD_BYTES, stop - start))
     return data.removeprefix(_BYTE_ORDER_MARK)
 
 
 def _excess(text: bytes) -> int:
-    """How many bytes to leave off so that ``text`` ends with a line, or else with a character."""
+    """Return how many bytes to remove so that ``text`` ends with a line, or with a character."""
     line_end = text.rfind(b"\n")
     if line_end >= 0:
         return len(text) - line_end - 1
@@ -319,12 +319,12 @@ class Text:
 
 
 def read_texts(part: Part, text_of: TextOf, val_fraction: float) -> Iterator[Text]:
-    """The texts that a part holds, without byte order marks.
+    """Yield the texts of a part, without byte order marks.
 
-    A long document comes as several texts, cut alike whatever the format of its file.
+    A long document is several texts, cut at the same places in every file format.
 
     Raises:
-        UserError: a bad line of a .jsonl file, by name and number.
+        UserError: a bad line of a .jsonl file, with its name and number.
     """
     file = part.file
     if isinstance(part, Piece) and file.kind != "lines":
@@ -356,7 +356,7 @@ def _bytes_of(piece: Piece) -> bytes:
 
 
 def _texts_of_lines(part: Piece | Block, text_of: TextOf) -> Iterator[tuple[int, bytes]]:
-    """Offset and text of each document."""
+    """Yield offset and text of each document."""
     if isinstance(part, Block):
         data, offset = part.lines.data, part.lines.offset
     else:
@@ -385,7 +385,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _cut_text(text: bytes) -> Iterator[tuple[bool, bytes]]:
-    """Cut a document's text as ``_cut`` cuts a file: whether it begins there, and the text."""
+    """Cut a document's text as ``_cut`` does; yield whether a piece is the first, and its text."""
     start = 0
     while True:
         end = min(start + TASK_BYTES, len(text))
@@ -398,7 +398,7 @@ def _cut_text(text: bytes) -> Iterator[tuple[bool, bytes]]:
 
 
 def _place(file: InputFile, offset: int) -> str:
-    """FILE:LINE of a byte offset; lines are counted only now that somebody needs to know."""
+    """Return FILE:LINE of a byte offset; lines are only counted for an error."""
     line = 1
     with open(file.path, "rb") as stream:
         while offset > 0 and (block := stream.read(min(offset, TASK_BYTES))):
@@ -412,10 +412,10 @@ def _place(file: InputFile, offset: int) -> str:
 
 @dataclass
 class Encoder:
-    """Turns pieces into tokens; every document begins with BOS, and loses a byte order mark.
+    """Encoder of pieces; every document begins with BOS, and a byte order mark is removed.
 
     A document longer than a piece is encoded piece by piece: exact with bytes, and with
-    SentencePiece but for what the model does at the beginning of a text (a dummy space).
+    SentencePiece except for a dummy space at the start of a text.
     """
 
     tokenizer: Tokenizer
@@ -431,8 +431,8 @@ class Encoder:
         """Read and encode the parts of a task; all of them unless documents are selected.
 
         Raises:
-            UserError: a bad line of a .jsonl file, by name and number; or other documents than
-                were selected from.
+            UserError: a bad line of a .jsonl file, by name and number; or the documents have
+                changed since the selection.
         """
         parts = task.parts if isinstance(task, Selected) else task
         keep = task.keep if isinstance(task, Selected) else None
@@ -460,8 +460,8 @@ class Encoder:
         result.counted_bytes[split] += self._counted_bytes(ids, begins)
 
     def _counted_bytes(self, ids: Tokens, begins: bool) -> int:
-        """Bytes of text that the tokens of a piece stand for, in little memory."""
-        # Any id but BOS will do for the token before a piece that continues a document.
+        """Return the bytes of text that a piece's tokens encode, in little memory."""
+        # The previous token of a piece that continues a document may be any id but BOS.
         before = [self.tokenizer.bos_id] if begins else ids[:1].tolist()
         total = 0
         for start in range(0, len(ids), _COUNTED_TOKENS):

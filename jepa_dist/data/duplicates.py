@@ -1,9 +1,9 @@
 """Exact duplicates among documents, found by a digest of their text before anything is encoded.
 
-Of training documents that are equal the first stays, and none that is equal to a validation
-document, wherever that one is in the input. Validation documents that were named, or chosen by
-name, all stay. Where the text of a document decides its split, equal ones share it, and the first
-stays.
+Of equal training documents the first is kept, but none that equals a validation document, wherever
+that one is in the input. Validation documents that were named, or chosen by name, are all kept. If
+the text of a document determines its split, equal ones are in the same split, and the first is
+kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass
 class Digester:
-    """Digests of the texts of a task; runs in the processes that read the input."""
+    """Computes digests of a task's texts, in the processes that read the input."""
 
     text_of: TextOf
     val_fraction: float
@@ -55,8 +55,8 @@ class Duplicates:
     Feed it the results of ``Digester`` in the order of the tasks, then call ``find``.
 
     Args:
-        in_validation: Whether validation documents that are equal to an earlier one are dropped;
-            equal documents must share their split then.
+        in_validation: Whether to drop validation documents that equal an earlier one; equal
+            documents must be in the same split then.
     """
 
     def __init__(self, in_validation: bool) -> None:
@@ -65,17 +65,17 @@ class Duplicates:
         self._is_val = bytearray()
         self._begun: list[int] = []
         self.earlier = 0
-        """Documents that are equal to an earlier one."""
+        """Number of documents that equal an earlier one."""
         self.validation = 0
-        """Training documents that are equal to a validation document."""
+        """Number of training documents that equal a validation document."""
         self._keep: Bools = np.zeros(0, dtype=np.bool_)
 
     def add(self, records: bytes) -> None:
-        """Take in a task."""
+        """Add the records of the next task."""
         found = np.frombuffer(records, dtype=_RECORD)
         continues = np.flatnonzero(~found["begins"])
         done = 0
-        for place in continues.tolist():  # texts of long documents, cut alike in every format
+        for place in continues.tolist():  # texts of long documents
             self._append(found[done:place])
             self._digests[-_DIGEST_BYTES:] = _digest(
                 self._digests[-_DIGEST_BYTES:] + found["digest"][place].tobytes()
@@ -89,7 +89,7 @@ class Duplicates:
         self._is_val += documents["is_val"].tobytes()
 
     def find(self) -> None:
-        """Decide which documents stay."""
+        """Determine which documents to keep."""
         digests = np.frombuffer(self._digests, dtype="<u8").reshape(-1, 2)
         is_val = np.frombuffer(self._is_val, dtype=np.bool_)
         order = np.lexsort((digests[:, 0], digests[:, 1]))  # stable: equal ones as in the input
@@ -110,10 +110,10 @@ class Duplicates:
         self._digests, self._is_val = bytearray(), bytearray()
 
     def selected(self, tasks: Iterable[list[Part]]) -> Iterator[Selected]:
-        """Yield the tasks with the documents that stay.
+        """Yield the tasks with the documents to keep.
 
         Raises:
-            UserError: there are other tasks than before.
+            UserError: the tasks differ from those added.
         """
         first = 0
         begun = iter(self._begun)
@@ -128,15 +128,15 @@ class Duplicates:
 
     @property
     def total(self) -> int:
-        """Number of documents that are dropped."""
+        """Number of dropped documents."""
         return self.earlier + self.validation
 
     def counts(self) -> dict[str, int]:
-        """Return how many are dropped, by what they are equal to."""
+        """Return the numbers of dropped documents, by what they equal."""
         return {"earlier": self.earlier, "validation": self.validation}
 
     def __str__(self) -> str:
-        """What is dropped, in words."""
+        """Return what is dropped, as text."""
         if self._in_validation:
             return f"duplicates dropped: {self.earlier:,} of an earlier document"
         return (

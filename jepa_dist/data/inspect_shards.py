@@ -1,4 +1,4 @@
-"""Show what token shards hold: ``jepa_dist inspect SHARD ...``."""
+"""Show the contents of token shards: ``jepa_dist inspect SHARD ...``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENIZER_NAME = "tokenizer.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code (2 for a user's mistake)."""
+    """Run the command; return the exit code (2 for a user's mistake)."""
     try:
         options = _parser().parse_args(argv)
         with end_with_reader():
@@ -76,7 +76,7 @@ def _show(path: Path, options: argparse.Namespace) -> None:
 
 
 def _tokenizer(folder: Path, spec: str | None, name: str | None) -> Tokenizer | None:
-    """The tokenizer that is asked for, or else the one that made the shards, if it is at hand."""
+    """Return the requested tokenizer, or else the one that made the shards, if available."""
     if spec is not None:
         return load_tokenizer(spec)
     if name == BYTES:
@@ -87,7 +87,7 @@ def _tokenizer(folder: Path, spec: str | None, name: str | None) -> Tokenizer | 
 
 @dataclass
 class Summary:
-    """What a shard holds; the first documents as ranges of tokens, without their first id."""
+    """Contents of a shard; the first documents as token ranges, without their first id."""
 
     least: int
     most: int
@@ -99,9 +99,9 @@ def summarize(shard: Shard, bos_id: int | None, documents: int) -> Summary:
     """Read a shard once, in little memory.
 
     Args:
-        shard: What to read.
-        bos_id: Id that begins every document; None finds none.
-        documents: How many documents to find the places of.
+        shard: The shard.
+        bos_id: Id that begins every document; None: no documents.
+        documents: Number of documents to locate.
 
     Raises:
         UserError: it cannot be read.
@@ -121,7 +121,7 @@ def summarize(shard: Shard, bos_id: int | None, documents: int) -> Summary:
 
 
 def _visible(text: str) -> Iterator[str]:
-    """The beginning of a text, line by line, without what would act on a terminal."""
+    """Yield the first lines of a text, without control codes."""
     shown = text[:_SHOWN_CHARACTERS]
     for line in shown.splitlines():
         yield "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

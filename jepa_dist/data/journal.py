@@ -1,8 +1,8 @@
-"""How far a preparation is, noted on disk, so that one that was killed is resumed.
+"""Progress of a preparation on disk, so that a killed one can be resumed.
 
-The journal lies in the folder that is being filled. It counts the tasks that are written, and what
-the files held then; what a file got afterwards is cut off when the preparation is resumed. Files
-are flushed to disk before they are noted.
+The journal is in the output folder. It has the number of written tasks, and the sizes of the files
+at that time; a resumed preparation truncates files to these sizes. Files are flushed to disk before
+the journal is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jepa_dist.data.corpus import Split
 from jepa_dist.files import MIB, read_json, write_atomically
 
 JOURNAL = ".journal.json"
-# A preparation that is killed repeats this much, and what was in flight.
+# A resumed preparation repeats at most this much, and the tasks in flight.
 _SECONDS = 10.0
 _PAUSES = 20.0
 
@@ -34,7 +34,7 @@ class _Part(BaseModel):
 
 
 class ShuffleState(_Part):
-    """What documents that wait for their order have on disk (``ShuffledDocuments``)."""
+    """State on disk of documents that are being shuffled (``ShuffledDocuments``)."""
 
     documents: _Count
     current: Annotated[int, Field(ge=0, lt=2**64)]
@@ -65,7 +65,7 @@ def digest_of(settings: Mapping[str, Any]) -> str:
 
 
 def read_state(folder: Path, settings: str) -> State:
-    """Return how far the preparation in a folder is: nowhere, unless it had the same settings."""
+    """Return the state of the preparation in a folder; an empty one if its settings differ."""
     start = State(settings=settings)
     try:
         state = State.model_validate_json(json.dumps(read_json(folder / JOURNAL, 64 * MIB)))
@@ -75,10 +75,10 @@ def read_state(folder: Path, settings: str) -> State:
 
 
 class Journal:
-    """Notes the state of a preparation now and then.
+    """Periodic writer of a preparation's state.
 
     Args:
-        folder: The folder that is being filled.
+        folder: The output folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,13 +87,13 @@ class Journal:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to note the state again."""
+        """Whether it is time to write the state again."""
         return time.monotonic() >= self._next
 
     def write(self, take: Callable[[], State]) -> None:
-        """Note the state that ``take`` returns, all of which is on disk by then.
+        """Write the state that ``take`` returns after flushing all its files to disk.
 
-        It is taken so rarely that flushing takes a small part of the time.
+        Called so rarely that flushing takes a small part of the time.
         """
         started = time.monotonic()
         write_atomically(self._path, take().model_dump_json() + "\n", sync=True)
@@ -112,7 +112,7 @@ def flush(file: IO[bytes]) -> None:
 
 
 def reopen(path: Path, size: int) -> IO[bytes]:
-    """Open a file that was written before, cut to ``size`` bytes, to append to it.
+    """Open an existing file for appending, truncated to ``size`` bytes.
 
     Raises:
         OSError: it is missing, or shorter.

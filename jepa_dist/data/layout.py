@@ -1,8 +1,8 @@
-"""Who holds which rows of the global batch (contract C1).
+"""Distribution of the rows of the global batch over ranks (contract C1).
 
-A rank holds a contiguous slice, cut into micro-batches. Every rank runs the same number of
-micro-batches of the same shape, because collectives and compiled graphs need that; where the
-rows do not divide, micro-batches are filled up with padding rows of weight 0.
+A rank has a contiguous slice, divided into micro-batches. Every rank runs the same number of
+micro-batches of the same shape, because collectives and compiled graphs need that; if the
+rows do not divide evenly, micro-batches are padded with rows of weight 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class BatchLayout:
     """One rank's share of a global batch of ``sequences`` rows.
 
-    ``micro`` is the most rows a micro-batch may have.
+    ``micro`` is the maximum number of rows of a micro-batch.
     """
 
     sequences: int
@@ -24,7 +24,7 @@ class BatchLayout:
 
     @property
     def rows(self) -> range:
-        """The rank's rows, as places in the global batch."""
+        """The rank's rows, as indices in the global batch."""
         return range(
             self.sequences * self.rank // self.world_size,
             self.sequences * (self.rank + 1) // self.world_size,
@@ -41,10 +41,10 @@ class BatchLayout:
         return -(-self._most_rows // self.num_micro)
 
     def micro_rows(self, index: int) -> range:
-        """Real rows of micro-batch ``index``, as places in the global batch; may be empty."""
+        """Return the real rows of micro-batch ``index``, as global indices; may be empty."""
         return self.rows[index * self.micro_size : (index + 1) * self.micro_size]
 
     @property
     def _most_rows(self) -> int:
-        """Rows of the rank that has most."""
+        """Number of rows of the rank with most rows."""
         return -(-self.sequences // self.world_size)

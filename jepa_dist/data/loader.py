@@ -1,4 +1,4 @@
-"""Micro-batches of tokens, in an order that does not depend on who reads them (contract C1).
+"""Micro-batches of tokens, in an order that does not depend on their readers (contract C1).
 
 The samples are windows over shards. Which sample is the i-th of the run is a pure
 function of the seed (order.py, mixture.py), which rows are a rank's is arithmetic (layout.py), so
@@ -43,13 +43,13 @@ from jepa_dist.data.shards import Shard, check_ids, num_windows, read_count
 from jepa_dist.data.workers import become_helper, signals_left_to_parent
 from jepa_dist.errors import UserError
 
-# As long as torchrun waits before it kills.
+# As long as torchrun waits before SIGKILL.
 _GRACE_SECONDS = 30.0
 
-# A rank that has failed must not stay, and have the others wait, for a file that never comes.
+# A failed rank must exit instead of waiting for a file that never arrives.
 _CLOSE_SECONDS = 5.0
 
-# A process has only some 1,000 file descriptors.
+# A process has only about 1,000 file descriptors.
 _OPEN_SHARDS = 256
 
 # Forking a process that has CUDA or gloo threads is not safe. A fork server that has imported
@@ -61,22 +61,22 @@ _context.set_forkserver_preload(["torch", __name__])
 class TokenDataset:
     """Windows of seq_len+1 tokens, at stride seq_len inside each shard, never across shards.
 
-    Cheap to make (headers only), to pickle, and to hold over thousands of shards: they are
-    opened when first read, a bounded number at a time.
+    Cheap to create (headers only) and to pickle, with thousands of shards, too: they are opened
+    when first read, a bounded number at a time.
 
     Args:
-        paths: The shards, source by source.
+        paths: The shards, grouped by source.
         seq_len: T.
         vocab_size: Number of legal ids.
-        shards: How many of the paths belong to each source; None: all to one.
+        shards: Number of paths of each source; None: a single source.
         stages: Weights of the sources over the run.
 
     Raises:
-        UserError: a damaged shard, or not one window in all of a source.
+        UserError: a damaged shard, or a source without a single window.
     """
 
     order: Mixture
-    """Which window is the i-th of the run; windows are numbered source by source."""
+    """Order of the windows, which are numbered source by source."""
 
     def __init__(
         self,
@@ -116,10 +116,10 @@ class TokenDataset:
         self._open = functools.lru_cache(_OPEN_SHARDS)(Shard)
 
     def read(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The windows with these ids (0..len-1), int64 [len(ids), seq_len+1].
+        """Return the windows with these ids (0..len-1), int64 [len(ids), seq_len+1].
 
         Raises:
-            UserError: a token id outside the vocabulary, or a shard damaged in the meantime.
+            UserError: a token id outside the vocabulary, or a shard damaged meanwhile.
         """
         shards = np.searchsorted(self._first_window, ids, side="right") - 1
         starts = (np.asarray(ids) - self._first_window[shards]) * self.seq_len
@@ -136,11 +136,11 @@ class TokenDataset:
 class Batch:
     """A micro-batch of M rows (padding included) of T tokens.
 
-    tokens, targets: int64 [M, T]; targets are the tokens one place later.
+    tokens, targets: int64 [M, T]; targets are the tokens shifted by one position.
     weight: float32 [M], 1 for a real row, 0 for padding.
-    positions: int64 [M], a row's place in the global batch, -1 for padding.
-    digest: 64-bit unsigned digest of the real rows' tokens and places. Digests of micro-batches
-        and ranks add up (modulo 2**64) to the same one of the global batch at any world size.
+    positions: int64 [M], a row's index in the global batch, -1 for padding.
+    digest: 64-bit unsigned digest of the real rows' tokens and indices. Digests of micro-batches
+        and ranks add up (modulo 2**64) to that of the global batch, at any world size.
     sources: int64 [M], the number of each row's source, -1 for padding; None if there is only one.
     """
 
@@ -153,11 +153,11 @@ class Batch:
     _sent: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
+        """Return the same batch in page-locked memory."""
         return self._map(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on ``device``."""
+        """Return the same batch on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -171,13 +171,13 @@ class Batch:
         )
 
     def share(self) -> Batch:
-        """Put into shared memory what another process gets of the batch.
+        """Move the batch to shared memory, to send it to another process.
 
-        Left to the queue between the processes, a full /dev/shm would lose the batch, and the
+        If the queue between the processes did this, a full /dev/shm would lose the batch, and the
         reader would wait for it.
 
         Raises:
-            UserError: there is no room.
+            UserError: shared memory is full.
         """
         try:
             self._sent = self._rows().share_memory_()
@@ -186,7 +186,7 @@ class Batch:
         return self
 
     def _rows(self) -> torch.Tensor:
-        """Tokens and last targets of the real rows, [rows, T+1].
+        """Return tokens and last targets of the real rows, [rows, T+1].
 
         int16 if all ids fit in uint16 (which cannot be sent), else int32.
         """
@@ -195,9 +195,9 @@ class Batch:
         return rows.to(torch.int16 if not real or int(rows.max()) < 2**16 else torch.int32)
 
     def __reduce__(self) -> Any:
-        # Between processes a batch is one small tensor in shared memory. Sent through the pipe
-        # itself, messages are so long that a process killed in the middle of one leaves the queue
-        # locked and its reader waiting for ever.
+        # Between processes a batch is one small tensor in shared memory. Sent through the pipe, it
+        # would be so long that a process killed while sending leaves the queue locked and its
+        # reader waiting forever.
         rows = self._rows() if self._sent is None else self._sent
         sources = None if self.sources is None else self.sources[: len(rows)].tolist()
         return _rebuild, (rows, int(self.positions[0]), len(self.positions), self.digest, sources)
@@ -208,23 +208,23 @@ def _no_room(error: Exception) -> UserError:
     reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
     return UserError(
         f"data loader: {reason}: processes exchange batches in /dev/shm ({free >> 10} KiB free) "
-        f"and have sockets in {tempfile.gettempdir()}; give them more room (docker --shm-size, "
+        f"and have sockets in {tempfile.gettempdir()}; give them more space (docker --shm-size, "
         "TMPDIR) or more files (ulimit -n), or set data.workers=0"
     )
 
 
 def _died(error: Exception) -> UserError:
     return UserError(
-        f"a data loader process died ({error}): perhaps killed for want of memory, or of "
-        "shared memory (/dev/shm); give the job more, or lower data.workers"
+        f"a data loader process died ({error}): possibly killed because memory or "
+        "shared memory (/dev/shm) ran out; give the job more, or lower data.workers"
     )
 
 
 def make_batch(
     rows: npt.NDArray[np.int64], places: range, size: int, sources: Ids | None = None
 ) -> Batch:
-    """A batch of ``size`` rows from ``rows`` int64 [n <= size, T+1] at ``places`` of the batch;
-    ``sources`` int64 [n] has the number of each row's source if there are several."""
+    """Return a batch of ``size`` rows from ``rows`` int64 [n <= size, T+1] at indices ``places``
+    of the global batch; ``sources`` int64 [n] numbers each row's source if there are several."""
     return _assemble(rows, places, size, _digest(rows, places), sources)
 
 
@@ -250,7 +250,7 @@ def _assemble(
     if sources is not None:
         padding = [-1] * (size - len(rows))
         sources = np.concatenate([sources, padding]).astype(np.int64)
-    # Copied by numpy: torch would start a second set of threads in whichever thread this is.
+    # Copied by numpy: torch would start a second set of threads in this thread.
     return Batch(
         tokens=torch.from_numpy(np.ascontiguousarray(padded[:, :-1])),
         targets=torch.from_numpy(np.ascontiguousarray(padded[:, 1:])),
@@ -262,9 +262,9 @@ def _assemble(
 
 
 def _digest(rows: npt.NDArray[np.int64], places: range) -> int:
-    """Sum over rows of a hash of (place, tokens): additive, yet it sees the order."""
+    """Return the sum over rows of a hash of (index, tokens): additive, but depends on the order."""
     total = 0
-    # The type depends on the row alone, so that the digest depends on no neighbor.
+    # The type depends on this row only, so that the digest does not depend on other rows.
     is_narrow = rows.max(axis=1, initial=0) < 2**16
     for place, row, narrow in zip(places, rows, is_narrow.tolist(), strict=True):
         data = place.to_bytes(8, "little") + row.astype("<u2" if narrow else "<u4").tobytes()
@@ -276,18 +276,18 @@ class TrainLoader:
     """An endless iterator over one rank's micro-batches, ``layout.num_micro`` per step.
 
     Args:
-        dataset: Where the samples are.
+        dataset: The samples.
         layout: The rank's share of each global batch.
-        seed: Of the order.
-        samples_consumed: Where to begin, in samples of the whole run (a loader's only state;
-            reading on, the property of this name counts whole global batches taken).
-        skip: Places in the order that the run passes over.
+        seed: Seed of the order.
+        samples_consumed: Where to start, in samples of the whole run (a loader's only state; the
+            property of this name counts complete global batches taken).
+        skip: Places in the order that the run skips.
         workers: Loader processes; 0 reads in a thread of this one.
         prefetch: Micro-batches that each process keeps ready.
-        pin_memory: Hand out page-locked batches (CUDA only).
+        pin_memory: Return page-locked batches (CUDA only).
 
-    The processes start here, so that they fill their queues while the model is built. Use it as
-    a context manager, or call ``close``.
+    The constructor starts the processes, which fill their queues while the model is built. Use it
+    as a context manager, or call ``close``.
     """
 
     def __init__(
@@ -309,7 +309,7 @@ class TrainLoader:
         self._start = samples_consumed
         self._yielded = 0
         with _quiet_start(), signals_left_to_parent(), _naming_full_storage():
-            if workers:  # fail here if there is no room: half a loader prints tracebacks
+            if workers:  # fail here if shared memory is full: half a loader prints tracebacks
                 _context.Lock()
             loader: Any = StatefulDataLoader(
                 _Stream(dataset, layout, seed, samples_consumed, skip),
@@ -319,53 +319,53 @@ class TrainLoader:
                 pin_memory=pin_memory,
                 multiprocessing_context=_context if workers else None,
                 worker_init_fn=_begin_worker,
-                # Its own snapshots are bound to the number of workers: not used, so not taken.
+                # Its own snapshots depend on the number of workers, so they are not used.
                 snapshot_every_n_steps=0,
-                # Its seed draw would advance the global generator of the training process.
+                # Drawing its seed would advance the global generator of the training process.
                 generator=torch.Generator(),
             )
             self._batches: Iterator[Any] | None = iter(loader)
-        # Taking a batch from another process costs milliseconds; a thread does it in time.
+        # Taking a batch from another process costs milliseconds; a thread does it ahead.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: Future[Any] = self._reader.submit(next, self._batches)
 
     @property
     def samples_consumed(self) -> int:
-        """Samples of all whole global batches taken so far, over the whole run."""
+        """Samples of all complete global batches taken so far, over the whole run."""
         return self._start + self._yielded // self._layout.num_micro * self._layout.sequences
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro-batch.
+        """Return the next micro-batch.
 
         Raises:
-            UserError: bad data, found in whichever process read it, or a process that died.
+            UserError: bad data, found in any process, or a process that died.
         """
         if self._batches is None:
             raise ValueError("the loader is closed")
         try:
             item = self._ahead.result()
-        except (EOFError, OSError, RuntimeError) as error:  # all that a dead process looks like
+        except (EOFError, OSError, RuntimeError) as error:  # what a dead process may cause
             self.close()
             if not self._workers:
                 raise
             for path in self._paths:
-                read_count(path)  # a shard cut short while it is mapped is a bus error
+                read_count(path)  # a shard truncated while it is mapped causes a bus error
             raise _died(error) from error
         if isinstance(item, UserError):
-            self.close()  # the batches of the other processes would follow out of order
+            self.close()  # the remaining batches would be out of order
             raise item
         self._ahead = self._reader.submit(next, self._batches)
         self._yielded += 1
         return item
 
     def close(self) -> None:
-        """End the thread and the loader processes; those that storage keeps are left behind."""
+        """Stop the thread and the loader processes; those blocked by storage are left running."""
         is_idle = self._ahead.cancel() or bool(wait([self._ahead], timeout=_CLOSE_SECONDS).done)
         self._reader.shutdown(wait=is_idle)
-        self._ahead = Future()  # what it raised would keep the processes' iterator alive
+        self._ahead = Future()  # its exception would keep the processes' iterator alive
         self._batches = None
 
     def __enter__(self) -> TrainLoader:
@@ -376,9 +376,9 @@ class TrainLoader:
 
 
 class _Stream(IterableDataset[Any]):
-    """What one loader process yields: every workers-th micro-batch of the rank, from its own on.
+    """The micro-batches of one loader process: every workers-th one of the rank.
 
-    StatefulDataLoader takes from the processes in turn, which restores the order.
+    StatefulDataLoader reads the processes in turn, which restores the order.
     """
 
     def __init__(
@@ -400,7 +400,7 @@ class _Stream(IterableDataset[Any]):
                 batch = self._micro_batch(index)
                 yield batch.share() if info else batch
         except UserError as error:
-            # As a value: the loader would bury a raised one in a traceback of its own.
+            # As a value: the loader would add its own traceback to a raised one.
             yield error
 
     def _micro_batch(self, index: int) -> Batch:
@@ -414,7 +414,7 @@ class _Stream(IterableDataset[Any]):
 
 @contextlib.contextmanager
 def _naming_full_storage() -> Iterator[None]:
-    """Report an error of the system while processes are started, which names no file."""
+    """Turn system errors without a file name, while processes are started, into a clear one."""
     try:
         yield
     except OSError as error:
@@ -429,10 +429,10 @@ def _naming_full_storage() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Start loader processes without what multiprocessing and torch would add to it.
+    """Start loader processes without importing the main module, and without torch's warnings.
 
-    A new process imports the program's main module again: seconds of the trainer's imports, and
-    trouble if it is a script without a guard. Nothing that is sent to it comes from there.
+    Otherwise a new process imports the program's main module again, which takes seconds and fails
+    for a script without a guard. Nothing that is sent to the process is defined there.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")

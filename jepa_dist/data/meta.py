@@ -1,4 +1,4 @@
-"""meta.json: what a folder of prepared shards says about itself."""
+"""meta.json: description of a folder of prepared shards."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Meta(BaseModel):
-    """The contents; what ``prepare`` was asked for, and what became of it.
+    """Contents of meta.json: settings and results of ``prepare``.
 
-    Shards may come with a note of only the first three; everything else is optional.
+    Only the first three fields are required, for shards from elsewhere.
     """
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
@@ -40,26 +40,26 @@ class Meta(BaseModel):
     bos_id: int | None = Field(default=None, ge=0)
     """Id that begins every document."""
     source: str | list[str] | None = None
-    """What was read: paths, or the name of the default corpus."""
+    """Input: paths, or the name of the default corpus."""
     listing: dict[str, Any] | None = None
-    """Number, bytes and digest of names and sizes of the files that were read."""
+    """Number, bytes and digest of names and sizes of the input files."""
     content: str | None = None
-    """Digest of the text that was read; folders of earlier versions have none."""
+    """Digest of the input text; folders of earlier versions have none."""
     field: str | None = None
     template: str | None = None
     separator: str | None = None
     val_fraction: float | None = None
     split_by: str | None = None
-    """``text`` if the split of a document follows from its text; None: validation was named, or the
-    file's name and the document's place decided."""
+    """``text`` if the split of a document depends on its text; None: on the named validation files,
+    or on the file's name and the document's offset."""
     shard_tokens: int | None = None
     shuffle: int | None = None
     """Seed of the order of the training documents; None: that of the input."""
     deduplicate: bool | None = None
-    """Whether duplicates were dropped; folders of earlier versions do not say, and hold them."""
+    """Whether duplicates were dropped; missing in folders of earlier versions, which keep them."""
     duplicates: dict[str, Count] | None = None
-    """Documents that were dropped: equal to an ``earlier`` one, or training documents equal to one
-    of ``validation``."""
+    """Numbers of dropped documents: equal to an ``earlier`` one, or training documents equal to
+    one of ``validation``."""
     documents: dict[str, Count] = Field(default_factory=dict)
     """Documents of each split."""
     tokens: dict[str, Count] = Field(default_factory=dict)
@@ -67,9 +67,9 @@ class Meta(BaseModel):
     text_bytes: dict[str, Count] = Field(default_factory=dict)
     """Bytes of text of each split."""
     counted_bytes: dict[str, Count] = Field(default_factory=dict)
-    """Bytes of text that the tokens stand for; less than the text where the tokenizer loses any."""
+    """Bytes of text that the tokens encode; less than the text if the tokenizer loses any."""
     tokenizer_note: str | None = None
-    """What the tokenizer loses, in words (``Tokenizer.note``)."""
+    """Description of what the tokenizer loses (``Tokenizer.note``)."""
 
     @model_validator(mode="after")
     def _bos_is_a_token(self) -> Self:
@@ -79,7 +79,7 @@ class Meta(BaseModel):
 
 
 def read_meta(folder: Path) -> Meta | None:
-    """The meta.json of a prepared folder, or None where there is none (shards from elsewhere).
+    """Return the meta.json of a folder, or None if there is none (shards from elsewhere).
 
     Raises:
         UserError: the file is there but damaged, or names a shard outside the folder.
@@ -96,12 +96,12 @@ def read_meta(folder: Path) -> Meta | None:
     inside = folder.resolve()
     for name in meta.shards:
         if (folder / name).resolve().parent != inside:
-            raise _damaged(path, f"shards: {name!r} is a link that leads outside this folder")
+            raise _damaged(path, f"shards: {name!r} is a link to outside this folder")
     return meta
 
 
 def metas_beside(shards: Iterable[Path]) -> dict[Path, Meta]:
-    """The meta.json beside each of these shards that has one, by its path.
+    """Return each meta.json in the folders of these shards, by its path.
 
     Raises:
         UserError: as ``read_meta``.

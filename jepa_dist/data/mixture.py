@@ -1,4 +1,4 @@
-"""Which source each place of the order draws from, in closed form.
+"""The source that each place of the order draws from, in closed form.
 
 A stage splits its places by a balanced binary tree over the sources: a node gives the first of its
 two halves floor((p + 1) a) - floor(p a) of its place p, a being the half's share of the node's
@@ -24,18 +24,18 @@ _UNITS = 10**9
 
 @dataclass(frozen=True)
 class Stage:
-    """Weights that hold from a place of the order on, until those of the next stage."""
+    """Weights from one place of the order until the next stage."""
 
     first: int
     """The first place."""
     weights: tuple[int, ...]
-    """Of each source, relative to their sum (``whole_weights``)."""
+    """Weight of each source, relative to their sum (``whole_weights``)."""
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Return weights as integers in the same proportion, rounded to 1e-9 of their sum.
 
-    What is not 0 stays above 0.
+    Positive weights stay positive.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
     total = sum(exact)
@@ -66,8 +66,8 @@ class Mixture:
         Args:
             first: Samples that the run has consumed before them.
             count: Number of samples.
-            seed: Of the order.
-            skip: Places in the order that the run passes over.
+            seed: Seed of the order.
+            skip: Places in the order that the run skips.
         """
         sources, draws = self.draw(places_of(first, count, skip))
         ids = np.empty(count, dtype=np.int64)
@@ -81,7 +81,7 @@ class Mixture:
         """Return the number of each sample's source; None if there is only one source.
 
         Args:
-            ids: Of the samples, int64 [N].
+            ids: Ids of the samples, int64 [N].
         """
         if len(self.sizes) == 1:
             return None
@@ -91,7 +91,7 @@ class Mixture:
         """Return each place's source and the number of draws of that source before it.
 
         Args:
-            places: In the order, int64 [N].
+            places: Places in the order, int64 [N].
         """
         sources, draws = np.empty_like(places), np.empty_like(places)
         stages = np.searchsorted(self._first_place, places, side="right") - 1
@@ -124,13 +124,13 @@ def _split(
     first: int,
     results: tuple[Ids, Ids],
 ) -> None:
-    """Write the sources and draws of places of one node of the tree into ``results``.
+    """Write sources and draws of the places of one node of the tree into ``results``.
 
     Args:
         places: Counted within the node.
-        indices: Where each belongs in the results.
-        weights: Of the node's sources.
-        first: Number of the first of them.
+        indices: Index of each place in the results.
+        weights: Weights of the node's sources.
+        first: Number of the node's first source.
         results: Sources and draws.
     """
     if len(weights) == 1 or not len(places):

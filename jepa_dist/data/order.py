@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (seed, epoch) that needs no memory.
 
 Every epoch visits all samples once, in an order given by a keyed bijection of range(n): a
-balanced Feistel network on the smallest even number of bits that holds n, walked along its cycle
-until it lands inside range(n) (Black and Rogaway, "Ciphers with arbitrary finite domains").
+balanced Feistel network on the smallest even number of bits that holds n, applied repeatedly
+until the result is inside range(n) (Black and Rogaway, "Ciphers with arbitrary finite domains").
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 _ROUNDS = 8
-# Tiny domains mix badly: below 3 bits a half there are too few round functions to draw from.
+# Tiny domains mix badly: below 3 bits per half there are too few round functions.
 _MIN_HALF_BITS = 3
 
 Ids = npt.NDArray[np.int64]
@@ -21,14 +21,14 @@ Key = npt.NDArray[np.uint64]
 
 
 def epoch_key(seed: int, epoch: int, source: int = 0) -> Key:
-    """Round keys of the permutation of one epoch of a source, uint64 [rounds]."""
+    """Return the round keys of the permutation of a source's epoch, uint64 [rounds]."""
     name = f"order {seed} {epoch}" + (f" {source}" if source else "")
     digest = hashlib.blake2b(name.encode(), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")
 
 
 def permute(positions: Ids, n: int, key: Key) -> Ids:
-    """Image of each position under the permutation of range(n) that ``key`` selects.
+    """Return the image of each position under the permutation of range(n) given by ``key``.
 
     Args:
         positions: int64, any shape, values in 0..n-1.
@@ -47,29 +47,29 @@ def permute(positions: Ids, n: int, key: Key) -> Ids:
 def sample_order(
     first: int, count: int, num_samples: int, seed: int, skip: range = range(0)
 ) -> Ids:
-    """Ids of the samples first..first+count-1 of the run, int64 [count].
+    """Return the ids of the samples first..first+count-1 of the run, int64 [count].
 
     The sample at place p of the order is the one at position p % num_samples of epoch
-    p // num_samples; a range may straddle epochs. A sample's place depends on its number alone,
-    so a batch size that changes after a roll-back neither repeats nor drops a sample.
+    p // num_samples; a range may span epochs. A sample's place depends only on its number, so a
+    changed batch size after a roll-back neither repeats nor drops samples.
 
     Args:
         first: Samples that the run has consumed before them.
         count: Number of samples.
         num_samples: Samples of an epoch.
-        seed: Of the order.
-        skip: Places in the order that the run passes over.
+        seed: Seed of the order.
+        skip: Places in the order that the run skips.
     """
     return visit(places_of(first, count, skip), num_samples, seed)
 
 
 def places_of(first: int, count: int, skip: range = range(0)) -> Ids:
-    """Places in the order of the samples first..first+count-1 of a run, int64 [count].
+    """Return the places in the order of samples first..first+count-1 of a run, int64 [count].
 
     Args:
         first: Samples that the run has consumed before them.
         count: Number of samples.
-        skip: Places in the order that the run passes over.
+        skip: Places in the order that the run skips.
     """
     places = np.arange(first, first + count, dtype=np.int64)
     places[places >= skip.start] += len(skip)
@@ -77,13 +77,13 @@ def places_of(first: int, count: int, skip: range = range(0)) -> Ids:
 
 
 def visit(draws: Ids, num_samples: int, seed: int, source: int = 0) -> Ids:
-    """Ids of the samples that a source's draws (0, 1, ...) are, int64 like ``draws``.
+    """Return the ids of the samples of a source's draws (0, 1, ...), int64 like ``draws``.
 
     Args:
-        draws: Any of them, int64 [N].
+        draws: Numbers of draws, int64 [N].
         num_samples: Samples of an epoch of the source.
-        seed: Of the order.
-        source: Number of the source; each has an order of its own.
+        seed: Seed of the order.
+        source: Number of the source; each has its own order.
     """
     epochs, positions = np.divmod(draws, num_samples)
     ids = np.empty_like(positions)
@@ -98,7 +98,7 @@ def scatter(numbers: npt.NDArray[np.uint64], key: Key) -> npt.NDArray[np.uint64]
 
     Args:
         numbers: uint64, any shape.
-        key: Round keys, as of ``epoch_key``.
+        key: Round keys, as from ``epoch_key``.
     """
     return _feistel(numbers, 32, key)
 
@@ -113,7 +113,7 @@ def _feistel(values: npt.NDArray[np.uint64], half_bits: int, key: Key) -> npt.ND
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of SplitMix64: every output bit depends on every input bit."""
+    """Apply the finalizer of SplitMix64: every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

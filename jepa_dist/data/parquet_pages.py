@@ -1,4 +1,4 @@
-"""Sizes of the pages of a parquet file, from their headers: whoever reads a page holds it whole.
+"""Sizes of the pages of a parquet file, from their headers; readers hold whole pages in memory.
 
 A header is a struct in Thrift's compact protocol, followed by the compressed page.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# Statistics in a header may hold the smallest and the largest value, as far as a writer likes.
+# Statistics in a header may contain the smallest and the largest value, of any length.
 _HEADER_BYTES = 1 << 16
 # Types of the compact protocol.
 _NO_DATA, _INTEGERS, _LISTS = (1, 2), (4, 5, 6), (9, 10)
@@ -19,7 +19,7 @@ _UNCOMPRESSED_SIZE, _COMPRESSED_SIZE = 2, 3
 def page_sizes(file: BinaryIO, start: int, stop: int) -> Iterator[int]:
     """Yield the uncompressed bytes of each page of a column chunk.
 
-    Ends early at a header that is damaged or longer than usual: reading the pages finds the former.
+    Stops at a header that is damaged (reading the pages reports that) or longer than usual.
 
     Args:
         file: The parquet file; its position changes.
@@ -41,19 +41,19 @@ def page_sizes(file: BinaryIO, start: int, stop: int) -> Iterator[int]:
 
 
 class _Header:
-    """Reads a struct from its first byte on.
+    """Reader of a struct.
 
     Raises:
-        IndexError: its methods do, where the data ends before the struct, or is none.
+        IndexError: from its methods, if the data ends before the struct or is not a struct.
     """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self.at = 0
-        """The byte after what is read."""
+        """Position of the next byte."""
 
     def integers(self) -> dict[int, int]:
-        """Read a struct; return its integers by their field."""
+        """Read a struct; return its integers by field."""
         found, field = {}, 0
         while kind := self._byte():
             field = field + (kind >> 4) if kind >> 4 else self._integer()

@@ -1,9 +1,9 @@
-"""Text into token shards: ``python -m jepa_dist.data.prepare [INPUT ...]``.
+"""Turn text into token shards: ``python -m jepa_dist.data.prepare [INPUT ...]``.
 
 Without INPUT it prepares the default corpus: the standard library of the running Python.
-The output folder holds train_000000.bin ..., val_000000.bin ... and meta.json, and appears whole
-or not at all; what is in it does not depend on the number of processes. The same command resumes
-one that was killed or interrupted.
+The output folder holds train_000000.bin ..., val_000000.bin ... and meta.json, and appears
+atomically; its contents do not depend on the number of processes. The same command resumes one that
+was killed or interrupted.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ _LEAST_VOCABULARY = 257  # all bytes, and the token that begins documents
 _MOST_VOCABULARY = 2**20
 _MOST_SEED = 2**63 - 1
 TOKENIZER_NAME = "tokenizer.json"
-# Settings that outputs of earlier versions do not say.
+# Settings that meta.json of earlier versions lacks.
 _OF_LATER_VERSIONS = ("content", "deduplicate", "split_by")
 REPORT_NAME = "report.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code (2: a user's mistake, 130 or 143: a signal)."""
+    """Run the command; return the exit code (2: a user's mistake, 130 or 143: a signal)."""
     try:
         options = _parser().parse_args(argv)
         signal.signal(signal.SIGTERM, _terminate)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: a scheduler interrupts as Ctrl-C does."""
+    """SIGTERM, handled as Ctrl-C: schedulers interrupt with it."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--train-tokenizer",
         type=functools.partial(_count, least=_LEAST_VOCABULARY, most=_MOST_VOCABULARY),
         metavar="VOCAB",
-        help="train a byte-level BPE of so many ids on the input, and write it to OUT as "
+        help="train a byte-level BPE of VOCAB ids on the input, and write it to OUT as "
         f"{TOKENIZER_NAME}",
     )
     add("--field", default="text", help="field of a record that holds the text")
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-tokens",
         type=functools.partial(_count, most=MOST_TOKENS),
         default=100_000_000,
-        help="most tokens of a shard",
+        help="maximum number of tokens of a shard",
     )
     cores = os.cpu_count() or 1
     workers = min(cores, _MOST_WORKERS)
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SEED",
         help="put the training documents into a random order",
     )
-    add("--keep-duplicates", action="store_true", help="keep documents that are equal to others")
+    add("--keep-duplicates", action="store_true", help="keep documents that equal others")
     add("--report", action="store_true", help=f"show lengths of documents; writes {REPORT_NAME}")
     add("--overwrite", action="store_true", help="replace an output made with other settings")
     return parser
@@ -179,7 +179,7 @@ def _fraction(text: str) -> float:
 
 
 def prepare(options: argparse.Namespace) -> str:
-    """Prepare what the options ask for, unless it is there already; one line saying what was done.
+    """Prepare the output, unless it exists already; return one line that says what was done.
 
     Raises:
         UserError: bad input, an output made with other settings, or an empty split.
@@ -248,14 +248,14 @@ def _train_tokenizer(
     separator: bytes | None,
     text_of: TextOf,
 ) -> bytes | None:
-    """The contents of the tokenizer.json to be trained; None if there is none to be."""
+    """Train a tokenizer if requested; return the contents of its tokenizer.json, else None."""
     if options.train_tokenizer is None:
         return None
     return train_tokenizer(files, separator, text_of, options.val_fraction, options.train_tokenizer)
 
 
 def _lost(text_bytes: int, counted_bytes: int) -> str:
-    """How the bytes of the tokens differ from those of the text, where they do."""
+    """Return how the bytes of the tokens differ from those of the text; empty if they do not."""
     if text_bytes == counted_bytes:
         return ""
     return f" ({counted_bytes:,} of {text_bytes:,} bytes of the text are in them)"
@@ -265,14 +265,14 @@ def _out(options: argparse.Namespace) -> Path:
     if options.out is None and options.inputs:
         raise UserError("--out: name the output folder for your INPUT, e.g. --out data/mine")
     if options.val and not options.inputs:
-        raise UserError("--val: goes with INPUT; the default corpus is split by itself")
+        raise UserError("--val: goes with INPUT; the default corpus is split automatically")
     if "://" in (options.out or ""):
         raise UserError(f"--out {options.out}: is a URL; name a folder")
     return Path(options.out or DEFAULT_OUT)
 
 
 def _unescaped(option: str, text: str | None) -> bytes | None:
-    """The text of an option, in which a line end is written as backslash and n."""
+    """Return the text of an option, in which a line end is written as backslash and n."""
     if text is None:
         return None
     try:  # "\n" arrives from the shell as two characters
@@ -289,7 +289,7 @@ def _text_of(options: argparse.Namespace) -> TextOf:
     text_of = TextOf(options.field, None if template is None else template.decode())
     if not text_of.fields:
         raise UserError(
-            f"--template {options.template!r}: names no field; expected them in braces, e.g. "
+            f"--template {options.template!r}: names no field; expected fields in braces, e.g. "
             "'{title} {text}'"
         )
     return text_of
@@ -308,7 +308,7 @@ def _files(options: argparse.Namespace) -> tuple[Any, list[InputFile]]:
 
 
 def _is_done(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Whether ``out`` holds what ``settings`` would make; False if it may be replaced."""
+    """Return whether ``out`` was made with ``settings``; False if it may be replaced."""
     if out.is_dir() and not any(out.iterdir()):
         return False
     meta = read_meta(out) if out.is_dir() else None
@@ -333,7 +333,7 @@ def _is_done(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
 
 
 def _check_whole_files(files: Sequence[InputFile], val_fraction: float) -> None:
-    """Find an empty split before the work where files are documents and the split is known."""
+    """Raise for an empty split before the work, if files are documents and the split is known."""
     if all(file.kind == "text" for file in files):
         splits = [_split_of_whole(file, val_fraction) for file in files if file.size]
         _check_splits({split: splits.count(split) for split in SPLITS})
@@ -370,7 +370,7 @@ def _write(
     options: argparse.Namespace,
     state: State,
 ) -> dict[str, Any]:
-    """Encode all files into shards in ``folder``; what meta.json says about the result."""
+    """Encode all files into shards in ``folder``; return the results for meta.json."""
     total = sum(file.size for file in files)
     parts: Iterable[Selected | list[Part]] = tasks(files, separator, encoder.text_of)
     duplicates = None
@@ -417,10 +417,10 @@ def _write(
 def _open_output(
     folder: Path, state: State, tokenizer: Tokenizer, options: argparse.Namespace, size: int
 ) -> tuple[Output, State]:
-    """Open what an earlier process left, and say so; or begin anew if that is not what it was.
+    """Open the output, resuming an earlier process's files if they match their journal.
 
     Returns:
-        The output, and the state that it is in.
+        The output and its state.
     """
     vocab_size = tokenizer.vocab_size
 
@@ -459,7 +459,7 @@ def _after(state: State, encoded: Encoded) -> State:
 
 
 def _noted(state: State, output: Output) -> State:
-    """Return the state with what the files hold, flushed to disk."""
+    """Flush the output; return the state with the sizes of its files."""
     shards, shuffled = output.flushed()
     return state.model_copy(update={"shards": shards, "shuffled": shuffled})
 
@@ -467,7 +467,7 @@ def _noted(state: State, output: Output) -> State:
 def _find_duplicates(
     files: Sequence[InputFile], separator: bytes | None, encoder: Encoder, workers: int
 ) -> Duplicates:
-    """Read all files once for the duplicates among their documents, and say how many there are."""
+    """Read all files once to find duplicate documents; print how many there are."""
     duplicates = Duplicates(any(file.is_split_by_text for file in files))
     digester = Digester(encoder.text_of, encoder.val_fraction)
     results = ordered_map(digester, tasks(files, separator, encoder.text_of), workers)
@@ -485,7 +485,7 @@ def _find_duplicates(
 
 
 def _progress_pace() -> dict[str, Any]:
-    """How often progress is shown: in a terminal all the time, in a log once a minute."""
+    """Return how often to show progress: continuously in a terminal, once a minute in a log."""
     return {} if sys.stderr.isatty() else {"delay": _LOG_SECONDS, "mininterval": _LOG_SECONDS}
 
 

@@ -1,4 +1,4 @@
-"""The token shards of a preparation while they are written."""
+"""Writers of a preparation's token shards."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from jepa_dist.errors import UserError
 _SHUFFLE = "shuffle"
 
 Shuffle = Callable[[Path, ShuffleState | None], ShuffledDocuments]
-"""Opens what shuffles documents: in this folder, in this state."""
+"""Opens the shuffle of documents in a folder, resuming a state."""
 
 
 class ShardSet:
-    """Writes one split as train_000000.bin, train_000001.bin, ..., each filled to the brim.
+    """Writer of one split as train_000000.bin, train_000001.bin, ..., all but the last one full.
 
     Args:
-        folder: Where they go.
+        folder: Folder of the shards.
         split: ``train`` or ``val``.
-        shard_tokens: Most tokens of a shard.
+        shard_tokens: Maximum number of tokens of a shard.
         vocab_size: Number of legal ids.
-        counts: Tokens of the shards that are there already; the last one is continued.
+        counts: Tokens of the existing shards; the last one is continued.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ShardSet:
             tokens = tokens[room:]
 
     def flushed(self) -> list[int]:
-        """Flush what is written to disk; return the tokens of each shard."""
+        """Flush the shards to disk; return the tokens of each."""
         if self._writer is not None:
             self._writer.flush()
         return list(self.counts.values())
@@ -82,20 +82,20 @@ class ShardSet:
 
 
 class Output:
-    """Both splits; training documents pass through a shuffle if there is a seed.
+    """Writer of both splits; training documents are shuffled if there is a seed.
 
     A context manager: leaving it normally publishes the shards in their folder; after an exception
-    what is written stays to be resumed.
+    the files are kept for resuming.
 
     Args:
-        folder: Where they go; what ``state`` does not count is removed from it.
-        state: How far an earlier process came.
-        shard_tokens: Most tokens of a shard.
+        folder: Folder of the shards; files that ``state`` does not count are removed.
+        state: Progress of an earlier process.
+        shard_tokens: Maximum number of tokens of a shard.
         vocab_size: Number of legal ids.
-        shuffle: How training documents are shuffled; None: they are not.
+        shuffle: Opens the shuffle of training documents; None: keep their order.
 
     Raises:
-        OSError, UserError: what ``state`` counts is not there.
+        OSError, UserError: files that ``state`` counts are missing or shorter.
     """
 
     def __init__(
@@ -127,12 +127,12 @@ class Output:
             train.write(tokens)
 
     def flushed(self) -> tuple[dict[Split, list[int]], ShuffleState | None]:
-        """Flush everything to disk; return what the state of a preparation says of it."""
+        """Flush everything to disk; return the sizes for the state of the preparation."""
         shards = {split: shards.flushed() for split, shards in self.sets.items()}
         return shards, None if self._shuffled is None else self._shuffled.state()
 
     def finish(self) -> None:
-        """Write what waits for its order, after the last task."""
+        """Write the shuffled documents, after the last task."""
         if self._shuffled is not None:
             for tokens in self._shuffled.read():
                 self.sets["train"].write(tokens)
@@ -145,10 +145,10 @@ class Output:
 
 
 def _keep_counted(folder: Path, state: State) -> None:
-    """Remove what a state does not count, and check the shards that it says are finished.
+    """Remove files that a state does not count, and check its finished shards.
 
     Raises:
-        UserError: one of them is not there, or has another number of tokens.
+        UserError: one of them is missing, or has another number of tokens.
     """
     kept = {JOURNAL} if state.tasks else set()
     if state.shuffled is not None:

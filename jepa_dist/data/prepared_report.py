@@ -1,4 +1,4 @@
-"""What a prepared folder holds: documents, tokens, bytes per token, lengths of documents."""
+"""Report on a prepared folder: documents, tokens, bytes per token, lengths of documents."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def report(folder: Path, meta: Meta) -> dict[str, Any]:
     """Read the shards of a folder once, in little memory.
 
     Returns:
-        By split: ``documents``, ``tokens``, ``text_bytes``, ``bytes_per_token``, and of the tokens
-        of a document (the one that begins it included) ``mean_length``, ``longest`` and
-        ``lengths``: documents by the power of two that their length does not exceed.
+        By split: ``documents``, ``tokens``, ``text_bytes``, ``bytes_per_token``, and for the
+        documents' lengths in tokens (including BOS) ``mean_length``, ``longest`` and ``lengths``:
+        number of documents up to each power of two.
 
     Raises:
         UserError: a damaged shard.
@@ -48,7 +48,7 @@ def report(folder: Path, meta: Meta) -> dict[str, Any]:
 
 
 def _lengths(paths: list[Path], bos_id: int | None) -> Iterator[int]:
-    """Tokens of each document of consecutive shards."""
+    """Yield the number of tokens of each document of consecutive shards."""
     begun, offset = -1, 0
     for path in paths:
         shard = Shard(path)
@@ -64,7 +64,7 @@ def _lengths(paths: list[Path], bos_id: int | None) -> Iterator[int]:
 
 
 def table(splits: dict[str, Any]) -> str:
-    """The report as lines of text."""
+    """Return the report as lines of text."""
     lines = []
     for split, found in splits.items():
         lines.append(

@@ -1,4 +1,4 @@
-"""Records with fields: the text in them, and files that hold them as JSON or parquet."""
+"""Records with fields: extraction of their text, and readers of JSON and parquet files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MOST_NAMED = 8
 _NAMES = re.compile(r"\{([^{}]+)\}")
 _BETWEEN = re.compile(r"[\s,]*")
 _BATCH_BYTES = 1 << 24
-# Equal texts may be stored once, and are as long as they are once they are read.
+# Equal texts may be stored only once, but each takes its full length after reading.
 _MOST_ROWS = 128
-# Unless a size is given, and no reading ahead, the library holds a row group's data of a column.
+# Without a buffer size, or with pre-fetching, the library holds a column of a whole row group.
 _READ_BYTES = 1 << 20
 # Some writers make pages of 100 MB.
 _RECORDS_OF_A_PAGE = 4
@@ -29,9 +29,9 @@ _RECORDS_OF_A_PAGE = 4
 
 @dataclass(frozen=True)
 class TextOf:
-    """The text of a record: one field, or several joined by a template.
+    """Extracts the text of a record: one field, or several joined by a template.
 
-    ``template`` has names of fields in braces (``{title}\\n\\n{text}``).
+    ``template`` contains names of fields in braces (``{title}\\n\\n{text}``).
     """
 
     field: str = "text"
@@ -39,15 +39,15 @@ class TextOf:
 
     @functools.cached_property
     def fields(self) -> list[str]:
-        """Names of the fields that are read."""
+        """Names of the fields to read."""
         names = [self.field] if self.template is None else _NAMES.findall(self.template)
         return list(dict.fromkeys(names))
 
     def __call__(self, record: Any) -> bytes:
-        """The text of a record, UTF-8.
+        """Return the text of a record, UTF-8.
 
         Raises:
-            ValueError: it has none; the message says what was found.
+            ValueError: it has no text; the message says what was found.
         """
         found = {name: self._value(record, name) for name in self.fields}
         if self.template is None:
@@ -77,13 +77,13 @@ def _describe(record: Any, field: str) -> str:
 
 
 def json_records(path: Path, most_bytes: int) -> Iterator[tuple[Any, int]]:
-    """The records of a ``.json`` file: an array of them, or one after the other.
+    """Read the records of a ``.json`` file: an array of them, or a sequence.
 
     Yields:
-        Each record, and the bytes of the file that were read by then.
+        Each record, and the bytes of the file read so far.
 
     Raises:
-        UserError: not such a file, or a record of more than ``most_bytes``, by its number.
+        UserError: not such a file, or a record of more than ``most_bytes``, with its number.
     """
     decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")("replace")
     text, at, read, number = "", 0, 0, 1
@@ -113,20 +113,20 @@ def json_records(path: Path, most_bytes: int) -> Iterator[tuple[Any, int]]:
             if ended or len(text) - at > most_bytes:
                 what = "" if ended else f", or larger than {most_bytes >> 20} MiB"
                 raise UserError(f"{path}: record {number} is not valid JSON{what}: {problem}")
-            # Twice as much each time, so that a long record is not parsed from its start too often.
+            # Doubled each time, so that a long record is not parsed again too often.
             data = file.read(max(1 << 16, len(text) - at)) or b""
             read, ended = read + len(data), not data
             text, at = text[at:] + utf8.decode(data, final=ended), 0
 
 
 def parquet_records(path: Path, text_of: TextOf, most_bytes: int) -> Iterator[tuple[Any, int]]:
-    """The records of a parquet file, with the fields that hold the text.
+    """Read the records of a parquet file, with the fields of the text.
 
-    The library holds a whole page of a column, and copies; a page that is much longer than a field
-    may be is refused before it is read, a field of more than ``most_bytes`` before further copies.
+    The library holds a whole page of a column in memory, and copies. So a page much longer than a
+    field may be is rejected before it is read, a field of more than ``most_bytes`` before copying.
 
     Yields:
-        Each record, and the bytes of the file that were read by then.
+        Each record, and the bytes of the file read so far.
 
     Raises:
         UserError: not such a file, a damaged one (by row group), a missing field, one of more than
@@ -173,7 +173,7 @@ def parquet_records(path: Path, text_of: TextOf, most_bytes: int) -> Iterator[tu
 
 
 def _check_pages(path: Path, group: int, info: Any, fields: Sequence[str], most_bytes: int) -> None:
-    """Refuse a row group of which the library would have to hold a huge page.
+    """Raise if a row group has a page that is too large to hold in memory.
 
     Raises:
         UserError: a page of these fields is longer than several records of ``most_bytes``.
@@ -197,7 +197,7 @@ def _check_pages(path: Path, group: int, info: Any, fields: Sequence[str], most_
 
 
 def _check_lengths(path: Path, batch: Any, number: int, most_bytes: int) -> None:
-    """Refuse a field of more than ``most_bytes`` in a batch that begins at record ``number``."""
+    """Raise for a field of more than ``most_bytes`` in a batch that begins at record ``number``."""
     if batch.nbytes <= most_bytes:
         return
     import pyarrow.compute

@@ -1,7 +1,7 @@
-"""Token shards behind a URL: copied once per host into a cache, and read from there.
+"""Token shards at a URL: copied once per host into a cache, and read from there.
 
 The cache is ``$XDG_CACHE_HOME/jepa_dist/shards`` (default ``~/.cache``). A shard is copied again if
-the service reports another size or version than at the last time. Steps read local files only.
+the service reports another size or version than last time. Steps only read local files.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from jepa_dist.remote import Remote, download, open_remote
 
 _INDEX = ".index.json"
 _TRIES = 3
-# What services call the version of a file.
+# Names of a file's version in different services.
 _VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5Hash")
 
 
 @functools.cache
 def fetch_shards(pattern: str, key: str) -> tuple[Path, ...]:
-    """Return local copies of the shards that a URL with wildcards stands for, sorted by name.
+    """Return local copies of the shards that match a URL with wildcards, sorted by name.
 
     Other processes of the host wait while one copies.
 
@@ -41,7 +41,7 @@ def fetch_shards(pattern: str, key: str) -> tuple[Path, ...]:
         key: Configuration key it came from.
 
     Raises:
-        UserError: nothing there, it cannot be read, or the cache cannot be written.
+        UserError: no match, it cannot be read, or the cache cannot be written.
     """
     remote = open_remote(pattern, key)
     with remote.doing("cannot be listed"):
@@ -73,9 +73,9 @@ def cache_folder(protocol: str, parent: str) -> Path:
 
 
 def _copy(remote: Remote, parent: str, shards: Mapping[str, Any], folder: Path) -> None:
-    """Copy what is missing or has changed, and what lies beside the shards and belongs to them."""
+    """Copy missing or changed shards, and the files that belong to them (meta.json, .idx)."""
     companions = {META_NAME, *(f"{Path(_name(path)).stem}.idx" for path in shards)}
-    with suppress(Exception):  # a service without listings has the shards alone
+    with suppress(Exception):  # a service without listings only has the shards
         for about in remote.filesystem.ls(parent, detail=True):
             if _name(about["name"]) in companions:
                 shards = {**shards, about["name"]: about}
@@ -127,15 +127,15 @@ def _name(path: str) -> str:
 
 
 def _checked(remote: Remote, path: str) -> str:
-    """Return the name of a file, which must not lead out of the cache's folder or hide in it."""
+    """Return the name of a file; raise if it could be hidden, or outside of the cache's folder."""
     name = _name(path)
     if not name or name.startswith(".") or "\\" in name or "\0" in name or len(name) > 200:
-        raise UserError(f"{remote.label}: {name!r:.100} is no name of a shard; rename it there")
+        raise UserError(f"{remote.label}: {name!r:.100} is not a valid shard name; rename it there")
     return name
 
 
 def _identity(about: Mapping[str, Any]) -> list[str]:
-    """Return what changes when a file does, as the service tells it."""
+    """Return size and version of a file as the service reports them; they change with it."""
     version = next((about[name] for name in _VERSIONS if about.get(name)), "")
     return [str(about.get("size")), str(version)]
 

@@ -1,4 +1,4 @@
-"""How the tokens lie in a file: the formats that are read, and those that are refused by name."""
+"""File formats of token shards: those that are read, and those with an error of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADER_WORDS = 256
 HEADER_BYTES = HEADER_WORDS * 4
 MOST_TOKENS = 2**31 - 1  # of a shard with a header, which counts in int32
 
-# What precedes the tokens: magic and version, by the type of the ids. uint16 is the format of
+# Magic and version in the header, by the type of the ids. uint16 is the format of
 # modded-nanogpt, llm.c (GPT-2) and parameter-golf, uint32 that of llm.c (Llama 3).
 NARROW: np.dtype[Any] = np.dtype("<u2")
 WIDE: np.dtype[Any] = np.dtype("<u4")
@@ -36,7 +36,7 @@ _INDEX_TYPES: dict[int, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the tokens are: ``count`` ids of type ``dtype`` from byte ``offset`` on."""
+    """Location of the tokens: ``count`` ids of type ``dtype`` from byte ``offset``."""
 
     dtype: np.dtype[Any]
     offset: int
@@ -44,12 +44,12 @@ class TokenLayout:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type of the ids of a vocabulary: uint16 if they fit, else uint32 (little-endian)."""
+    """Return the type of a vocabulary's ids: uint16 if they fit, else uint32 (little-endian)."""
     return NARROW if vocab_size <= 2**16 else WIDE
 
 
 def header(dtype: np.dtype[Any], count: int) -> bytes:
-    """The header of a shard of ``count`` tokens of type ``dtype`` (``NARROW`` or ``WIDE``)."""
+    """Return the header of a shard of ``count`` tokens of ``dtype`` (``NARROW`` or ``WIDE``)."""
     words = np.zeros(HEADER_WORDS, dtype="<i4")
     words[:3] = *_MAGICS[dtype], count
     return words.tobytes()
@@ -59,7 +59,7 @@ def read_layout(file: IO[bytes], path: Path) -> TokenLayout:
     """Recognize the format of an open file.
 
     Raises:
-        UserError: no token shard, or a damaged one.
+        UserError: not a token shard, or a damaged one.
         OSError: it cannot be read.
     """
     size = os.fstat(file.fileno()).st_size
@@ -83,7 +83,7 @@ def _has_header(start: bytes) -> bool:
     return len(start) == HEADER_BYTES and _words(start)[0] in _HEADERS
 
 
-# What people name as shards that are none, by how the files begin.
+# Files mistaken for shards, by their first bytes.
 _OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; fetch it with: git lfs pull",
     b"\x93NUMPY": "a NumPy file; write it again with jepa_dist.data.shards.write_shard",
@@ -91,37 +91,34 @@ _OTHER_FILES = {
     b"\x28\xb5\x2f\xfd": "a zstd file; unpack it with: unzstd",
     b"PK\x03\x04": "a zip file; unpack it first",
     b"PAR1": "a parquet file; prepare it: python -m jepa_dist.data.prepare FILE --out DIR",
-    b"MMIDIDX": "an index of Megatron; name the .bin files alone, each is read with its .idx",
+    b"MMIDIDX": "an index of Megatron; name only the .bin files, each is read with its .idx",
     b"TNTIDX": "an index of Megatron's old format; convert the data with its current tools",
 }
 
 
 def _header_problem(start: bytes, size: int) -> str | None:
-    """Why a file of ``size`` bytes that begins with ``start`` is no shard, and the way out."""
+    """Return why a file of ``size`` bytes that begins with ``start`` is not a shard, and a fix."""
     other = next((text for magic, text in _OTHER_FILES.items() if start.startswith(magic)), None)
     if other:
         return f"not a token shard, but {other}"
-    way_out = (
+    fix = (
         "prepare the data again (python -m jepa_dist.data.prepare) or replace this file with an "
         "intact copy"
     )
     if min(size, len(start)) < HEADER_BYTES:
-        return (
-            f"{size} bytes are too few for a token shard, whose header has {HEADER_BYTES}; "
-            f"{way_out}"
-        )
+        return f"{size} bytes are too few for a token shard, whose header has {HEADER_BYTES}; {fix}"
     magic, version, count = _words(start)
     if magic not in _HEADERS:
         expected = " or ".join(map(str, _HEADERS))
         return (
             f"not a token shard: expected magic {expected}, found {magic}; if these are bare "
             "uint16 ids without a header (nanoGPT's train.bin), add one with "
-            "jepa_dist.data.shards.write_shard (docs/data.md); if they are of Megatron, put the "
-            f".idx file beside it; otherwise {way_out}"
+            "jepa_dist.data.shards.write_shard (docs/data.md); if they are Megatron's, add its "
+            f".idx file to the folder; otherwise {fix}"
         )
     expected_version, dtype = _HEADERS[magic]
     if version != expected_version:
-        return f"token shard of version {version}, expected {expected_version}; {way_out}"
+        return f"token shard of version {version}, expected {expected_version}; {fix}"
     found = (size - HEADER_BYTES) // dtype.itemsize
     if found > MOST_TOKENS and (found - count) % 2**32 == 0:
         return (
@@ -132,26 +129,26 @@ def _header_problem(start: bytes, size: int) -> str | None:
     if count < 0 or size != expected_size:
         return (
             f"the header promises {count} tokens ({expected_size} bytes), the file has {size} "
-            f"bytes; {way_out}"
+            f"bytes; {fix}"
         )
     return None
 
 
 def _read_index(index: Path, path: Path, size: int) -> TokenLayout:
-    """The layout of Megatron's ``path`` (of ``size`` bytes), as the .idx file beside it says.
+    """Return the layout of Megatron's ``path`` (of ``size`` bytes) from its .idx file.
 
-    Its sequences have to lie one after the other, as Megatron's tools write them. Only the ends of
-    the index are read, however many sequences there are.
+    Its sequences must be contiguous, as Megatron's tools write them. Only the ends of the index are
+    read, however many sequences there are.
 
     Raises:
-        UserError: a damaged index, or one that does not go with the file.
+        UserError: a damaged index, or one of another file.
         OSError: it cannot be read.
     """
     label = f"{path}: its index {index.name}"
     with open_regular(index) as file:
         start = file.read(_INDEX_HEADER.size)
         if len(start) < _INDEX_HEADER.size or not start.startswith(_INDEX_MAGIC):
-            raise UserError(f"{label} is not of Megatron; expected a file that begins with MMIDIDX")
+            raise UserError(f"{label} is not Megatron's; expected a file that begins with MMIDIDX")
         _, version, code, sequences, documents = _INDEX_HEADER.unpack(start)
         expected = _INDEX_HEADER.size + 12 * sequences + 8 * documents
         found = os.fstat(file.fileno()).st_size

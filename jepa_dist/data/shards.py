@@ -42,17 +42,16 @@ _MOST_MATCHES = 100_000
 
 
 class ShardWriter:
-    """Writes one shard piece by piece; the file appears under its name only when it is whole.
+    """Writer of one shard, piece by piece; the file gets its name when it is complete.
 
     A context manager: leaving it normally publishes the shard, an exception removes the
-    temporary file beside it.
+    temporary file.
 
     Args:
         path: The shard.
         vocab_size: Number of legal ids; they are written as uint16 up to 65,536, else as uint32.
-        resume: Continue the temporary file, or the shard, that another writer left, after so many
-            tokens.
-        keep: After an exception leave the temporary file to ``resume``.
+        resume: Continue an existing temporary file, or shard, after this many tokens.
+        keep: After an exception, keep the temporary file for ``resume``.
 
     Raises:
         UserError: the file cannot be written, e.g. because the disk is full.
@@ -81,7 +80,7 @@ class ShardWriter:
             self._file.write(bytes(HEADER_BYTES))
 
     def flush(self) -> None:
-        """Flush what is written to disk.
+        """Flush the file to disk.
 
         Raises:
             UserError: the file cannot be written.
@@ -125,7 +124,7 @@ class ShardWriter:
                 with self._naming_the_file():
                     self._publish()
         finally:
-            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+            with contextlib.suppress(OSError):  # fails on a full disk if data are buffered
                 self._file.close()
             if not self._keep:
                 self._partial.unlink(missing_ok=True)
@@ -159,16 +158,16 @@ def write_shard(path: Path, tokens: npt.NDArray[Any], vocab_size: int = 2**16) -
 
 
 class Shard:
-    """An open shard, read piece by piece.
+    """Reader of an open shard.
 
-    It is read with ``pread``, not mapped: a file that shrinks, or storage that fails, is then an
-    error with the file's name instead of a bus error that ends the process.
+    Uses ``pread``, not a mapping: a truncated file or failing storage then raises an error with
+    the file's name, instead of a bus error that ends the process.
 
     Args:
         path: The shard.
 
     Raises:
-        UserError: unreadable file, wrong magic or version, or a length unlike the header's count.
+        UserError: unreadable file, wrong magic or version, or a length unlike the header's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -182,7 +181,7 @@ class Shard:
         self.dtype = self._layout.dtype
 
     def read(self, start: int, stop: int) -> Tokens:
-        """Tokens start..stop-1 of the shard, as it holds them (uint16, uint32 or uint8).
+        """Return tokens start..stop-1 in the shard's type (uint16, uint32 or uint8).
 
         ``stop`` is at most ``count``; the result has the shape [stop - start].
 
@@ -213,7 +212,7 @@ class Shard:
 
 
 def read_count(path: Path) -> int:
-    """Number of tokens in a shard, from its validated header.
+    """Return the number of tokens in a shard, from its validated header.
 
     Raises:
         UserError: as ``Shard``.
@@ -222,7 +221,7 @@ def read_count(path: Path) -> int:
 
 
 def read_shard(path: Path) -> Tokens:
-    """All tokens of a shard, [count], in memory, of the type that it holds.
+    """Return all tokens of a shard, [count], in the shard's type.
 
     Raises:
         UserError: as ``Shard``.
@@ -237,12 +236,12 @@ def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
 
 
 def num_windows(count: int, seq_len: int) -> int:
-    """Windows of seq_len+1 tokens at stride seq_len in a shard of ``count`` tokens."""
+    """Return the number of windows of seq_len+1 tokens, stride seq_len, in ``count`` tokens."""
     return max(0, count - 1) // seq_len
 
 
 def check_ids(path: Path, ids: npt.NDArray[Any], vocab_size: int) -> None:
-    """Refuse token ids outside the vocabulary.
+    """Raise for token ids outside the vocabulary.
 
     Args:
         path: Shard they were read from, for the error message.
@@ -260,10 +259,10 @@ def check_ids(path: Path, ids: npt.NDArray[Any], vocab_size: int) -> None:
 
 
 def find_shards(pattern: str, key: str) -> list[Path]:
-    """The files a glob pattern stands for, sorted by name.
+    """Return the files that match a glob pattern, sorted by name.
 
-    A path, or the folders at its beginning, that exists as it is written is taken as it is, also
-    with brackets in its name.
+    An existing path, or existing folders at the start of a pattern, are used literally, even with
+    brackets in their names.
 
     Args:
         pattern: Glob, ``~`` and ``**`` included, or a URL with wildcards (``remote_shards``).
@@ -277,10 +276,10 @@ def find_shards(pattern: str, key: str) -> list[Path]:
     label = f"{key}={pattern!r}"
     try:
         os.stat(pattern)
-    except ValueError as error:  # a NUL, or what no file name can hold
+    except ValueError as error:  # a NUL, or characters that file names cannot have
         raise UserError(f"{label}: not a file name: {error}") from None
     except OSError:
-        pass  # most patterns are no file
+        pass  # most patterns are not files
     names = _matches(os.path.expanduser(pattern), label)
     kinds = {name: _kind(name) for name in names}
     if _is_recursive(pattern):
@@ -289,8 +288,8 @@ def find_shards(pattern: str, key: str) -> list[Path]:
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise UserError(
-            f"{label}: matches what is no token shard: {', '.join(refused[:3])}{more}; remove it, "
-            "or name the shards alone, e.g. FOLDER/train_*.bin"
+            f"{label}: matches files that are not shards: {', '.join(refused[:3])}{more}; remove "
+            "them, or match only the shards, e.g. FOLDER/train_*.bin"
         )
     if not kinds:
         raise UserError(
@@ -301,31 +300,31 @@ def find_shards(pattern: str, key: str) -> list[Path]:
 
 
 def _matches(pattern: str, label: str) -> list[str]:
-    """Names that match, sorted as paths.
+    """Return the matching names, sorted as paths.
 
     Raises:
-        UserError: they would be searched for in the whole file system, or are too many.
+        UserError: too many matches, or the whole file system would be searched.
     """
     parts = Path(pattern).parts
     known = next((n for n in range(len(parts), 0, -1) if os.path.lexists(Path(*parts[:n]))), 0)
     if known == 1 and "**" in parts and parts[0] == os.sep:
         raise UserError(f"{label}: would search the whole file system; name the shards' folder")
-    # What exists as it is written is no pattern, whatever its name holds.
+    # A path that exists literally is not a pattern, whatever its name contains.
     existing = glob.escape(str(Path(*parts[:known]))) if known else ""
     found = glob.iglob(os.path.join(existing, *parts[known:]), recursive=True)
     names = set(itertools.islice(found, _MOST_MATCHES + 1))
     if len(names) > _MOST_MATCHES:
-        raise UserError(f"{label}: matches more than {_MOST_MATCHES} files; name the shards alone")
+        raise UserError(f"{label}: matches more than {_MOST_MATCHES} files; match only the shards")
     return sorted(names, key=Path)
 
 
 def _is_recursive(pattern: str) -> bool:
-    """Whether folders are among the matches by the nature of the pattern."""
+    """Return whether a pattern always matches folders, too."""
     return Path(pattern).name == "**"
 
 
 def _kind(name: str) -> str | None:
-    """What a path is in words, unless it is a regular file."""
+    """Describe a path that is not a regular file; None if it is one."""
     try:
         mode = os.stat(name).st_mode
     except FileNotFoundError:
@@ -338,7 +337,7 @@ def _kind(name: str) -> str | None:
 
 
 def same_contents(first: Path, second: Path) -> bool:
-    """Whether two shards hold the same tokens; most that do not differ in the first block.
+    """Return whether two shards have the same tokens; most others differ in the first block.
 
     Raises:
         UserError: one of them is damaged.
@@ -351,9 +350,9 @@ def same_contents(first: Path, second: Path) -> bool:
 
 
 def fingerprint(paths: Sequence[Path]) -> dict[str, Any]:
-    """What identifies a data set, as plain JSON data.
+    """Return what identifies a data set, as JSON data.
 
-    ``files`` holds each shard's name (without folders), bytes, tokens and a digest over its
+    ``files`` has each shard's name (without folders), bytes, tokens and a digest over its
     header and a few evenly spaced blocks; ``digest`` is over all of that, ``tokens`` the sum.
 
     Raises:

@@ -1,9 +1,8 @@
 """Documents in random order, on disk: memory does not grow with the text.
 
-Every document gets a key, a pseudo-random function of the seed and of its number. The range of keys
-is divided into buckets, files that documents are appended to; in the end each bucket's documents
-are read back in the order of their keys. That is the order of all keys, whatever the number of
-buckets.
+Every document gets a key, a pseudo-random function of the seed and its number. The range of keys is
+divided into buckets, files to which documents are appended. Finally, each bucket's documents are
+read back in the order of their keys: the result does not depend on the number of buckets.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jepa_dist.files import make_new
 
 MOST_BUCKETS = 128
 _BUCKET_BYTES = 1 << 26
-# What is read back at once, in tokens.
+# Number of tokens to read back at once.
 _PIECE_TOKENS = 1 << 20
 
 
@@ -34,23 +33,23 @@ def _round_keys(seed: int) -> Key:
 
 
 def num_buckets(text_bytes: int) -> int:
-    """Return a number of buckets that are read back fast for so much text."""
+    """Return a number of buckets that is fast to read back for this much text."""
     return min(MOST_BUCKETS, 1 + text_bytes // _BUCKET_BYTES)
 
 
 class ShuffledDocuments:
-    """A stream of documents that comes back in another order.
+    """A stream of documents that is read back in random order.
 
-    A context manager: leaving it normally removes its files; after an exception they stay to be
-    resumed. Memory: 16 bytes for each document of one bucket while it is read back.
+    A context manager: leaving it normally removes its files; after an exception they are kept for
+    resuming. Memory: 16 bytes for each document of one bucket while it is read back.
 
     Args:
-        folder: Where its files are; it is made here.
-        bos_id: Begins every document, and occurs nowhere else.
-        seed: Of the order.
+        folder: Folder of its files; created.
+        bos_id: Id that begins every document, and occurs nowhere else.
+        seed: Seed of the order.
         buckets: Number of files.
-        dtype: Of the tokens.
-        resume: Continue the files that another one left in this state.
+        dtype: Dtype of the tokens.
+        resume: Continue existing files from this state.
 
     Raises:
         OSError: there is nothing to continue.
@@ -82,7 +81,7 @@ class ShuffledDocuments:
             self._open = stack.pop_all()
 
     def state(self) -> ShuffleState:
-        """Return what is on disk, flushed.
+        """Flush the files; return their state.
 
         Raises:
             UserError: the disk is full.
@@ -126,8 +125,8 @@ class ShuffledDocuments:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._folder}: documents cannot be shuffled there: {error.strerror}; free the "
-                "disk (as much as the shards take is needed besides them)"
+                f"{self._folder}: cannot shuffle documents: {error.strerror}; free disk space (as "
+                "much as the shards take, in addition to them)"
             ) from None
 
     def __enter__(self) -> ShuffledDocuments:
@@ -143,9 +142,9 @@ class _Bucket:
     """Documents of a range of keys: a file of tokens, and one of their keys and lengths.
 
     Args:
-        folder: Where they are.
-        number: Of the bucket.
-        sizes: Continue files that held so many bytes.
+        folder: Folder of the files.
+        number: Number of the bucket.
+        sizes: Continue existing files, truncated to these sizes.
     """
 
     def __init__(self, folder: Path, number: int, sizes: tuple[int, int] | None = None) -> None:
@@ -173,7 +172,7 @@ class _Bucket:
                 path.unlink(missing_ok=True)
 
     def add(self, key: int, tokens: Tokens) -> None:
-        """Append a document, or a part that follows the document's last one."""
+        """Append a document, or the next part of the last one."""
         self._tokens.write(tokens.tobytes())
         self._index.write(key.to_bytes(8, "little") + len(tokens).to_bytes(8, "little"))
 
@@ -186,7 +185,7 @@ class _Bucket:
         counts = index[:, 1].astype(np.int64)
         offsets = np.cumsum(counts) - counts
         with self._paths[0].open("rb") as file:
-            # Stable: the parts of a document have the same key, and stay in their order.
+            # Stable: the parts of a document have the same key and keep their order.
             for place in np.argsort(index[:, 0], kind="stable").tolist():
                 yield from _read(file, int(offsets[place]), int(counts[place]), dtype)
 

@@ -1,4 +1,4 @@
-"""The sources of data that a configuration names, and how they are mixed."""
+"""The data sources of a configuration, and their mixture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Source:
     """The shards of one source."""
 
     name: str
-    """Its name; empty where the configuration has one pattern instead of a list."""
+    """Its name; empty if the configuration has one pattern instead of a list."""
     key: str
     """The configuration key of its pattern."""
     pattern: str
@@ -141,16 +141,16 @@ def describe_mixture(config: Config, order: Mixture) -> list[str]:
 
 
 def mixture_metrics(config: Config, order: Mixture, first: int, end: int) -> dict[str, float]:
-    """Return the metrics of a mixture in a step; none where there is no list of sources.
+    """Return the metrics of a mixture in a step; empty without a list of sources.
 
     Args:
         config: The run.
-        order: Of its samples.
+        order: Order of its samples.
         first: The step's first place in the order.
         end: The place after its last.
 
     Returns:
-        ``mixture/share/NAME``, by which the source is drawn in the step (0 to 1), and
+        ``mixture/share/NAME``, the share of the source in the step (0 to 1), and
         ``mixture/epochs/NAME``, how often its sequences have been visited after the step.
     """
     weights, drawn = order.stage_at(first).weights, order.draws_before(end)
@@ -164,7 +164,7 @@ def mixture_metrics(config: Config, order: Mixture, first: int, end: int) -> dic
 
 
 def mixed_names(config: Config) -> tuple[str, ...]:
-    """Return the names of the sources of training if there are several, else nothing."""
+    """Return the names of the sources of training if there are several, else an empty tuple."""
     names = tuple(source.name for source in _named(config))
     return names if len(names) > 1 else ()
 
@@ -176,10 +176,10 @@ def source_losses(
 
     Args:
         config: The run.
-        order: Of its samples.
-        places: Of the step's samples in the order, int64 [sequences].
+        order: Order of its samples.
+        places: Places of the step's samples in the order, int64 [sequences].
         values: The step's numbers: ``ce/NAME``, the sums over the targets of each source, divided
-            by the number of all targets; without them nothing is returned.
+            by the number of all targets; without them the result is empty.
 
     Returns:
         The losses by name; None for a source that the step did not draw from.
@@ -195,17 +195,17 @@ def source_losses(
 
 
 def _named(config: Config) -> Sequence[TrainSource]:
-    """Return the sources of training if they are a list."""
+    """Return the training sources if they are a list, else an empty tuple."""
     return () if isinstance(config.data.train, str) else config.data.train
 
 
 def fingerprint_split(config: Config, split: str) -> dict[str, Any]:
-    """Return what identifies the data of ``train`` or ``val``, as plain JSON data.
+    """Return what identifies the data of ``train`` or ``val``, as JSON data.
 
-    Of one source it is the ``fingerprint`` of its shards. Of several, ``sources`` holds digest and
-    tokens of each, the names in ``files`` begin with the source's, and ``digest`` covers the
-    digests in their order and, for training, the weights and the places where they change: all
-    that the order of samples depends on.
+    For one source it is the ``fingerprint`` of its shards. For several, ``sources`` has digest and
+    tokens of each, the names in ``files`` begin with the source's, and ``digest`` covers all that
+    the order of samples depends on: the digests in order and, for training, the weights and the
+    places where they change.
 
     Raises:
         UserError: no shards, or damaged ones.

@@ -1,4 +1,4 @@
-"""A folder that appears under its name whole, or not at all."""
+"""Atomic creation of a folder: it appears under its name complete, or not at all."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jepa_dist.errors import UserError
 
 
 def resolve_target(path: Path) -> Path:
-    """Return the folder that ``staged`` is to replace for a path, with its links followed.
+    """Return the folder that ``staged`` replaces for a path, with links resolved.
 
     Raises:
-        UserError: ``staged`` could not replace it in the end: it is a mount point, or the current
-            folder, or no folder, or one that may not be written.
+        UserError: ``staged`` could not replace it: it is a mount point, contains the current
+            folder, is not a folder, or is not writable.
     """
     try:
         target = path.resolve()
@@ -41,25 +41,25 @@ def resolve_target(path: Path) -> Path:
         )
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out {path}: {parent} is no folder that you may write to")
+        raise UserError(f"--out {path}: {parent} is not a writable folder")
     return target
 
 
 @contextlib.contextmanager
 def staged(target: Path, is_resumable: Callable[[Path], bool]) -> Iterator[Path]:
-    """Give a folder beside ``target`` that takes its place when the block ends normally.
+    """Yield a temporary folder that is renamed to ``target`` when the block ends normally.
 
     An existing ``target`` is replaced. After an error the folder is removed. After an interruption
-    it is kept if it can be resumed, and a note of the exception says so. A folder that was kept, or
-    left behind by a killed process, is given to the next call as it is.
+    it is kept if it can be resumed, and a note of the exception says so. The next call yields a
+    folder that was kept, or left by a killed process, unchanged.
 
     Args:
-        target: The folder to make.
+        target: The folder to create.
         is_resumable: Whether the next call can continue what is in the folder.
 
     Raises:
         UserError: another process is writing the same target, or a link or a file has the name of
-            the folder beside it: what it leads to is not touched.
+            the temporary folder; it is not followed.
     """
     staging = target.with_name(f".{target.name}.partial")
     retired = target.with_name(f".{target.name}.replaced")
@@ -89,7 +89,7 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The holder before us may just have published this very folder.
+        # The previous holder may just have published this folder.
         if not folder.exists() or not os.path.samestat(folder.stat(), os.fstat(descriptor)):
             raise BlockingIOError
         yield
@@ -103,7 +103,7 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
 
 
 def clear(folder: Path, but: Collection[str] = ()) -> None:
-    """Remove everything in a folder but what has one of these names."""
+    """Remove everything in a folder except entries with one of these names."""
     for path in folder.iterdir():
         if path.name in but:
             continue

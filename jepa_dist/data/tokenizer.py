@@ -1,4 +1,4 @@
-"""Tokenizers, and how many bytes of text each token stands for.
+"""Tokenizers, and the number of bytes of text that each token encodes.
 
 ``bytes`` needs nothing: ids 0-255 are the bytes, 256 begins a document. Anything else is the path
 of a SentencePiece model (extra ``[sentencepiece]``), of a ``tokenizer.json`` (extra ``[hf]``) or of
@@ -23,48 +23,48 @@ from jepa_dist.errors import UserError
 from jepa_dist.files import open_regular
 
 BYTES = "bytes"
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # SentencePiece's character for a space
 _MOST_MODEL_BYTES = 1 << 28
 
 
 class Tokenizer(Protocol):
-    """What prepares text for the shards and counts the bytes behind tokens.
+    """Encodes text for the shards, and counts the bytes of tokens.
 
-    Ids that stand for no text (special tokens) are ``byte_counter().is_boundary``.
+    Ids without text (special tokens) are ``byte_counter().is_boundary``.
     """
 
     name: str
-    """Identity that travels with prepared data: the same name means the same ids."""
+    """Identity, stored with prepared data: the same name means the same ids."""
     vocab_size: int
     bos_id: int
     note: str | None
-    """What of a text the ids do not hold, in words, if anything is lost."""
+    """Description of what encoding loses of a text; None if nothing."""
 
     def encode(self, text: bytes) -> Tokens:
-        """Ids of a piece of UTF-8 text, [tokens], without BOS; uint16, above 65,536 ids uint32.
+        """Return the ids of UTF-8 text, [tokens], without BOS; uint16, above 65,536 ids uint32.
 
-        Text that spells a special token is text.
+        The name of a special token in a text is encoded as ordinary text.
         """
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; boundary tokens vanish, broken UTF-8 becomes U+FFFD."""
+        """Return the text of the ids, without boundary tokens; invalid UTF-8 becomes U+FFFD."""
 
     def byte_counter(self, vocab_size: int | None = None) -> ByteCounter:
-        """Tables for ``vocab_size`` ids (default: the tokenizer's); unused ids are boundaries."""
+        """Return tables for ``vocab_size`` ids (default: all); unused ids are boundaries."""
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer a specification stands for.
+    """Return the tokenizer of a specification.
 
     Args:
         spec: ``"bytes"``, or the path of a SentencePiece model, a ``tokenizer.json`` or a tiktoken
             vocabulary.
 
     Raises:
-        UserError: no such file, none of these, without a token that begins documents, or the
-            package that reads it is missing.
+        UserError: no such file, another format, no token that begins documents, or a missing
+            package.
 
-    A model that does not keep every byte of a text is loaded, with a ``note``.
+    A model that does not preserve every byte of a text is loaded with a ``note``.
     """
     if spec == BYTES:
         return _Bytes()
@@ -147,14 +147,14 @@ class _SentencePiece:
         )
 
     def _dummy_space(self) -> str | None:
-        """Where SentencePiece adds a space to every text: "prefix", "suffix" or nowhere."""
+        """Return where SentencePiece adds a space to every text: "prefix", "suffix" or None."""
         text = "".join(self._pieces.encode("a", out_type=str))
         if text.startswith(_SPACE) or text.startswith("".join(map(_byte_piece, _SPACE.encode()))):
             return "prefix"
         return "suffix" if text.endswith(_SPACE) else None
 
     def _spelled_space(self) -> tuple[int, int, int] | None:
-        """Ids of the three bytes of U+2581 where the model has no piece for it."""
+        """Return the ids of the three bytes of U+2581 if the model has no piece for it."""
         if self._pieces.piece_to_id(_SPACE) != self._pieces.unk_id():
             return None
         first, second, third = (self._pieces.piece_to_id(_byte_piece(b)) for b in _SPACE.encode())
@@ -180,10 +180,10 @@ _INVALID = {"invalid UTF-8": b"low \xff\xfe\x80 tide"}
 
 
 def _note(tokenizer: Tokenizer, name: str) -> str | None:
-    """Compare the bytes of a text with those that its tokens are counted as.
+    """Compare the bytes of a probe text with the byte counts of its tokens; describe losses.
 
-    No SentencePiece model keeps invalid UTF-8 (each such byte becomes U+FFFD), so that alone is
-    not worth a note. Byte-level tokenizers keep it.
+    No SentencePiece model preserves invalid UTF-8 (each such byte becomes U+FFFD), so this loss
+    alone is not described. Byte-level tokenizers preserve it.
     """
     counter = tokenizer.byte_counter()
 
@@ -213,10 +213,10 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The first bytes of a tokenizer's file, known to be one that may be read.
+    """Return the first bytes of a tokenizer's file.
 
     Raises:
-        UserError: no such file, too large a one, or of a kind that is never read.
+        UserError: no such file, too large, or of a kind that is never read.
     """
     label = f"tokenizer {str(path)!r}"
     try:

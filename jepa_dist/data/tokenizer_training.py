@@ -1,4 +1,4 @@
-"""Train a byte-level BPE on the text that is prepared (``prepare --train-tokenizer``)."""
+"""Train a byte-level BPE on the prepared text (``prepare --train-tokenizer``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jepa_dist.errors import UserError
 BOS = "<|endoftext|>"
 SAMPLE_BYTES = 1 << 27
 
-# GPT-4's rule of words: contractions, letters with what precedes them, up to three digits, marks.
+# GPT-4's pattern: contractions, letters with a preceding character, up to three digits, marks.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,17 +28,17 @@ def train_tokenizer(
     val_fraction: float,
     vocab_size: int,
 ) -> bytes:
-    """The contents of a ``tokenizer.json`` of at most ``vocab_size`` ids, trained on files.
+    """Return a ``tokenizer.json`` of at most ``vocab_size`` ids, trained on files.
 
-    Of large input a sample of about ``SAMPLE_BYTES`` is used, in pieces of about 1 MiB drawn by a
-    hash of their place; validation text is left out. The same input gives the same vocabulary.
+    Large input is sampled: about ``SAMPLE_BYTES``, in pieces of about 1 MiB selected by a hash of
+    their index, without validation text. The same input gives the same vocabulary.
 
     Args:
-        files: What to read.
+        files: Files to read.
         separator: Bytes between the documents of a text file (``documents.tasks``).
-        text_of: What the text of a record is.
-        val_fraction: Of the documents, where files do not say their split.
-        vocab_size: Ids, the 256 bytes and the one that begins documents included.
+        text_of: Extracts the text of a record.
+        val_fraction: Fraction of validation documents, if files do not determine the split.
+        vocab_size: Number of ids, including the 256 bytes and the one that begins documents.
 
     Raises:
         UserError: the tokenizers package is missing, or bad input.

@@ -1,4 +1,4 @@
-"""Helper processes: an ordered parallel map, and how every helper behaves."""
+"""Helper processes: an ordered parallel map, and signal handling of helpers."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from jepa_dist.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Ctrl-C and the schedulers' signals reach every process of a terminal's or a job's group, but what
-# to do about them (save, clean up) is the parent's decision, and it still needs its helpers then.
+# Ctrl-C and schedulers' signals reach every process of a terminal's or a job's group, but the
+# parent handles them (it saves, cleans up), and needs its helpers for that.
 _PARENTS_SIGNALS = {
     *(signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2),
 }
-# Of SIGTERM a fork server must know nothing either, but a helper must: it is how multiprocessing
-# ends one that hangs.
+# A fork server ignores SIGTERM, too; a helper does not, because multiprocessing ends one that hangs
+# by SIGTERM.
 _FORK_SERVERS_SIGNALS = {*_PARENTS_SIGNALS, signal.SIGTERM}
 
 
 def become_helper(outlast_sigterm: float = 0.0) -> None:
-    """Make this process a helper: deaf to its parent's signals, and gone when the parent is.
+    """Make this process a helper: ignore the parent's signals; exit when the parent dies.
 
-    The parent may even be killed by SIGKILL. Its multiprocessing sentinel is watched, which also
-    works where the operating system's parent is a fork server (PR_SET_PDEATHSIG and getppid
-    would watch that one instead).
+    This includes SIGKILL of the parent. It watches the parent's multiprocessing sentinel, which
+    also works if the operating system's parent is a fork server (PR_SET_PDEATHSIG and getppid would
+    watch that one instead).
 
     Args:
-        outlast_sigterm: Seconds to go on after a SIGTERM, for a parent that has a step to finish:
-            torchrun ends a rank by a SIGTERM to its whole process group.
+        outlast_sigterm: Seconds to continue after a SIGTERM, for a parent that finishes a step:
+            torchrun sends SIGTERM to a rank's whole process group.
     """
-    # Before any thread starts: threads inherit the mask, and one alone that lets a signal through
-    # is enough for it to end the process.
+    # Before any thread starts: threads inherit the mask, and a single thread that does not block a
+    # signal lets it end the process.
     signal.pthread_sigmask(signal.SIG_SETMASK, _FORK_SERVERS_SIGNALS)
     if outlast_sigterm > 0:
         _start_thread(_exit_some_time_after_sigterm, outlast_sigterm)
@@ -73,10 +73,10 @@ def _exit_after_parent() -> None:
 
 @contextlib.contextmanager
 def signals_left_to_parent() -> Iterator[None]:
-    """Processes started inside, a fork server too, are deaf to their parent's signals at once."""
-    # A blocked signal stays blocked in whatever a process starts. The resource tracker goes first:
-    # starting it unblocks SIGTERM again. (Without one, semaphores that are freed when the parent
-    # stops are unknown to the tracker that takes its place, which prints a traceback for each.)
+    """Make processes started in this context, fork servers included, block the parent's signals."""
+    # Child processes inherit blocked signals. Start the resource tracker first: starting it
+    # unblocks SIGTERM again. (If it were restarted when the parent stops, the new one would print
+    # a traceback for every semaphore, which it does not know.)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
     try:
         resource_tracker.ensure_running()
@@ -89,13 +89,13 @@ def signals_left_to_parent() -> Iterator[None]:
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[Result, None, None]:
-    """``map(function, items)`` in ``workers`` processes, results in order.
+    """Yield ``map(function, items)`` in order, computed in ``workers`` processes.
 
     ``function`` is sent to each process once; ``items`` is read one task per process ahead.
-    Close the iterator (contextlib.closing) to end the processes when not all results are taken.
+    Close the iterator (contextlib.closing) to stop the processes before all results are taken.
 
     Raises:
-        UserError: a process died. What ``function`` raises comes through.
+        UserError: a process died. Exceptions of ``function`` propagate.
     """
     if workers == 1:
         yield from map(function, items)
@@ -123,10 +123,10 @@ def ordered_map(
 
 
 class _Helper:
-    """A process with a pipe of its own.
+    """A process with a private pipe.
 
-    Shared queues, as concurrent.futures has, hang for ever when a process dies in the middle of
-    a message; a private pipe simply ends.
+    A shared queue, as in concurrent.futures, hangs forever if a process dies in the middle of a
+    message; a private pipe ends.
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
@@ -137,14 +137,14 @@ class _Helper:
         theirs.close()
 
     def give(self, item: Any) -> None:
-        """Send a task; the last one's result must have been taken."""
+        """Send a task; the result of the previous one must have been taken."""
         try:
             self._pipe.send(item)
         except BrokenPipeError:
             raise self._death() from None
 
     def take(self) -> Any:
-        """Wait for the result of the task, or raise what it raised."""
+        """Wait for the result of the task; return it or raise its exception."""
         try:
             result, error = self._pipe.recv()
         except (EOFError, OSError):  # the latter: died in mid-message
@@ -155,7 +155,7 @@ class _Helper:
 
     def _death(self) -> UserError:
         return UserError(
-            f"helper process {self.process.pid} died (killed, perhaps for want of memory); try "
+            f"helper process {self.process.pid} died (killed, possibly for lack of memory); try "
             "fewer --workers"
         )
 
