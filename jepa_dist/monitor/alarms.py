@@ -10,27 +10,27 @@ from typing import Any
 from jepa_dist.monitor.metrics_file import number, read_records
 
 _RANKS = ("jepa/effective_rank", "jepa/target_effective_rank")
-# The trivial solution: the loss is almost gone, and so is half of what it could have predicted.
+# The trivial solution: the loss is almost 0, and the rank is at most half of its first value.
 _TRIVIAL_LOSS, _TRIVIAL_RANK_SHARE = 0.05, 0.5
 
 
 class JepaAlarms:
-    """Watches the records of a run for an objective that does nothing, for collapse, and for a
-    trivial solution (loss near 0 while the rank of the states falls).
+    """Alarm for an objective without effect, for collapse, and for a trivial solution (loss near
+    0 while the rank of the states falls), from the records of a run.
 
     Args:
         dead_gradient_ratio: The objective has no gradient if that of lambda * JEPA is less than
             this share of cross-entropy's (``monitor.dead_gradient_ratio``).
-        collapse_share: The states collapse if their effective rank is less than this share of
-            what it was when first looked at, twice in a row (``monitor.collapse_share``): odd rows
-            in one batch are no collapse.
+        collapse_share: The states collapse if their effective rank is less than this share of its
+            first value, in two consecutive records (``monitor.collapse_share``): unusual rows in
+            one batch are not a collapse.
     """
 
     def __init__(self, dead_gradient_ratio: float, collapse_share: float) -> None:
         self._dead_gradient_ratio = dead_gradient_ratio
         self._collapse_share = collapse_share
         self._first: dict[str, tuple[int, float]] = {}
-        """Step and value of the first look, by metric."""
+        """Step and first value, by metric."""
         self._previous = math.inf
         self._raised: set[str] = set()
 
@@ -60,7 +60,7 @@ class JepaAlarms:
                 self.observe(record)
 
     def _no_gradient(self, record: Mapping[str, Any]) -> str | None:
-        """A warning, "" if all is well, None if the record does not say."""
+        """Return a warning, "" if there is a gradient, None if the record has no such metric."""
         ratio, weight = number(record, "jepa/grad_ratio"), number(record, "jepa/lambda")
         if ratio is None or weight is None:
             return None

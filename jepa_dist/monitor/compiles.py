@@ -1,4 +1,4 @@
-"""Count compiled graphs, and tell recompiles from first compiles."""
+"""Count compiled graphs, and distinguish recompiles from first compiles."""
 
 from __future__ import annotations
 

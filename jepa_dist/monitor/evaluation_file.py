@@ -15,11 +15,11 @@ from jepa_dist.errors import UserError, invalid_fields
 from jepa_dist.files import MIB, open_regular, read_bytes, write_atomically
 
 EVALUATION = "evaluation.json"
-"""In a run directory."""
+"""Name of the file in a run directory."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-# Of a file without suffix; printed in tables.
+# Name of a task file without suffix; printed in tables.
 Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f/]{1,200}$")]
 
 
@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 
 
 class TaskResult(_Strict):
-    """What a model achieved in a likelihood task."""
+    """Result of a model in a likelihood task."""
 
     digest: str
     """``digest_of`` the task's file."""
@@ -40,7 +40,7 @@ class TaskResult(_Strict):
     chance: Share
     """Mean of 1 / (number of choices)."""
     cut: Count
-    """Items whose context was cut at its beginning to fit into the model."""
+    """Items whose context was truncated at its start to fit into the model."""
 
     def error(self, share: float) -> float:
         """Return the binomial standard error of a share of the items."""
@@ -48,7 +48,7 @@ class TaskResult(_Strict):
 
 
 class ProbeResult(_Strict):
-    """What a linear classifier reads off the hidden states."""
+    """Result of a linear classifier on the hidden states."""
 
     digest: str
     """``digest_of`` the file of labeled documents."""
@@ -57,39 +57,39 @@ class ProbeResult(_Strict):
     train_documents: Count
     test_documents: Annotated[int, Field(ge=1)]
     accuracy: Share
-    """On the test documents."""
+    """Accuracy on the test documents."""
     interval: tuple[Share, Share]
     """95 % bootstrap interval over the test documents."""
     chance: Share
     """Accuracy of always answering the most frequent label."""
     cut: Count
-    """Documents whose end was cut off."""
+    """Documents whose end was truncated."""
     effective_rank: float | None = None
-    """Of the states of the first full windows (``objectives.diagnostics``); None without one."""
+    """Effective rank of the first full windows' states (``objectives.diagnostics``), if any."""
     mean_cosine: float | None = None
-    """Over all pairs of these states: anisotropy."""
+    """Mean cosine of all pairs of these states: anisotropy."""
 
 
 class QuantizedResult(_Strict):
-    """What a model achieves on its validation set after quantization, and before."""
+    """Result of a model on its validation set, after and before quantization."""
 
     settings: QuantizationConfig
-    """``matrix_bits`` is the width; there is one result for each."""
+    """``matrix_bits`` is the width; each width has its own result."""
     matrices: Annotated[int, Field(ge=1)]
     """Number of matrices that are quantized."""
     validated_on: str
-    """What identifies the validation set, as ``val/set`` in metrics.jsonl."""
+    """Identifies the validation set, as ``val/set`` in metrics.jsonl."""
     loss: float
     """After quantization, nats per token."""
     full_loss: float
-    """Before, computed in the same way."""
+    """Before quantization, computed in the same way."""
     bits_per_byte: float | None
     """After quantization; None without a tokenizer that counts bytes."""
     full_bits_per_byte: float | None
 
     @property
     def name(self) -> str:
-        """Beginning of its metrics' names."""
+        """Prefix of its metrics' names."""
         return quantized_name(self.settings.matrix_bits)
 
     def metrics(self) -> dict[str, float]:
@@ -103,7 +103,7 @@ class QuantizedResult(_Strict):
 
 
 class Evaluation(_Strict):
-    """The file."""
+    """Contents of the file."""
 
     format: Literal[1] = 1
     step: int | None
@@ -130,7 +130,7 @@ class Evaluation(_Strict):
 
     def inputs(self) -> dict[str, str]:
         """Return the file (and layer) of each task and probe, and the settings of each
-        quantization, by the beginning of the metrics' names."""
+        quantization, by the prefix of the metrics' names."""
         found = {f"task/{name}": one.digest for name, one in self.tasks.items()}
         probes = self.probes.items()
         found |= {f"linear_probe/{name}": f"{one.digest} {one.layer}" for name, one in probes}
@@ -147,7 +147,7 @@ class Evaluation(_Strict):
 
 
 def quantized_name(bits: int) -> str:
-    """Return the beginning of the names of the metrics after quantization to ``bits``."""
+    """Return the prefix of the names of the metrics after quantization to ``bits``."""
     return f"quantized/{bits}_bits"
 
 
@@ -170,7 +170,7 @@ def digest_of(path: Path) -> str:
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Write the file as a whole.
+    """Write the file atomically.
 
     Raises:
         UserError: it cannot be written.

@@ -39,20 +39,20 @@ _MAGIC = b"JEPAQNT1"
 _DIGEST = slice(8, 40)
 _SIZE = slice(40, 48)
 _HEADER_BYTES = 48
-# Far beyond any model that is worth compressing this slowly.
+# Far more than any model for which such slow compression makes sense.
 _MOST_BYTES = 4 * 2**30
 _PIECE_BYTES = 2**24
 _QUALITY, _WINDOW_BITS = 11, 24
 _DESCRIPTION = "description"
 
 Stored = QuantizedMatrix | Tensor
-"""A parameter as it is in the file: quantized, or float16."""
+"""A parameter as stored in the file: quantized, or float16."""
 
 
 def find_artifact(path: Path, weights: Weights) -> Path | None:
-    """Return the artifact that ``path`` names, or that a folder holds and no other weights.
+    """Return the artifact at ``path``, or the one in that folder.
 
-    None: there is none, or it lies beside weights that are not quantized.
+    None if there is none, or if the folder also has weights that are not quantized.
     """
     if path.suffix == SUFFIX:
         return path
@@ -69,11 +69,11 @@ def artifact_name(weights: Weights) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is in a file."""
+    """Contents of an artifact file."""
 
     description: Description
     parameters: Mapping[str, Stored]
-    """By name; shapes are those of the described model."""
+    """Parameters by name; shapes are those of the described model."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all parameters, float32, by name."""
@@ -92,7 +92,7 @@ def to_float16(tensor: Tensor) -> Tensor:
     """Return a small tensor as it is stored.
 
     Raises:
-        UserError: it holds what float16 cannot.
+        UserError: it has values outside the range of float16.
     """
     half = tensor.detach().cpu().half()
     if not half.isfinite().all():
@@ -103,7 +103,7 @@ def to_float16(tensor: Tensor) -> Tensor:
 
 
 def write_artifact(path: Path, parameters: Mapping[str, Stored], description: Description) -> int:
-    """Write the file, which appears when it is whole; return its size in bytes.
+    """Write the file atomically; return its size in bytes.
 
     Raises:
         UserError: brotli is not installed, or the file cannot be written.
@@ -130,7 +130,7 @@ def write_artifact(path: Path, parameters: Mapping[str, Stored], description: De
 
 
 def brotli() -> ModuleType:
-    """Return the library.
+    """Return the brotli module.
 
     Raises:
         UserError: it is not installed.
@@ -149,7 +149,7 @@ def brotli() -> ModuleType:
 
 
 def read_artifact(path: Path) -> Artifact:
-    """Read a file whose digest fits.
+    """Read a file and verify its digest.
 
     Raises:
         UserError: missing, damaged, not an artifact, or brotli is not installed.
@@ -172,7 +172,7 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def _read_body(path: Path) -> bytes:
-    """All after the digest, which it fits."""
+    """Return everything after the digest, verified."""
     try:
         data = read_bytes(path, _MOST_BYTES)
     except OSError as error:
@@ -192,7 +192,7 @@ def _read_body(path: Path) -> bytes:
 
 
 def _decompress(path: Path, body: bytes) -> bytes:
-    """The safetensors file; memory grows with what is there, not with what is promised."""
+    """Return the safetensors file; memory is bounded by the actual data, not the claimed size."""
     library = brotli()
     size, data = int.from_bytes(body[:8], "little"), body[8:]
     if size > _MOST_BYTES:
@@ -215,7 +215,7 @@ def _decompress(path: Path, body: bytes) -> bytes:
 
 
 def _parameters(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """Parameters by name, each of the only kinds that are written."""
+    """Return the parameters by name; raise for tensors that are never written."""
     parameters: dict[str, Stored] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")

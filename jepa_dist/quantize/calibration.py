@@ -1,8 +1,8 @@
 """Hessians of the matrices' inputs, collected on any number of ranks.
 
-The sequences are cut into batches, and each batch is one rank's, whole: a batch has the same rows
-on any number of ranks. Sums are float64, so that the order of their terms does not show in the
-result, which is the same for one rank and for many.
+The sequences are divided into batches, each of which one rank computes: a batch has the same rows
+on any number of ranks. Sums are float64, so that the result does not depend on their order and is
+the same for any number of ranks.
 
 Tensor names carry their shape: B batch, T sequence, D width, N positions (B * T flattened), C
 columns of a matrix.
@@ -43,7 +43,7 @@ def collect_hessians(
     number of batches. Collective.
 
     Args:
-        model: A GPT, not compiled, sharded over ``world`` or whole.
+        model: A GPT, not compiled, sharded over ``world`` or not.
         tokens: int64 [sequences, T], the same on every rank.
         names: Parameters whose Hessians are needed.
         phase: Recurrence phase of the passes.
@@ -52,8 +52,8 @@ def collect_hessians(
 
     Returns:
         float64 [C, C] on the device by parameter name, the same on every rank. Matrices with the
-        same inputs share one tensor. A matrix that no pass multiplies with anything (the MLP of a
-        repeat that ``phase`` does not reach, an embedding that is only looked up) is left out.
+        same inputs share one tensor. A matrix that no pass multiplies (the MLP of a repeat that
+        ``phase`` does not run, an embedding that is only looked up) is omitted.
     """
     sites = _sites(model)
     sums = _Sums({sites[name] for name in names if name in sites})
@@ -61,7 +61,7 @@ def collect_hessians(
     layout = BatchLayout(batches, 1, world.rank, world.world_size)
     with _recorded(model, sums.record):
         for index in range(layout.num_micro):
-            # Ranks with fewer batches take part in the last passes' collectives alone.
+            # Ranks with fewer batches only take part in the collectives of the last passes.
             sums.is_active = index < len(layout.rows)
             first = layout.rows[index] * micro if sums.is_active else 0
             rows = torch.from_numpy(tokens[first : first + micro])
@@ -71,7 +71,7 @@ def collect_hessians(
 
 
 class _Sums:
-    """Sum of x x^T over all positions, by the site of the inputs."""
+    """Sums of x x^T over all positions, by the site of the inputs."""
 
     def __init__(self, needed: Collection[str]) -> None:
         self.is_active = True
@@ -87,7 +87,7 @@ class _Sums:
         self._sums[site] = self._sums[site].add_(gram_CC) if site in self._sums else gram_CC
 
     def average(self, batches: int, world: World) -> dict[str, Tensor]:
-        """Over all ranks' batches; a rank without any has recorded nothing. Collective."""
+        """Return the average over all ranks' batches; a rank may have none. Collective."""
         sizes: dict[str, int] = {}
         for each in world.gather({site: len(total) for site, total in self._sums.items()}):
             sizes |= each
@@ -104,7 +104,7 @@ class _Sums:
 
 
 def _sites(model: GPT) -> dict[str, str]:
-    """Where each matrix's inputs are recorded, by parameter name."""
+    """Return the site at which each matrix's inputs are recorded, by parameter name."""
     sites = {
         "head_proj.weight": "head_proj",
         "embed_proj.weight": "embed_proj",
@@ -124,10 +124,10 @@ def _sites(model: GPT) -> dict[str, str]:
 
 @contextmanager
 def _recorded(model: GPT, record: _Record) -> Iterator[None]:
-    """Have every pass hand the inputs of its matrices to ``record`` within the block.
+    """Call ``record`` with the inputs of matrices in every pass inside this context.
 
-    The inputs are taken where modules meet, and computed once more where a module keeps them to
-    itself: how a module multiplies (fused, scaled weights) is its own affair.
+    The inputs are read at module boundaries, and computed again if they are internal to a module:
+    this does not depend on how a module multiplies (fused, scaled weights).
     """
     with ExitStack() as stack:
         handles = [
@@ -186,7 +186,7 @@ def _attention_hook(name: str, record: _Record) -> Callable[[nn.Module, Any], No
 
 
 def _attend(name: str, attention: Attention, record: _Record) -> Attend:
-    """The module's own function, whose result is recorded as its output matrix sees it."""
+    """Return the module's own function, recording its result as the output matrix's input."""
     attend = attention.attend
 
     def attend_and_record(

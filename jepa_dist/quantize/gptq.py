@@ -1,10 +1,10 @@
 """GPTQ with scales from the rows' spread and, optionally, their importance (golden README section
 7).
 
-A matrix [rows, columns] acts as y = W x. Columns are rounded one after the other, and the error of
-each is compensated in the columns that are still to come, such that the error of y is small for
-the inputs that were seen: their Hessian is the sum of x x^T. Everything is computed in float64, so
-that the result does not depend on the order in which a library adds up.
+A matrix [rows, columns] computes y = W x. Columns are rounded one after the other, and the error of
+each is compensated in the remaining columns, such that the error of y is small for the calibration
+inputs: their Hessian is the sum of x x^T. Everything is computed in float64, so that the result
+does not depend on the order of a library's sums.
 
 Tensor names carry their shape: R rows, C columns.
 """
@@ -20,7 +20,7 @@ from jepa_dist.errors import UserError
 
 _DAMPING = 0.01
 _SMALLEST_SCALE = 1e-10
-# Columns whose errors are compensated one by one; the columns behind them follow as one product.
+# Columns whose errors are compensated one by one; later columns are updated by one product.
 _BLOCK = 128
 
 
@@ -80,15 +80,15 @@ def quantize_matrix(
 def _scales(
     weight_RC: Tensor, diagonal_C: Tensor, limit: int, clip_sigmas: float, clip_lambda: float
 ) -> Tensor:
-    """One per row, float16 [R]; of the whole matrix, dead columns included."""
+    """Return one scale per row, float16 [R], from all columns, including dead ones."""
     scale_R = (clip_sigmas * weight_RC.std(dim=1) / limit).clamp(min=_SMALLEST_SCALE)
     if clip_lambda > 0:
         importance_R = (weight_RC.abs() * (diagonal_C / diagonal_C.mean())).mean(dim=1)
         mean = importance_R.mean().clamp(min=torch.finfo(torch.float64).tiny)
-        # A large lambda must not turn a range negative; the reference's never does.
+        # A large lambda must not make a range negative; the reference's never does.
         factor_R = (1.0 + clip_lambda * (importance_R / mean - 1.0)).clamp(min=0.0)
         scale_R = scale_R * factor_R
-    # By way of float32, in which the reference computes it.
+    # Via float32, in which the reference computes it.
     half_R = scale_R.float().half()
     if not half_R.isfinite().all():
         raise UserError(
@@ -99,7 +99,7 @@ def _scales(
 
 
 def _round_columns(working_RC: Tensor, upper_CC: Tensor, scale_R: Tensor, limit: int) -> Tensor:
-    """Integers as float64 [R, C], column by column; changes ``working_RC``."""
+    """Return integers as float64 [R, C], column by column; modifies ``working_RC``."""
     rounded_RC = torch.zeros_like(working_RC)
     # A row whose scale is 0 becomes zeros.
     inverse_R = torch.where(scale_R > 0, 1.0 / scale_R, torch.zeros_like(scale_R))

@@ -1,5 +1,5 @@
-"""How each tensor of a model is stored: integers of how many bits and which range, or float16
-(golden README section 7)."""
+"""Storage of each tensor of a model: integers of some bits and range, or float16 (golden README
+section 7)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FIRST_LATE = 8
 
 @dataclass(frozen=True)
 class Precision:
-    """Of a quantized matrix."""
+    """Bits and range of a quantized matrix."""
 
     bits: int
     clip_sigmas: float
@@ -36,7 +36,7 @@ def precisions(
 
     Args:
         sizes: Number of elements of every tensor, by parameter name.
-        model: The model; its looped blocks may have a precision of their own.
+        model: The model; its looped blocks may have a separate precision.
         settings: Bits, ranges and the size from which tensors are quantized.
     """
     looped = looped_blocks(model)
@@ -48,7 +48,7 @@ def precisions(
 
 
 def _precision(name: str, looped: Iterable[int], settings: QuantizationConfig) -> Precision:
-    """By the reference's name, which tells the MLPs of repeats from those of blocks."""
+    """Return the precision by the reference's name, which distinguishes MLPs of repeats."""
     if name == _EMBEDDING:
         return Precision(settings.embed_bits, settings.embed_clip_sigmas)
     override, block = _OVERRIDE.match(name), _BLOCK.match(name)
@@ -61,7 +61,7 @@ def _precision(name: str, looped: Iterable[int], settings: QuantizationConfig) -
 
 
 def _factor(block: re.Match[str] | None, is_looped: bool, settings: QuantizationConfig) -> float:
-    """Factor on the range, by the block's place; an early block is early even if it is looped."""
+    """Return the factor on the range by the block's index; early blocks take precedence."""
     if block is None:
         return 1.0
     index = int(block[1])

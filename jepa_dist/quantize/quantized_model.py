@@ -1,4 +1,4 @@
-"""From a trained model on any number of ranks to the parameters of an artifact."""
+"""Quantize a trained model on any number of ranks to the parameters of an artifact."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def quantize_model(
 ) -> dict[str, Stored]:
     """Return every parameter as an artifact stores it. Collective.
 
-    The matrices are divided among the ranks, and each is quantized by one of them. A matrix whose
-    inputs the calibration does not see is rounded as if they were independent and equally large
-    (an untied embedding, MLPs of repeats that ``phase`` does not reach).
+    The matrices are divided among the ranks, and each is quantized by one of them. A matrix without
+    calibration inputs (an untied embedding, MLPs of repeats that ``phase`` does not run) is
+    rounded as if they were independent and equally large.
 
     Args:
         model: A GPT, not compiled, sharded over ``world``.
@@ -66,7 +66,7 @@ def quantize_model(
             hessian_clip_lambda=settings.hessian_clip_lambda,
         )
 
-    # The costliest first, so that each rank gets about as much.
+    # Most expensive first, so that all ranks get about the same work.
     order = sorted(state, key=lambda name: (name not in chosen, -sizes[name]))
     done, problems = _attempt(store, order[world.rank :: world.world_size])
     found = [problem for each in world.gather(problems) for problem in each]
@@ -106,7 +106,7 @@ def _send(tensor: Tensor, owner: int, world: World) -> Tensor:
 def _attempt(
     store: Callable[[str], Stored], names: Iterable[str]
 ) -> tuple[dict[str, Stored], list[str]]:
-    """What could be stored, and what is wrong with the rest."""
+    """Return what could be stored, and the problems of the rest."""
     done: dict[str, Stored] = {}
     problems = []
     for name in names:

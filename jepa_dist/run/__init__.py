@@ -1,1 +1,1 @@
-"""What a run is besides its tensors: progress, the owner of its directory, what all ranks share."""
+"""A run apart from its tensors: progress, lock of its directory, consistency of its ranks."""

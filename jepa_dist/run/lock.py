@@ -202,8 +202,8 @@ class RunLock:
 
 
 def is_in_use(run_dir: Path) -> bool | None:
-    """Return whether the owner of ``run_dir`` is alive; None if there is no lock, or if it would
-    take waiting to tell."""
+    """Return whether the owner of ``run_dir`` is alive; None if there is no lock, or if
+    finding out would require waiting."""
     try:
         owner, renewed = _look(run_dir / LOCK_NAME)
     except OSError:

@@ -1,1 +1,1 @@
-"""How a run starts: where it begins, and whether this host can train it."""
+"""Start of a run: where it begins, and checks of this host."""
