@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ``stride`` is None unless windows are to overlap."""
+    """Parse the command line; ``stride`` is None unless windows overlap."""
     parser = Parser(
         prog=program("jepa_dist.evaluate"),
         description="Loss and bits per byte of a trained model; or its accuracy in tasks and of "

@@ -52,20 +52,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="BITS",
-        help="what quantization to so many bits (2 to 8) costs, as export --format artifact does "
-        "it; KEY=VALUE may also set quantization.* and data.train",
+        help="cost of quantization to BITS bits (2 to 8), as in export --format artifact; "
+        "KEY=VALUE may also set quantization.* and data.train",
     )
     add("--per-item", type=Path, metavar="OUT", help="write the scores of each item of the tasks")
     add("--json", type=Path, metavar="OUT", help="write the results to this file, too")
 
 
 def is_evidence(arguments: argparse.Namespace) -> bool:
-    """Return whether the command line asks for anything of this module."""
+    """Return whether the command line has an option of this module."""
     return bool(arguments.tasks or arguments.probe or arguments.quantize)
 
 
 def split_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Take KEY=VALUE out of the lists, read the numbers of bits, refuse options without effect."""
+    """Separate KEY=VALUE from the lists, parse bits, and raise for options without effect."""
     for name in ("tasks", "probe"):
         given: list[Path] = getattr(arguments, name)
         overrides = [str(path) for path in given if "=" in str(path) and not path.exists()]
@@ -91,7 +91,7 @@ def split_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is to be evaluated, checked as far as it can be without the ranks."""
+    """A checked evaluation of tasks, probes and quantization."""
 
     source: Source
     config: Config
@@ -144,7 +144,7 @@ class Evidence:
     def _score_tasks(
         self, passes: Passes, tokenizer: Tokenizer, world: World
     ) -> dict[str, TaskResult]:
-        """Score the tasks; rank 0 writes what ``--per-item`` asks for."""
+        """Score the tasks; rank 0 writes the ``--per-item`` file."""
         if self.per_item is None or not world.is_main:
             return {task.name: score_task(task, tokenizer, passes) for task in self.tasks}
         try:
@@ -161,10 +161,10 @@ class Evidence:
 
 
 def check_evidence(arguments: argparse.Namespace, source: Source) -> Evidence:
-    """Read all files that are named, and check them against the model.
+    """Read all given files, and check them against the model.
 
     Args:
-        arguments: The command line, as ``split_options`` left it.
+        arguments: The command line, processed by ``split_options``.
         source: The model.
 
     Raises:

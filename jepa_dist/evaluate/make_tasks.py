@@ -41,7 +41,7 @@ _PASSAGE_BYTES = 64
 _CLOZE_BYTES = 24
 _CHOICES = 4
 _MOST_ITEMS = 600
-_MOST_TOKENS = 2**24  # of the validation shards that are read
+_MOST_TOKENS = 2**24  # maximum number read from the validation shards
 
 _EXCERPT_BYTES = 1000
 _DOCUMENTS_PER_PACKAGE = 150
@@ -130,7 +130,7 @@ def read_documents(config: Config, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 class _Lines:
-    """A document's text, and the bytes at which its lines begin."""
+    """A document's text, and the byte offsets of its lines."""
 
     def __init__(self, text: str) -> None:
         self.text = text.encode()
@@ -138,19 +138,19 @@ class _Lines:
         self.starts = np.concatenate([[0], line_ends + 1])
 
     def line_at_or_after(self, place: int) -> int:
-        """Return where the first line from ``place`` on begins; the text's end without one."""
+        """Return the start of the first line at or after ``place``; the text's end without one."""
         index = int(np.searchsorted(self.starts, place))
         return int(self.starts[index]) if index < len(self.starts) else len(self.text)
 
     def inside_word(self, place: int) -> int:
-        """Return the first byte from ``place`` on between two letters; the text's end without
-        one."""
+        """Return the first offset at or after ``place`` between two letters; the text's end
+        without one."""
         found = _INSIDE_WORD.search(self.text, place)
         return len(self.text) if found is None else found.start()
 
     def passage(self, start: int, size: int) -> str | None:
-        """Return ``size`` bytes of the text, unless it ends before, they are mostly white space,
-        or a character is cut."""
+        """Return ``size`` bytes of the text; None if it is shorter, they are mostly white space,
+        or they cut a character."""
         data = self.text[start : start + size]
         words = data.split()
         if len(data) < size or len(words) < 2 or 2 * sum(map(len, words)) < size:
@@ -165,8 +165,8 @@ def cloze(documents: Sequence[_Lines]) -> list[Record]:
     """Return items: 128 bytes of a document that end inside a word, and four passages of 24 bytes
     that begin inside one; one continues the context, the others come from other documents.
 
-    Long passages that begin with a line do not work: how likely they are by themselves varies more
-    than what their context changes, and a small model stays at chance (0.26 with 64 bytes).
+    Long passages that begin with a line do not work: their own likelihood varies more than the
+    effect of the context, and a small model stays at chance (0.26 with 64 bytes).
     """
     random = np.random.Generator(np.random.PCG64(0))
     items = []
@@ -200,9 +200,9 @@ def order(documents: Sequence[_Lines]) -> list[Record]:
 
 
 def _places(documents: Sequence[_Lines], random: Random) -> list[tuple[int, int]]:
-    """Return document and byte of all places for an item, in random order.
+    """Return document and byte offset of all places for an item, in random order.
 
-    There is a place every 256 bytes, so that items hardly overlap.
+    Places are 256 bytes apart, so that items hardly overlap.
     """
     step = _CONTEXT_BYTES + 2 * _PASSAGE_BYTES
     places = [
@@ -255,8 +255,8 @@ def _corpus_of(config: Config) -> list[InputFile] | None:
 def labeled_documents(files: Sequence[InputFile]) -> Iterator[Record]:
     """Yield 1,000 bytes from the middle of files of the large packages, with the package's name.
 
-    A package is a folder that holds modules itself. At most 150 files of each count, evenly spaced
-    by name. The middle: files of one package often begin alike.
+    A package is a folder that contains modules. At most 150 files of each are used, evenly spaced
+    by name. The middle, because files of one package often have the same start.
     """
     packages = Counter(_package(file) for file in files if _package(file))
     for package, count in sorted(packages.items()):

@@ -1,8 +1,8 @@
 """Forward passes over rows of token ids of different lengths: log-likelihoods and pooled states.
 
-Rows are sorted by length and cut into batches before the ranks share them out, so a row is always
-computed in the same batch, padded to the same length: results are equal, bit for bit, at any number
-of ranks. No sum runs over more than one row, and those over a row's positions are exact
+Rows are sorted by length and divided into batches before they are distributed over ranks, so a row
+is always computed in the same batch, padded to the same length: results are bitwise identical on
+any number of ranks. No sum runs over more than one row, and those over a row's positions are exact
 (``math.fsum``). The passes are not compiled: their shapes differ from those of training.
 """
 
@@ -28,19 +28,19 @@ Ids = Sequence[int]
 Floats = npt.NDArray[np.float64]
 
 _LENGTH_STEP = 32  # rows are padded to a multiple, so that few shapes occur
-_MOST_LOGITS = 2**25  # of a batch: 128 MiB in float32, held about three times
+_MOST_LOGITS = 2**25  # per batch: 128 MiB in float32, about three copies in memory
 
 
 class Request(NamedTuple):
-    """Token ids whose log-likelihood is asked for."""
+    """Token ids to compute the log-likelihood of."""
 
     context: Ids
-    """At least one id; its beginning is cut off where it does not fit into the model."""
+    """At least one id; truncated at the start if it does not fit into the model."""
     target: Ids
     """At least one id, at most ``model.seq_len``."""
 
     def is_cut(self, seq_len: int) -> bool:
-        """Return whether the context does not fit as a whole."""
+        """Return whether the context is truncated."""
         return len(self.context) + len(self.target) > seq_len + 1
 
 
@@ -50,16 +50,16 @@ class Likelihoods(NamedTuple):
     total_N: Floats
     """Sum over the target's tokens, in nats."""
     greedy_N: npt.NDArray[np.bool_]
-    """Whether every token of the target is the model's likeliest."""
+    """Whether every token of the target is the model's most likely one."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """A model, and the ranks that share its passes.
+    """Passes over a model, distributed over ranks.
 
     Attributes:
         model: A GPT, sharded over the ranks or the same on each.
-        config: Its configuration; ``batch.micro`` is the most rows of a pass.
+        config: Its configuration; ``batch.micro`` is the maximum number of rows of a pass.
         phase: Recurrence phase to run it in.
         device: Where it is.
         rank: This rank.
@@ -77,7 +77,7 @@ class Passes:
         """Return the log-likelihood of each target after its context. Collective.
 
         Args:
-            requests: What to score.
+            requests: Requests to score.
             title: Label of the progress bar.
         """
         longest = self.config.model.seq_len + 1
@@ -117,7 +117,7 @@ class Passes:
     def states(self, rows: Sequence[Ids], layer: int) -> Tensor:
         """Return the hidden states of rows of one length, float32 [B, T, D] on the CPU. Collective.
 
-        Every rank computes all of them: for few rows.
+        Every rank computes all of them, so use it for few rows.
         """
         found = []
         with torch.compiler.set_stance("force_eager"):
@@ -136,7 +136,7 @@ class Passes:
         read: Callable[[Output, list[int]], Floats],
         title: str,
     ) -> Floats:
-        """Return what ``read`` finds in each row's pass, [N, width]; the same on every rank."""
+        """Return the result of ``read`` for each row, [N, width]; the same on every rank."""
         results = np.zeros((len(rows), width))
         batches = self._batches(rows)
         rounds = -(-len(batches) // self.world_size)
@@ -148,14 +148,14 @@ class Passes:
                 output = self.model(tokens_BT.to(self.device), phase=self.phase, taps=taps)
                 if index < len(batches):
                     results[batch] = read(output, batch)
-        if self.world_size > 1:  # every row is zero on all ranks but one
+        if self.world_size > 1:  # every row is zero on all ranks except one
             summed = torch.from_numpy(results).to(self.device)
             dist.all_reduce(summed)
             results = summed.cpu().numpy()
         return results
 
     def _batches(self, rows: Sequence[Ids]) -> list[list[int]]:
-        """Indices of the rows of each pass, the longest rows first."""
+        """Return the indices of the rows of each pass, longest rows first."""
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         batches = []
         while order:
@@ -168,11 +168,11 @@ class Passes:
 
     def _padded_length(self, rows: Sequence[Ids], batch: list[int]) -> int:
         longest = max(len(rows[index]) for index in batch)
-        # Not above seq_len, from where on the rotary base would be another.
+        # Not above seq_len, where the rotary base would change.
         return min(self.config.model.seq_len, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
 
     def _progress(self, rounds: int, title: str) -> tqdm[int]:
-        """This rank's share of the batches' indices."""
+        """Return the indices of this rank's batches, with a progress bar on rank 0."""
         return tqdm(
             range(self.rank, rounds * self.world_size, self.world_size),
             desc=title or "scoring",
@@ -183,7 +183,7 @@ class Passes:
 
 
 def _padded(rows: Sequence[Ids], length: int) -> Tensor:
-    """The rows, filled up with zeros at their ends, int64 [B, T]."""
+    """Return the rows, padded with zeros at their ends, int64 [B, T]."""
     padded = torch.zeros(len(rows), length, dtype=torch.int64)
     for place, row in enumerate(rows):
         padded[place, : len(row)] = torch.tensor(row)
@@ -191,7 +191,7 @@ def _padded(rows: Sequence[Ids], length: int) -> Tensor:
 
 
 def _score(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Log-probability of each target, and whether it is the likeliest token, [B, T] each."""
+    """Return each target's log-probability, and whether it is the most likely token, [B, T]."""
     logits_BT = logits_BTV.gather(2, targets_BT[..., None])[..., 0]
     scores_BT = logits_BT.double() - logits_BTV.logsumexp(2).double()
     is_best_BT = logits_BTV.argmax(2) == targets_BT

@@ -1,7 +1,7 @@
-"""Linear probe: a ridge classifier reads the label of a document off the model's frozen states.
+"""Linear probe: a ridge classifier predicts a document's label from the model's frozen states.
 
-The model never learns the labels: what a linear map can read off its states, it has learned from
-text alone. A document's feature is the mean of the states of one layer over its positions.
+The model is not trained on labels: what a linear map can predict from its states, it has learned
+from text alone. A document's feature is the mean of the states of one layer over its positions.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jepa_dist.objectives.diagnostics import effective_rank, mean_pairwise_cosin
 Labels = npt.NDArray[np.int64]
 
 _TEST_SHARE = 0.3
-_MOST_WINDOWS = 4  # of model.seq_len tokens, from the beginning of a document
+_MOST_WINDOWS = 4  # of model.seq_len tokens, from the start of a document
 _MOST_DOCUMENTS = 20_000
 _PENALTIES = 10.0 ** np.arange(-4, 5)  # relative to the mean eigenvalue of the features' covariance
 _RESAMPLES = 2000
-# Of windows whose states' rank and anisotropy are measured, and of numbers in their states.
+# Maximum number of windows to measure rank and anisotropy on, and of numbers in their states.
 _MOST_DESCRIBED = 64
 _MOST_STATES = 2**26
 
@@ -48,8 +48,7 @@ def check_documents(path: Path) -> TaskFile:
     """Read a file of labeled documents from the first line to the last.
 
     Raises:
-        UserError: a bad line, too many documents, one label only, or a part of the split without
-            documents.
+        UserError: a bad line, too many documents, a single label, or a split without documents.
     """
     labels: set[str] = set()
     parts: set[bool] = set()
@@ -69,7 +68,7 @@ def check_documents(path: Path) -> TaskFile:
 
 
 def is_test(text: str) -> bool:
-    """Return whether a document is tested on: a function of its text, equal texts stay together."""
+    """Return whether a document is in the test split: a function of its text."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < _TEST_SHARE * 2**64
 
@@ -78,8 +77,8 @@ def probe(task: TaskFile, tokenizer: Tokenizer, passes: Passes, layer: int) -> P
     """Train the classifier and test it; the same result on every rank. Collective.
 
     Args:
-        task: What ``check_documents`` returned.
-        tokenizer: The model's.
+        task: From ``check_documents``.
+        tokenizer: Tokenizer of the model.
         passes: The model.
         layer: Block whose states to use; -1: the final state.
     """
@@ -147,7 +146,7 @@ def _pool(means_ND: Floats, lengths_N: Labels, owner_N: Labels) -> Floats:
 
 @dataclass(frozen=True)
 class RidgeClassifier:
-    """One linear score per class; the answer is the class of the largest one."""
+    """A linear score per class; predicts the class of the largest one."""
 
     mean_D: Floats
     scale_D: Floats
@@ -155,7 +154,7 @@ class RidgeClassifier:
     bias_K: Floats
 
     def __call__(self, features_ND: Floats) -> Labels:
-        """Return the answers, [N]."""
+        """Return the predictions, [N]."""
         scores_NK = (features_ND - self.mean_D) / self.scale_D @ self.weights_DK + self.bias_K
         return scores_NK.argmax(1)
 
@@ -163,8 +162,8 @@ class RidgeClassifier:
 def ridge_classifier(features_ND: Floats, labels_N: Labels, classes: int) -> RidgeClassifier:
     """Fit standardized features to one-hot labels by ridge regression, in closed form.
 
-    The penalty is the one of the smallest leave-one-out squared error, which needs no other fit:
-    a residual divided by 1 - h, h being the sample's leverage.
+    The penalty minimizes the leave-one-out squared error, which needs no further fit: a residual
+    is divided by 1 - h, with h the sample's leverage.
     """
     mean_D = features_ND.mean(0)
     scale_D = features_ND.std(0)
@@ -190,14 +189,14 @@ def ridge_classifier(features_ND: Floats, labels_N: Labels, classes: int) -> Rid
 def bootstrap_interval(correct_N: npt.NDArray[np.bool_]) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean over resampled documents; seeded."""
     generator = np.random.Generator(np.random.PCG64(0))
-    # The mean of a resample of N flags depends on the number of set ones alone.
+    # The mean of a resample of N flags only depends on the number of set ones.
     means = generator.binomial(len(correct_N), correct_N.mean(), _RESAMPLES) / len(correct_N)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
 
 def describe(results: dict[str, ProbeResult]) -> Iterator[str]:
-    """Yield lines about the results."""
+    """Yield lines that describe the results."""
     for name, one in results.items():
         layer = "the final state" if one.layer == -1 else f"block {one.layer}"
         yield (

@@ -28,10 +28,10 @@ from jepa_dist.quantize.quantized_model import quantize_model
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """What is to be quantized and evaluated, checked as far as it can be without the ranks."""
+    """A checked evaluation of quantization."""
 
     widths: tuple[QuantizationConfig, ...]
-    """Settings of each width, in the order asked for."""
+    """Settings of each width, in the requested order."""
     matrices: int
     """Number of matrices that are quantized."""
     tokens: npt.NDArray[np.int64]
@@ -39,7 +39,7 @@ class QuantizationPlan:
     windows: Mapping[str, Windows]
     """The validation set, by source."""
     validated_on: str
-    """What identifies the validation set, as ``val/set`` in metrics.jsonl."""
+    """Identifies the validation set, as ``val/set`` in metrics.jsonl."""
 
 
 def plan_quantization(bits: Sequence[int], config: Config) -> QuantizationPlan:
@@ -59,7 +59,7 @@ def plan_quantization(bits: Sequence[int], config: Config) -> QuantizationPlan:
     if not matrices:
         raise UserError(
             f"--quantize: quantization.float16_elements={settings.float16_elements}: no tensor of "
-            f"this model has more elements (the largest: {max(sizes.values())}), so that none is "
+            f"this model has more elements (the largest: {max(sizes.values())}), so none is "
             "quantized; set it lower, e.g. quantization.float16_elements=1000"
         )
     return QuantizationPlan(
@@ -72,8 +72,8 @@ def plan_quantization(bits: Sequence[int], config: Config) -> QuantizationPlan:
 
 
 def read_calibration(config: Config) -> npt.NDArray[np.int64]:
-    """Return ``quantization.calibration_sequences`` sequences, evenly spread over the training
-    data; all of them where there are fewer. int64 [sequences, T].
+    """Return ``quantization.calibration_sequences`` sequences, evenly spaced in the training
+    data, or all if there are fewer; int64 [sequences, T].
 
     Raises:
         UserError: no training data, or less than one sequence.
@@ -93,15 +93,15 @@ def evaluate_quantized(
     bytes_of: ByteCounter | None,
     world: World,
 ) -> list[QuantizedResult]:
-    """Return what the model loses at each width; the same on every rank. Collective.
+    """Return the losses at each width; the same on every rank. Collective.
 
     Both sides of a gap come from the same passes, which are not compiled, over the same windows.
 
     Args:
-        plan: What to do.
+        plan: From ``plan_quantization``.
         source: The model.
-        config: Settings, as ``plan_quantization`` got them.
-        bytes_of: Counts the bytes that target tokens stand for; None if there is no tokenizer.
+        config: The settings given to ``plan_quantization``.
+        bytes_of: Counts the bytes of target tokens; None if there is no tokenizer.
         world: Ranks that share the work.
 
     Raises:

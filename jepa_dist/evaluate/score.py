@@ -1,7 +1,7 @@
-"""Loss and bits per byte of a model over windows, shared out over ranks.
+"""Loss and bits per byte of a model over windows, distributed over ranks.
 
-Exact for any number of ranks: windows that do not divide are filled up with rows that score
-nothing, and every rank runs the same number of forward passes, as FSDP's collectives need.
+Exact for any number of ranks: batches are padded with rows that score nothing, and every rank runs
+the same number of forward passes, as FSDP's collectives need.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ _BATCHES_BETWEEN_POLLS = 8
 
 @dataclass(frozen=True)
 class Score:
-    """What a model achieved on an evaluation set; the same on every rank."""
+    """Result of a model on an evaluation set; the same on every rank."""
 
     nll: float
     """Sum of all targets' negative log-likelihoods, in nats."""
     num_tokens: int
     """Scored targets."""
     num_bytes: int
-    """Bytes of text that they stand for; 0 if that is not known."""
+    """Bytes of text of the targets; 0 if unknown."""
 
     @property
     def loss(self) -> float:
-        """Mean over targets, nats per token."""
+        """Mean over targets, in nats per token."""
         return self.nll / self.num_tokens
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of text; not a number where the targets stand for no text at all."""
+        """Bits per byte of text; NaN if the targets have no text."""
         return self.nll / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 
 def add_scores(scores: Iterable[Score]) -> Score:
-    """Return the score over the targets of all of them."""
+    """Return the score over the targets of all scores."""
     parts = list(scores)
     return Score(
         sum(part.nll for part in parts),
@@ -60,7 +60,7 @@ def add_scores(scores: Iterable[Score]) -> Score:
 
 
 class InterruptedEvaluationError(Exception):
-    """The evaluation was given up before its end."""
+    """The evaluation was stopped before its end."""
 
 
 @torch.no_grad()
@@ -78,17 +78,16 @@ def score(
 
     Args:
         model: A GPT, sharded over ``world`` or the same on each rank.
-        windows: What to evaluate on.
+        windows: Windows to evaluate on.
         phase: Recurrence phase of the model.
         micro: Rows of every forward pass.
-        bytes_of: Counts the bytes that target tokens stand for; None if nobody knows.
+        bytes_of: Counts the bytes of target tokens; None if unknown.
         world: Ranks that share the work.
-        is_interrupted: Asked now and then, on every rank alike (it is collective), whether to
-            give up.
+        is_interrupted: Returns whether to stop; collective, called regularly on every rank.
 
     Raises:
         UserError: a token id outside the vocabulary.
-        InterruptedEvaluationError: on every rank, when ``is_interrupted`` said so.
+        InterruptedEvaluationError: on every rank, if ``is_interrupted`` returned True.
     """
     nll = torch.zeros((), dtype=torch.float64, device=world.device)
     num_tokens = num_bytes = 0
@@ -100,7 +99,7 @@ def score(
         num_tokens += int(rows.scored.sum())
         if bytes_of is not None:
             num_bytes += int((bytes_of.count(inputs, targets) * rows.scored).sum())
-    # float64 holds both counts exactly.
+    # float64 represents both counts exactly.
     counts = torch.tensor([num_tokens, num_bytes], dtype=torch.float64, device=world.device)
     totals = torch.cat([nll[None], counts])
     if world.world_size > 1:
@@ -110,7 +109,7 @@ def score(
 
 
 def _batches(windows: Windows, micro: int, world: World) -> Iterator[Rows]:
-    """This rank's windows, ``micro`` at a time; as many batches on every rank."""
+    """Yield this rank's windows, ``micro`` at a time; the same number of batches on all ranks."""
     layout = BatchLayout(len(windows), micro, world.rank, world.world_size)
     with tqdm(
         total=layout.num_micro,
@@ -120,16 +119,16 @@ def _batches(windows: Windows, micro: int, world: World) -> Iterator[Rows]:
         disable=not (world.is_main and sys.stderr.isatty()),
     ) as bar:
         for first in range(0, layout.num_micro * micro, micro):
-            # Always of the same shape, that of training, however few are left: the graphs that
-            # its warm-up compiled serve here too.
+            # Always the shape of training, even for the last rows, so that the graphs that
+            # its warm-up compiled are reused.
             yield windows.read(layout.rows[first : first + micro], micro)
             bar.update()
 
 
 def _nll(model: nn.Module, rows: Rows, overlap: bool, phase: int, device: torch.device) -> Tensor:
-    """Summed over the scored targets of one batch, float64 scalar on the device."""
+    """Return the sum over the scored targets of a batch, float64 scalar on the device."""
     tokens_BT, targets_BT = rows.tokens[:, :-1], rows.tokens[:, 1:]
-    # Without overlap a row counts whole or not at all, and is weighted as in training.
+    # Without overlap a row is scored completely or not at all, and weighted as in training.
     weight = rows.scored if overlap else rows.scored[:, 0]
     arrays = (tokens_BT, targets_BT, weight.astype(np.float32))
     output = model(*(_on_device(array, device) for array in arrays), phase=phase)
@@ -137,7 +136,7 @@ def _nll(model: nn.Module, rows: Rows, overlap: bool, phase: int, device: torch.
 
 
 def _on_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """A copy on the device, without waiting for it."""
+    """Return a copy on the device, without waiting for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         tensor = tensor.pin_memory()

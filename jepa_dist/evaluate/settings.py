@@ -1,4 +1,4 @@
-"""Which of a run's settings count when its trained model is used, and what may replace them."""
+"""Settings of a run that apply when its trained model is used, and their overrides."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from jepa_dist.process.dist_env import launched_world_size
 
 @dataclass(frozen=True)
 class Relevant:
-    """The settings that matter for one use of a trained model.
+    """The settings that apply to one use of a trained model.
 
-    The rest belongs to training; ranks are laid out anew, since there may be others than the run
-    had.
+    All others concern training. The mesh is not the run's, since the number of ranks may differ.
     """
 
     purpose: str
-    """With its article, for the messages."""
+    """Name of the use with its article, for messages."""
     changeable: tuple[str, ...]
-    """Keys, or beginnings of keys that end in a dot, that the command line may set; they are
-    taken from the run otherwise. Of ``parallel.`` only compilation and precision are taken."""
+    """Keys, or prefixes that end in a dot, that the command line may set; their default is the
+    run's value. Of ``parallel.`` only compilation and precision are taken from the run."""
 
     def resolve(self, trained: Config, overrides: Sequence[str]) -> Config:
-        """Return the configuration: the run's where it matters, with ``overrides``.
+        """Return the configuration: the run's values of these keys, with ``overrides``.
 
         Raises:
-            UserError: an override that is unknown, ill-typed, or of no effect here, a mesh that
-                does not fit the ranks, or data at a URL that only the model names.
+            UserError: an override that is unknown, of the wrong type, or without effect here, a
+                mesh that does not fit the ranks, or a data URL that only the model names.
         """
         shown = [f"{key}*" if key.endswith(".") else key for key in self.changeable]
         idle = [
@@ -50,13 +49,13 @@ class Relevant:
         given = {item.partition("=")[0].strip() for item in overrides}
         urls = [
             f"{key}={value!r:.300}: is a URL that the model's own configuration names; repeat it "
-            "on the command line to have it read"
+            "on the command line to allow reading it"
             for key, value in flatten(to_dict(trained))
             if key.startswith(of_run) and key not in given and "://" in repr(value)
         ]
         if urls:
             raise UserError(*urls)
-        # There is no training batch here that could be too small for the ranks.
+        # There is no training batch that could be too small for the ranks.
         config = load(None, [*taken, f"batch.sequences={world_size}", *overrides], {}).config
         check_world(config, world_size)
         return config

@@ -11,14 +11,14 @@ import numpy.typing as npt
 
 from jepa_dist.data.shards import Shard, check_ids, read_count
 
-# A process has only some 1,000 file descriptors.
+# A process has only about 1,000 file descriptors.
 _OPEN_SHARDS = 256
 
 
 class TokenStream:
     """All tokens of several shards, one shard after the other in the order given.
 
-    Cheap to make (headers only); shards are opened when first read, a bounded number at a time.
+    Cheap to create (headers only); shards are opened when first read, a bounded number at a time.
 
     Args:
         paths: The shards.
@@ -38,15 +38,15 @@ class TokenStream:
         return int(self._offsets[-1])
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Tokens start..stop-1, int64 [stop - start].
+        """Return tokens start..stop-1, int64 [stop - start].
 
         Raises:
-            UserError: a token id outside the vocabulary, or a shard damaged in the meantime.
+            UserError: a token id outside the vocabulary, or a shard damaged meanwhile.
         """
         return np.concatenate([np.empty(0, np.int64), *self._pieces(start, stop)])
 
     def _pieces(self, start: int, stop: int) -> Iterator[npt.NDArray[np.int64]]:
-        """The same tokens, shard by shard."""
+        """Yield the same tokens, shard by shard."""
         first = int(np.searchsorted(self._offsets, start, side="right")) - 1
         for index in range(first, len(self._paths)):
             offset = int(self._offsets[index])

@@ -45,7 +45,7 @@ class Item(BaseModel):
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A file that has been checked from its first line to its last."""
+    """A file whose lines have all been checked."""
 
     path: Path
     digest: str
@@ -99,10 +99,10 @@ def check_lines(path: Path, kind: type[Line], check: Callable[[int, Line], objec
 
 
 def check_tasks(paths: Sequence[Path], tokenizer: Tokenizer, seq_len: int) -> list[TaskFile]:
-    """Read task files from the first line to the last, tokens included.
+    """Read all lines of task files, and encode their texts.
 
     Raises:
-        UserError: a bad line, a choice that does not fit into the model, or two files of one name.
+        UserError: a bad line, a choice that does not fit into the model, or files of the same name.
     """
 
     def check(path: Path) -> TaskFile:
@@ -116,10 +116,10 @@ def check_tasks(paths: Sequence[Path], tokenizer: Tokenizer, seq_len: int) -> li
 
 
 def check_names(files: Sequence[TaskFile], option: str) -> None:
-    """Raise if two files have one name, or a name that cannot be printed.
+    """Raise if two files have the same name, or a name is not printable.
 
     Raises:
-        UserError: names them.
+        UserError: with the names.
     """
     names = [file.name for file in files]
     unprintable = [name for name in names if not name.isprintable() or len(name) > 200]
@@ -156,11 +156,11 @@ def encode(
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, choice: str) -> Request:
-    """Return the ids of a context, which begins a document, and of what ``choice`` adds to it.
+    """Return the ids of a context, which begins a document, and of the choice after it.
 
     As lm-evaluation-harness (TemplateLM._encode_pair): white space at the context's end belongs to
-    the choice, since tokens often begin with a space, and a choice's tokens are those of context
-    and choice together, without as many as the context alone has.
+    the choice, since tokens often begin with a space. The choice's tokens are those of context
+    and choice together, minus the number that the context alone has.
     """
     kept = context.rstrip()
     start = tokenizer.encode(kept.encode()).tolist()

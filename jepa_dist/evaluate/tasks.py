@@ -1,4 +1,4 @@
-"""Accuracy in likelihood tasks: the choice of the largest log-likelihood is the model's answer."""
+"""Accuracy in likelihood tasks: the model's answer is the choice of the largest log-likelihood."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jepa_dist.evaluate.passes import Floats, Passes
 from jepa_dist.evaluate.task_file import Item, TaskFile, encode, read_json_lines
 from jepa_dist.monitor.evaluation_file import TaskResult
 
-# Items that are encoded and sorted by length together; no more are held.
+# Number of items that are held, encoded and sorted by length together.
 _ITEMS_HELD = 1024
 
 
@@ -26,9 +26,9 @@ class ItemResult:
     line: int
     item: Item
     log_likelihoods: Floats
-    """By choice, summed over its tokens, in nats."""
+    """Log-likelihood of each choice, summed over its tokens, in nats."""
     num_cut: int
-    """Choices whose context did not fit into the model."""
+    """Number of choices whose context was truncated."""
 
     @property
     def num_bytes(self) -> list[int]:
@@ -37,7 +37,7 @@ class ItemResult:
 
     @property
     def choice(self) -> int:
-        """The likeliest choice; the first of equal ones."""
+        """The most likely choice; the first of equal ones."""
         return int(self.log_likelihoods.argmax())
 
     @property
@@ -67,13 +67,13 @@ def score_task(
     """Score all items of a file; the same result on every rank. Collective.
 
     Args:
-        task: What ``check_tasks`` returned.
-        tokenizer: The model's.
+        task: From ``check_tasks``.
+        tokenizer: Tokenizer of the model.
         passes: The model.
-        per_item: Where to write one line for each item.
+        per_item: File to write one line per item to.
 
     Raises:
-        UserError: the file has changed since it was checked, and is bad now.
+        UserError: the file has become invalid since it was checked.
     """
     correct, correct_per_byte, chance, num_cut = 0, 0, 0.0, 0
     for result in _score_items(task, tokenizer, passes):
@@ -110,7 +110,7 @@ def _score_items(task: TaskFile, tokenizer: Tokenizer, passes: Passes) -> Iterat
 
 
 def describe(results: dict[str, TaskResult]) -> list[str]:
-    """Return a table of results, and what was cut; nothing without results."""
+    """Return a table of results, and notes on truncated contexts; empty without results."""
     if not results:
         return []
     lines = [f"{'task':<16} {'items':>6}  {'accuracy':<17}  {'per byte':<17}  chance"]

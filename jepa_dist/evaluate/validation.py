@@ -22,12 +22,12 @@ class Validation:
     reference (those of training stay inside their shard).
 
     Args:
-        streams: The tokens of each source, by its name; one without a name is not reported by
-            itself.
+        streams: The tokens of each source, by name; one without a name is not reported
+            separately.
         seq_len: Length of a window.
-        sequences: How many windows of each source; 0 takes all.
+        sequences: Number of windows of each source; 0: all.
         micro: Rows of every forward pass.
-        bytes_of: Counts the bytes that target tokens stand for; None if nobody knows.
+        bytes_of: Counts the bytes of target tokens; None if unknown.
         world: Ranks that share the work.
     """
 
@@ -53,7 +53,7 @@ class Validation:
         return sum(map(len, self._windows.values()))
 
     def windows(self, most: int) -> npt.NDArray[np.int64]:
-        """The first windows of each source, at most ``most`` in all, int64 [N, T+1]."""
+        """Return the first windows of each source, at most ``most`` in total, int64 [N, T+1]."""
         part = min(most, total := self.num_sequences)
         read = []
         for windows in self._windows.values():

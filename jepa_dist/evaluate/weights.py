@@ -1,4 +1,4 @@
-"""A trained model for evaluation: from what a run leaves behind to shards on this rank."""
+"""Load a trained model for evaluation: from a run's files to shards on this rank."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from jepa_dist.quantize.artifact import find_artifact, read_artifact
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights are, and what they are."""
+    """Location and description of weights."""
 
     path: Path
     description: Description
     tensors: Mapping[str, Tensor] | None = None
-    """What is not one safetensors file; None: each rank reads its parts of ``path``."""
+    """Weights that are not one safetensors file; None: each rank reads its parts of ``path``."""
 
     def value(self, name: str, shape: torch.Size, *, device: torch.device) -> Tensor:
         """Return a parameter, as a model's initial value."""
@@ -46,17 +46,17 @@ class Source:
 
 
 def find_weights(path: Path, weights: Weights | None) -> Source:
-    """What ``path`` stands for, looked at closely enough to know that it can be loaded.
+    """Return the weights at ``path``, checked so that they can be loaded.
 
     Args:
         path: A run directory, a folder with an exported model, its .safetensors file, a
             quantized artifact, or a folder written for transformers.
-        weights: The parameters themselves or their average; None: whichever ``path`` holds, the
-            parameters if both.
+        weights: The parameters themselves or their average; None: those at ``path``, the
+            parameters if there are both.
 
     Raises:
-        UserError: nothing there, the other weights, a damaged file, or tensors that are not the
-            described model's; all of those are listed.
+        UserError: no weights, the other weights, a damaged file, or tensors that do not match the
+            described model; all of them are listed.
     """
     source = _find(path, weights or "live")
     found = source.description.weights
@@ -84,11 +84,11 @@ def _find(path: Path, weights: Weights) -> Source:
 
 
 def find_initial(path: Path, config: Config) -> Source:
-    """Return what a new run starts from (``train.init_from``).
+    """Return the weights that a new run starts from (``train.init_from``).
 
     Args:
         path: As for ``find_weights``, or a ``final_model.pt``.
-        config: The run; weights of another architecture are refused.
+        config: The run.
 
     Raises:
         UserError: as ``find_weights``, or another architecture; all differences are listed.
@@ -99,7 +99,7 @@ def find_initial(path: Path, config: Config) -> Source:
         tensors = translate(read_final_model(path), model, str(path))
         return Source(path, Description(step=None, phase=0, weights="live", config=config), tensors)
     source = find_weights(path, None)
-    # What attention sees is no part of the weights.
+    # The attention mask does not affect the weights.
     seen = config.model.model_dump(include={"document_mask", "reset_positions"})
     differences = _differences(
         source.description.config.model.model_copy(update=seen), config.model
@@ -110,7 +110,7 @@ def find_initial(path: Path, config: Config) -> Source:
 
 
 def check_comparable(source: Source, other: Source) -> None:
-    """Raise unless two models can be loaded into one.
+    """Raise unless two models can be loaded into the same module.
 
     Raises:
         UserError: their architectures differ; all differences are listed.
@@ -121,7 +121,7 @@ def check_comparable(source: Source, other: Source) -> None:
 
 
 def _differences(theirs: ModelConfig, ours: ModelConfig) -> str:
-    """What makes two architectures incompatible, in one line; first values do not."""
+    """Return what makes two architectures incompatible, in one line; ignores initial values."""
 
     def relevant(model: ModelConfig) -> dict[str, object]:
         values: dict[str, object] = model.model_dump(exclude={"tied_embed_init_std"})
@@ -139,7 +139,7 @@ def _differences(theirs: ModelConfig, ours: ModelConfig) -> str:
 
 
 def load_model(source: Source, parallel: ParallelConfig, world: World) -> GPT:
-    """The model with its weights, sharded and compiled as in training. On every rank alike."""
+    """Return the model, sharded and compiled as in training. Call on every rank."""
     config = source.description.config
     model, _ = build_gpt(config.model, parallel, world, _nothing, bos_id=config.data.bos_id)
     load_weights(source, model)
@@ -148,7 +148,7 @@ def load_model(source: Source, parallel: ParallelConfig, world: World) -> GPT:
 
 @torch.no_grad()
 def load_weights(source: Source, model: nn.Module) -> None:
-    """Fill this rank's shards. The one place that knows the kinds of sources there are."""
+    """Fill this rank's shards, from any kind of source."""
     for unit in fsdp_modules(model):  # copies of earlier weights may still be gathered
         unit.reshard()
     if source.tensors is None:
@@ -161,5 +161,5 @@ def load_weights(source: Source, model: nn.Module) -> None:
 
 
 def _nothing(name: str, shape: torch.Size, *, device: torch.device) -> Tensor:
-    """A placeholder that takes no memory."""
+    """Return a placeholder that takes no memory."""
     return torch.zeros((), device=device).expand(shape)

@@ -1,8 +1,8 @@
-"""Which windows an evaluation looks at, and which of their targets it scores.
+"""Windows of an evaluation, and the targets that each of them scores.
 
 The set is the first n * seq_len + 1 tokens of the stream, n as large as possible; its targets are
 all of them but the first. Windows begin ``stride`` tokens apart, and each scores only the targets
-that none before it has scored: every target counts once. With a stride of ``seq_len`` the windows
+that no earlier one has scored: every target counts once. With a stride of ``seq_len`` the windows
 do not overlap; a smaller one gives every target (but the first few) at least seq_len - stride
 tokens of context, at seq_len / stride times the cost (golden README section 6).
 """
@@ -24,9 +24,9 @@ class Rows(NamedTuple):
     """M windows (padding included) of T positions."""
 
     tokens: npt.NDArray[np.int64]
-    """[M, T+1]: inputs and, one place later, targets; padding is token 0."""
+    """[M, T+1]: inputs and, shifted by one, targets; padding is token 0."""
     scored: npt.NDArray[np.bool_]
-    """[M, T]: the targets that count here."""
+    """[M, T]: the targets that are scored."""
 
 
 class Windows:
@@ -35,11 +35,11 @@ class Windows:
     Args:
         stream: The tokens.
         seq_len: Positions of a window, T.
-        stride: Tokens from one window's beginning to the next one's, 1..seq_len.
-        sequences: Most non-overlapping windows that the set may fill; 0 means no limit.
+        stride: Tokens from the start of one window to the next, 1..seq_len.
+        sequences: Maximum size of the set in non-overlapping windows; 0: no limit.
 
     Raises:
-        UserError: the stream holds not one window, or the stride is out of range.
+        UserError: the stream is shorter than a window, or the stride is out of range.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, stride: int, sequences: int = 0) -> None:
@@ -68,7 +68,7 @@ class Windows:
         return self.stride < self.seq_len
 
     def read(self, indices: range, size: int) -> Rows:
-        """The windows with these indices, filled up to ``size`` rows that score nothing.
+        """Return the windows with these indices, padded to ``size`` rows that score nothing.
 
         Raises:
             UserError: a token id outside the vocabulary.
@@ -78,19 +78,19 @@ class Windows:
         for row, index in enumerate(indices):
             start = index * self.stride
             length = min(self.seq_len, self.num_targets - start)
-            # The window's end is padded, not cut: its length decides the rotary base.
+            # The window's end is padded, not cut: its length determines the rotary base.
             tokens[row, : length + 1] = self._stream.read(start, start + length + 1)
             scored[row, self._context if index else 0 : length] = True
         return Rows(tokens, scored)
 
     @property
     def _context(self) -> int:
-        """Positions at a window's beginning that the one before it has scored."""
+        """Number of positions at a window's start that the previous one has scored."""
         return self.seq_len - self.stride
 
 
 def find_windows(config: Config, stride: int | None) -> dict[str, Windows]:
-    """What to evaluate on, by source; windows overlap if there is a ``stride``.
+    """Return the windows to evaluate on, by source; they overlap if there is a ``stride``.
 
     Raises:
         UserError: no shards, damaged ones, less than one window, or a stride out of range.

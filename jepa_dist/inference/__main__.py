@@ -1,7 +1,7 @@
 """Continue a text with a trained model: ``jepa_dist generate RUN``.
 
-The text is written to standard output as it comes, in UTF-8, and nothing else is. The same command
-writes the same text on the same machine.
+The text, and nothing else, is written to standard output as it is generated, in UTF-8. The same
+command writes the same text on the same machine.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _PROMPT = "> "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the continuation of one prompt, or of each line of standard input; the exit code."""
+    """Write the continuation of a prompt, or of each input line; return the exit code."""
     with exit_on_user_error(rank=0):
         arguments = _parse_arguments(argv)
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
         prompt = _prompt(arguments)
         trained = load(arguments.run, arguments.checkpoint, arguments.ema)
-        trained.tokenizer  # noqa: B018 - what is wrong with it is said before anything is written
+        trained.tokenizer  # noqa: B018 - raises for a missing tokenizer before anything is written
         try:
             if arguments.interactive:
                 _converse(trained, arguments.max_tokens, sampling)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _write(trained.stream(prompt, arguments.max_tokens, sampling))
                 _end_line()
         except BrokenPipeError:
-            # Whoever reads has enough. The interpreter would flush once more at its end.
+            # The reader has exited. The interpreter would flush again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _BROKEN_PIPE
         except KeyboardInterrupt:
@@ -63,23 +63,23 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument(
         "--interactive",
         action="store_true",
-        help="continue each line of standard input, as a text of its own",
+        help="continue each line of standard input as a separate text",
     )
     add(
         "--max-tokens",
         type=int,
         default=256,
         metavar="N",
-        help="most tokens to add; the text ends earlier where the document does (default 256)",
+        help="maximum number of tokens to add; the text ends with the document (default 256)",
     )
     add(
         "--temperature",
         type=float,
         default=1.0,
         metavar="T",
-        help="logits are divided by it; 0 takes the likeliest token (default 1)",
+        help="logits are divided by it; 0 takes the most likely token (default 1)",
     )
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens only")
     add(
         "--top-p",
         type=float,
@@ -116,7 +116,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 
 def _converse(trained: TrainedModel, max_tokens: int, sampling: Sampling) -> None:
-    """Continue each line of standard input; the prompt sign and line ends are for people."""
+    """Continue each line of standard input; show a prompt sign and line ends on a terminal."""
     for line in _lines():
         _write(trained.stream(line, max_tokens, sampling))
         _write(["\n"])
@@ -134,8 +134,8 @@ def _lines() -> Iterator[str]:
 
 
 def _write(pieces: Iterable[str]) -> None:
-    """Write each piece at once, in UTF-8 whatever the locale says; exactly, but to a terminal
-    without control characters, which it would obey."""
+    """Write each piece immediately, in UTF-8 regardless of the locale; on a terminal without
+    control characters."""
     is_terminal = sys.stdout.isatty()
     for piece in pieces:
         if piece:
@@ -145,7 +145,7 @@ def _write(pieces: Iterable[str]) -> None:
 
 
 def _end_line() -> None:
-    """End the last line for people; a file or a pipe gets the text alone."""
+    """End the last line on a terminal; a file or a pipe gets only the text."""
     if sys.stdout.isatty():
         _write(["\n"])
 

@@ -25,7 +25,7 @@ from jepa_dist.quantize.quantized_model import quantize_model
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known before there is a process group."""
+    """A checked export, before there is a process group."""
 
     stored: Stored
     config: Config
@@ -37,8 +37,8 @@ def plan_artifact(stored: Stored, overrides: Sequence[str]) -> Plan:
     """Check settings and data, and read the calibration sequences.
 
     Raises:
-        UserError: brotli is not installed, settings that are unknown or of no effect, no training
-            data, or fewer sequences than asked for.
+        UserError: brotli is not installed, settings that are unknown or without effect, no training
+            data, or fewer sequences than requested.
     """
     brotli()
     config = CALIBRATION.resolve(stored.description.config, overrides)
@@ -46,7 +46,7 @@ def plan_artifact(stored: Stored, overrides: Sequence[str]) -> Plan:
 
 
 def export_artifact(plan: Plan, out: Path, world: World) -> str:
-    """Write the artifact into the folder ``out``; return a line that says what it is. Collective.
+    """Write the artifact into the folder ``out``; return a line that describes it. Collective.
 
     Raises:
         UserError: on every rank: weights that cannot be quantized, or the file cannot be written.

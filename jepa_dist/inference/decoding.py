@@ -1,4 +1,4 @@
-"""One token after another, with a cache of keys and values."""
+"""Token-by-token generation with a KV cache."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from jepa_dist.model.gpt import GPT
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits.
+    """Settings for drawing the next token from the logits.
 
     Raises:
         UserError: a value out of range.
     """
 
     temperature: float = 1.0
-    """Logits are divided by this; 0 takes the likeliest token."""
+    """Logits are divided by this; 0 takes the most likely token."""
     top_k: int | None = None
-    """Draw from the likeliest so many tokens; None from all."""
+    """Draw from this many most likely tokens; None: from all."""
     top_p: float | None = None
-    """Draw from the fewest likeliest tokens whose probabilities reach this sum; None from all."""
+    """Draw from the fewest tokens whose probabilities reach this sum; None: from all."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -66,16 +66,16 @@ def continue_ids(
     """Yield ``num_tokens`` more ids, each drawn from the model's prediction.
 
     Draws the same as ``generate.generate`` for the same seed. Up to ``model.seq_len`` positions a
-    token costs a pass over one position. From there on the context is a window of the last
-    ``model.seq_len`` ids, so every state in it changes with each token: a token costs a pass over
-    the whole window. Rows longer than in training (the rescaled rotary base) are never run.
+    token costs a pass over one position. Beyond, the context is a window of the last
+    ``model.seq_len`` ids, so all its states change with each token: a token costs a pass over the
+    whole window. Rows longer than in training (with a rescaled rotary base) are never run.
 
     Args:
-        model: A whole model, not compiled.
+        model: An unsharded model, not compiled.
         ids: At least one id.
         num_tokens: Number of ids to yield.
         phase: Recurrence phase to run the model in.
-        sampling: How ids are drawn.
+        sampling: Settings for drawing ids.
         device: Where the model is.
     """
     context = list(ids)
@@ -95,7 +95,7 @@ def _cached_logits(
     model: GPT, context: list[int], cache: KVCache, phase: int, device: torch.device
 ) -> Tensor:
     """Logits after the last id of ``context``, float64 [V] on the CPU."""
-    # Less work per operator than under no_grad; nothing made here outlives the cache.
+    # Less work per operator than under no_grad; no tensor created here outlives the cache.
     with torch.inference_mode():
         new_BT = torch.tensor([context[cache.used :]], device=device)
         logits_BTV = model(new_BT, phase=phase, cache=cache).logits_BTV
@@ -111,7 +111,7 @@ def _draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> i
 def restrict(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """Return the logits with those outside of top k and top p at minus infinity, [V].
 
-    Top p is applied to the probabilities of what top k leaves. The likeliest token always stays.
+    Top p is applied to the probabilities of the top k. The most likely token is always kept.
     """
     if sampling.top_k is not None and sampling.top_k < len(logits_V):
         least = logits_V.topk(sampling.top_k).values[-1]

@@ -1,10 +1,10 @@
 """Write the weights of a run in a format for other programs: ``jepa_dist export RUN OUT``.
 
-OUT is a folder. What is written beside the weights says what they are.
+OUT is a folder. Files written with the weights describe them.
 
     safetensors      model.safetensors (ema.safetensors with --ema), model.json
     torch            model.pt (ema.pt), a state dict for torch.load(weights_only=True), model.json
-    parameter_golf   final_model.pt and final_model.json, as the challenge's script names them
+    parameter_golf   final_model.pt and final_model.json, as named by the challenge's script
     hf               a folder for the transformers library: AutoModelForCausalLM and AutoTokenizer
                      load it with trust_remote_code=True
     artifact         model.jepaq (ema.jepaq): one small file of quantized weights. Needs the
@@ -46,7 +46,7 @@ from jepa_dist.process.variables import set_defaults
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the files and print the name of the one with the weights; the exit code."""
+    """Write the files and print the name of the weights' file; return the exit code."""
     with exit_on_host_error():
         arguments = _parse_arguments(argv)
         if arguments.format == "artifact":
@@ -143,7 +143,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run directory, exported model, or one checkpoint")
-    add("out", type=Path, metavar="OUT", help="folder to write into; made if need be")
+    add("out", type=Path, metavar="OUT", help="folder to write into; created if missing")
     add(
         "overrides",
         nargs="*",
@@ -165,12 +165,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="artifact: training sequences for the calibration (default: as configured)",
     )
-    add("--dtype", choices=_DTYPES, help="hf: of the weights (default: float32)")
+    add("--dtype", choices=_DTYPES, help="hf: dtype of the weights (default: float32)")
     add(
         "--max-shard-size",
         type=_size,
         metavar="SIZE",
-        help="hf: most bytes of a file, as 500MB or 4GB (default: 4GB)",
+        help="hf: maximum size of a file, such as 500MB or 4GB (default: 4GB)",
     )
     arguments = parser.parse_intermixed_args(argv)
     _check(arguments)
@@ -178,7 +178,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse what has no effect, and complete what the command line leaves out.
+    """Raise for options without effect, and fill in defaults.
 
     Raises:
         UserError: an option of another format.
@@ -199,7 +199,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _size(text: str) -> int:
-    """Bytes of ``500MB`` or ``4GB``."""
+    """Return the number of bytes of ``500MB`` or ``4GB``."""
     match = re.fullmatch(r"([0-9]{1,6})([KMG]B)", text)
     if match is None or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 500MB or 4GB")

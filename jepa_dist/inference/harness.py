@@ -25,7 +25,7 @@ class RunLM(TemplateLM):
     """A trained model; every text begins a document, with BOS.
 
     Args:
-        trained: What ``jepa_dist.load`` returns.
+        trained: From ``jepa_dist.load``.
     """
 
     def __init__(self, trained: TrainedModel) -> None:
@@ -36,7 +36,7 @@ class RunLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """BOS, which also ends the document before it."""
+        """BOS, which also ends the previous document."""
         return self._tokenizer.bos_id
 
     def tok_encode(
@@ -56,7 +56,7 @@ class RunLM(TemplateLM):
     ) -> list[float]:
         """Return each text's log-likelihood, in windows of ``model.seq_len`` tokens.
 
-        Only the last window overlaps the one before, so that it has as much context as fits.
+        Only the last window overlaps the previous one, so that it has as much context as fits.
         """
         totals = []
         for request in requests:

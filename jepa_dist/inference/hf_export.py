@@ -1,4 +1,4 @@
-"""``jepa_dist export --format hf``: what the folder needs besides the weights."""
+"""``jepa_dist export --format hf``: the files of the folder besides the weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def export_hf(stored: Stored, run: Path, out: Path, options: Options) -> Path:
 
     Args:
         stored: The weights; each tensor is read when it is written.
-        run: What the user named: a run directory knows its data and its validation.
+        run: The path given by the user; a run directory has facts on data and validation.
         out: The folder.
         options: Dtype and sizes.
 
     Raises:
-        UserError: the tokenizer's file is not here, weights that are not finite, or the folder
+        UserError: the tokenizer's file is missing, weights that are not finite, or the folder
             cannot be written.
     """
     config = stored.description.config
@@ -38,7 +38,7 @@ def export_hf(stored: Stored, run: Path, out: Path, options: Options) -> Path:
 
 
 def _facts(run: Path, step: int | None) -> dict[str, str]:
-    """The data's fingerprint and the validation after ``step``, as far as the run tells them."""
+    """Return the data's fingerprint and the validation after ``step``, if the run has them."""
     facts = {}
     try:
         data: Any = read_json(run / "data.json", MIB)

@@ -33,7 +33,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("path", type=Path, help="run directory, an exported model, or a quantized artifact")
     add("--tasks", nargs="+", required=True, metavar="NAME", help="tasks of the harness")
-    add("--include", type=Path, metavar="DIR", help="folder with task files (YAML) of your own")
+    add("--include", type=Path, metavar="DIR", help="folder with your own task files (YAML)")
     add("--limit", type=int, metavar="N", help="only the first N documents of each task")
     add("--checkpoint", type=int, metavar="STEP", help="weights after this step")
     add("--ema", action="store_true", help="the averaged weights")
@@ -42,7 +42,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluate(trained: TrainedModel, arguments: argparse.Namespace) -> str:
-    """Return the harness's table of results, and write them where ``--json`` says.
+    """Return the harness's table of results, and write the ``--json`` file.
 
     Raises:
         UserError: lm-eval is not installed, or it does not know a task.

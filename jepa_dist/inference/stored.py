@@ -1,4 +1,4 @@
-"""The weights that a run has left: its newest checkpoint, a certain one, or its exported model."""
+"""The weights of a run: its newest checkpoint, a given one, or its exported model."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _MOST_STEPS_LISTED = 10
 
 @dataclass(frozen=True)
 class Stored:
-    """Weights that were found."""
+    """Weights found on disk."""
 
     path: Path
     """The checkpoint or tensor file."""
     description: Description
     tensors: Mapping[str, Tensor]
-    """By parameter name, on the CPU."""
+    """Tensors by parameter name, on the CPU."""
     notes: tuple[str, ...] = ()
     """One line for each newer checkpoint that is damaged and was skipped."""
 
@@ -47,18 +47,18 @@ def read_stored(run: Path, step: int | None, weights: Weights) -> Stored:
 
 
 def find_stored(run: Path, step: int | None, weights: Weights) -> Stored:
-    """Find the weights of a run; only formats that hold nothing but data, every digest compared.
+    """Find the weights of a run, in formats that contain only data, and verify every digest.
 
     Each tensor is read when it is looked up.
 
     Args:
         run: A run directory, a folder with an exported model, its .safetensors file, one
             checkpoint, a quantized artifact, or a folder written for transformers.
-        step: Optimizer steps that the weights have seen; None takes the newest whole ones.
+        step: Optimizer step of the weights; None takes the newest intact ones.
         weights: The parameters themselves or their moving average.
 
     Raises:
-        UserError: nothing there, not at this step, not these weights, or damaged.
+        UserError: no weights, none of this step or kind, or damaged ones.
     """
     if not run.exists():
         raise UserError(f"{run}: no such file or folder; expected a run directory")
@@ -91,7 +91,7 @@ def find_stored(run: Path, step: int | None, weights: Weights) -> Stored:
         return _read_export(exported, None, weights, tuple(notes))
     if checkpoints:
         raise UserError(
-            f"{run}: none of its {len(checkpoints)} checkpoints is whole; "
+            f"{run}: none of its {len(checkpoints)} checkpoints is intact; "
             f"jepa_dist checkpoint verify {run} says why"
         )
     raise UserError(
@@ -101,7 +101,7 @@ def find_stored(run: Path, step: int | None, weights: Weights) -> Stored:
 
 
 def _find_export(run: Path, weights: Weights, notes: list[str]) -> tuple[Path | None, int | None]:
-    """The exported model of a folder and its step; an incomplete one is noted and passed over."""
+    """Return a folder's exported model and its step; skip an incomplete one with a note."""
     try:
         file = find_export(run, weights)
     except UserError:
@@ -148,7 +148,7 @@ def _check_description(
 
 
 def _read_quantized(file: Path, step: int | None) -> Stored:
-    """The weights after quantization; live or average is what the artifact was made from."""
+    """Return the weights of an artifact, which was made from live or averaged ones."""
     artifact = read_artifact(file)
     if step is not None and artifact.description.step != step:
         raise _no_such_step(file, step, {artifact.description.step})

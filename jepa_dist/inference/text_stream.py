@@ -1,29 +1,29 @@
-"""Text of tokens as they come: characters may be spread over several of them."""
+"""Decode tokens one by one: a character may be split over several of them."""
 
 from __future__ import annotations
 
 from jepa_dist.data.tokenizer import Tokenizer
 
-# What a decoder writes for bytes that are no character, maybe because the rest is to come. A
+# A decoder writes this for bytes that are not a character, possibly because the rest is missing. A
 # character has at most four bytes, so at most three of these may still become one.
 _BROKEN = "\ufffd"
 _MOST_PENDING = 3
-# Decoding starts anew after so many ids, with the last ones as context.
+# Decoding restarts after this many ids, with the last ones as context.
 _WINDOW = 512
 _CONTEXT = 32
 
 
 class TextStream:
-    """Turns ids into pieces of text, whose sum is ``tokenizer.decode`` of all ids.
+    """Stream decoder: the pieces of text add up to ``tokenizer.decode`` of all ids.
 
     Args:
-        tokenizer: Decodes.
+        tokenizer: Tokenizer of the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._written = 0  # characters of the decoded ids that were handed out
+        self._written = 0  # number of characters of the decoded ids that were returned
 
     def add(self, *ids: int) -> str:
         """Append ids; return the characters that are complete and were not returned before."""
@@ -39,7 +39,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Return the characters that are left."""
+        """Return the remaining characters."""
         piece = self._tokenizer.decode(self._ids)[self._written :]
         self._written += len(piece)
         return piece

@@ -22,15 +22,15 @@ from jepa_dist.model.gpt import GPT
 
 
 class TrainedModel:
-    """A model with its weights, its tokenizer, and what they are used for.
+    """A model with its weights and its tokenizer.
 
     Nothing is compiled or sharded, and the weights keep their own dtype (float32).
 
     Attributes:
         model: The GPT itself: ``model(tokens_BT, phase=phase).logits_BTV``.
         config: Configuration of the run.
-        phase: Recurrence phase that the weights were last trained in, and are to be run in.
-        step: Optimizer steps that the weights have seen; None where that is not known.
+        phase: Recurrence phase that the weights were last trained in, and must be run in.
+        step: Optimizer step of the weights; None if unknown.
         device: Where the model is.
     """
 
@@ -46,14 +46,14 @@ class TrainedModel:
         """The tokenizer of the run (``data.tokenizer``).
 
         Raises:
-            UserError: the run had none, or its file is not here (relative paths start from the
+            UserError: the run had none, or its file is missing (relative paths are relative to the
                 working directory).
         """
         tokenizer = load_checked_tokenizer(self.config, ())
         if tokenizer is None:
             raise UserError(
-                "data.tokenizer=null: the run was trained on token ids whose tokenizer it does not "
-                "know, so text cannot be read or written; use model with token ids"
+                "data.tokenizer=null: the run was trained on token ids of an unknown tokenizer, so "
+                "text cannot be encoded or decoded; use model with token ids"
             )
         return tokenizer
 
@@ -67,13 +67,13 @@ class TrainedModel:
         top_p: float | None = None,
         seed: int = 0,
     ) -> str:
-        """Return the prompt and its continuation; a function of the arguments alone.
+        """Return the prompt and its continuation; a function of the arguments only.
 
         Args:
-            prompt: Beginning of a document; may be empty.
-            max_tokens: Most tokens to add; the text ends earlier where the document does.
-            temperature: Logits are divided by this before drawing; 0 takes the likeliest token.
-            top_k: Draw from the likeliest so many tokens only.
+            prompt: Start of a document; may be empty.
+            max_tokens: Maximum number of tokens to add; the text ends with the document.
+            temperature: Logits are divided by this before drawing; 0 takes the most likely token.
+            top_k: Draw only from this many most likely tokens.
             top_p: Draw from the fewest tokens whose probabilities sum up to this.
             seed: Seed of the draws.
 
@@ -84,7 +84,7 @@ class TrainedModel:
         return prompt + "".join(self.stream(prompt, max_tokens, sampling))
 
     def stream(self, prompt: str, max_tokens: int, sampling: Sampling) -> Iterator[str]:
-        """Yield the continuation of ``prompt`` in pieces, each as soon as it is known.
+        """Yield the continuation of ``prompt`` in pieces, as soon as they are complete.
 
         Raises:
             UserError: there is no tokenizer, or the prompt is not valid Unicode text.
@@ -159,7 +159,7 @@ class TrainedModel:
         return tap_BTD[0]
 
     def _encode(self, text: str) -> list[int]:
-        """BOS and the tokens of ``text``."""
+        """Return BOS and the tokens of ``text``."""
         try:
             data = text.encode()
         except UnicodeEncodeError:
@@ -184,7 +184,7 @@ def load(
 
 
 def _build(stored: Stored) -> GPT:
-    """The model with the stored tensors as its parameters."""
+    """Return the model with the stored tensors as its parameters."""
     with torch.device("meta"):
         config = stored.description.config
         model = GPT(config.model, config.data.bos_id)

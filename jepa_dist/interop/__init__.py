@@ -1,1 +1,1 @@
-"""Doors to other programs' formats."""
+"""Import from and export to other programs' formats."""

@@ -1,8 +1,8 @@
-"""Reading a safetensors file piece by piece.
+"""Read a safetensors file piece by piece.
 
-The library maps a file, so that one that is truncated meanwhile, or storage that fails, ends the
-process with a bus error that names nothing. Here bytes are read with ``preadv`` straight into the
-tensor, and the header is compared with the size of the file before anything is allocated.
+The library maps a file, so a truncated file or failing storage ends the process with a bus error
+that names no file. Here bytes are read with ``preadv`` directly into the tensor, and the header is
+compared with the size of the file before anything is allocated.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -41,7 +41,7 @@ _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _LENGTH_BYTES = 8
 # About 200,000 tensors; the library allows 100 MB.
 _MOST_HEADER_BYTES = 32 * MIB
-# Linux moves at most 2 GiB per call; between smaller pieces an interrupt is heeded.
+# Linux reads at most 2 GiB per call; smaller pieces allow interrupts in between.
 _PIECE_BYTES = 256 * MIB
 
 _Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -67,7 +67,7 @@ class TensorFile:
         path: The file. Links are followed.
 
     Raises:
-        UserError: it cannot be read, or is not a whole safetensors file of known dtypes.
+        UserError: it cannot be read, or is not a complete safetensors file of known dtypes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +93,7 @@ class TensorFile:
         self._file.close()
 
     def signatures(self) -> dict[str, Signature]:
-        """Shape and dtype of every tensor, by name, in the order of the header."""
+        """Return shape and dtype of every tensor, by name, in the order of the header."""
         return {name: Signature(e.shape, e.dtype) for name, e in self._entries.items()}
 
     def read(self, name: str, box: tuple[slice, ...] | None = None) -> Tensor:
@@ -117,7 +117,7 @@ class TensorFile:
         return shaped[(slice(None), *box[1:])] if box else shaped
 
     def _read(self, name: str, entry: _Entry, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Elements start..stop-1 of a tensor's flat data."""
+        """Return elements start..stop-1 of a tensor's flat data."""
         tensor = torch.empty(stop - start, dtype=dtype)
         if tensor.numel() == 0:
             return tensor
@@ -136,7 +136,7 @@ class TensorFile:
         return tensor
 
     def _read_header(self) -> tuple[int, Mapping[str, _Entry]]:
-        """Where the data begin, and what there is."""
+        """Return the offset of the data, and the tensors in the header."""
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._bytes_at(0, _LENGTH_BYTES), "little")
         start = _LENGTH_BYTES + length

@@ -1,4 +1,4 @@
-"""Whether the tensors of a file are those of the model: names, shapes, dtypes."""
+"""Compare the tensors of a file with those of a model: names, shapes, dtypes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Signature(NamedTuple):
-    """What a tensor must have in common with the parameter it stands for."""
+    """Properties that a tensor must share with its parameter."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -16,7 +16,7 @@ class Signature(NamedTuple):
 def mismatches(
     source: str, expected: Mapping[str, Signature], found: Mapping[str, Signature]
 ) -> list[str]:
-    """One line per tensor that is missing, not in the model, or of another shape or dtype.
+    """Return a line per tensor that is missing, not in the model, or of another shape or dtype.
 
     Args:
         source: The file, for the messages.

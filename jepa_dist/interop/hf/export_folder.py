@@ -33,11 +33,11 @@ _MOST_INDEX_BYTES = 32 * MIB
 
 @dataclass(frozen=True)
 class Options:
-    """How the weights are written."""
+    """Options for writing the weights."""
 
     dtype: torch.dtype = torch.float32
     shard_bytes: int = 4 * 10**9
-    """Most bytes of a file, unless one tensor is larger."""
+    """Maximum size of a file in bytes, unless one tensor is larger."""
     allow_not_finite: bool = False
 
 
@@ -53,12 +53,12 @@ def write_folder(
     """Write weights, configuration, code, tokenizer and model card; the index comes last.
 
     Args:
-        out: The folder; made if need be. Weights of an earlier export in it are replaced.
+        out: The folder; created if missing. Weights of an earlier export in it are replaced.
         tensors: The weights by parameter name. Each is looked up once, when it is written.
-        description: What they are.
+        description: Description of the weights.
         tokenizer: Contents of the tokenizer's files, by name.
         bos_id: The token that begins, and so ends, a document.
-        facts: Of the run, for the model card.
+        facts: Facts on the run, for the model card.
         options: Dtype and sizes.
 
     Returns:
@@ -114,8 +114,8 @@ def read_folder(folder: Path) -> tuple[Description, Mapping[str, Tensor]]:
     """Return the description and the weights (float32, each read when it is looked up).
 
     Raises:
-        UserError: files that are missing or damaged, or weights that are not those of the
-            described model; all of them.
+        UserError: files that are missing or damaged, or weights that do not match the described
+            model; all of them.
     """
     description = read_description_file(folder / _DESCRIPTION)
     files = {name: lazy_tensors(folder / name) for name in _files_of(folder)}
@@ -139,7 +139,7 @@ def _signatures(folder: Path, files: Iterable[str]) -> Iterator[tuple[str, Signa
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Names of the files with weights; those alone that ``write_folder`` gives."""
+    """Return the names of the files with weights, which must be those of ``write_folder``."""
     try:
         index = read_json(folder / _INDEX, _MOST_INDEX_BYTES)
         names = sorted(set(index["weight_map"].values()))
@@ -158,7 +158,7 @@ def _write_bytes(content: bytes, path: Path) -> None:
 
 
 def _shards(shapes: Mapping[str, torch.Size], item_bytes: int, limit: int) -> Iterator[list[str]]:
-    """Names of each file's tensors, in the model's order."""
+    """Yield the names of each file's tensors, in the model's order."""
     names: list[str] = []
     size = 0
     for name, shape in shapes.items():
@@ -180,7 +180,7 @@ class _Shard:
     allow_not_finite: bool
 
     def write(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Fill the new file ``path``."""
+        """Write the new file ``path``."""
         with open(path, "r+b") as file:
             file.write(self._header())
             for name, shape in self.shapes.items():
@@ -214,7 +214,7 @@ class _Shard:
 
 
 def _without_metadata(description: Description) -> str:
-    """The description as JSON; its metadata tell who wrote the file from which it was read."""
+    """Return the description as JSON, without metadata on the file that it was read from."""
     plain = description.model_copy(update={"metadata": {}})
     return plain.model_dump_json(by_alias=True, indent=1) + "\n"
 

@@ -1,6 +1,6 @@
 """A GPT trained with jepa_dist, for transformers (``trust_remote_code=True``).
 
-Needs torch and transformers alone. The model is that of parameter-golf PR #1412: RMS norms without
+Only needs torch and transformers. The model is that of parameter-golf PR #1412: RMS norms without
 weights, partial rotary embedding, grouped key/value heads, squared leaky ReLU, and optionally
 U-Net skips, depth recurrence, exclusive self-attention (XSA) and parallel residuals.
 
@@ -54,7 +54,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class JepaGPTConfig(PreTrainedConfig):
-    """Configuration; ``phase`` is the recurrence phase that the weights are to be run in."""
+    """Configuration; ``phase`` is the recurrence phase to run the weights in."""
 
     model_type = "jepa_gpt"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers has it
@@ -68,8 +68,8 @@ class JepaGPTConfig(PreTrainedConfig):
     def __init__(self, **kwargs: Any) -> None:
         for name, default in _DEFAULTS.items():
             setattr(self, name, kwargs.pop(name, default))
-        # A cache has keys and values for each execution of a block: a repeated block sees another
-        # stream each time.
+        # A cache has keys and values for each execution of a block: repetitions of a block have
+        # different inputs.
         kwargs.pop("num_hidden_layers", None)
         self.num_hidden_layers = len(block_sequence(self, self.phase))
         super().__init__(**kwargs)
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         cache: Cache | None,
         execution: int,
     ) -> Tensor:
-        """Attend over the normed ``x_BTD`` and what is cached; returns [B, T, D]."""
+        """Attend over the normalized ``x_BTD`` and the cache; return [B, T, D]."""
         weights = [self.c_q.weight, self.c_k.weight, self.c_v.weight]
         heads_BTHC = F.linear(x_BTD, torch.cat(weights)).unflatten(-1, (-1, self.head_dim))
         q_BTHC, k_BTKC, v_BTKC = heads_BTHC.split([len(w) // self.head_dim for w in weights], 2)
@@ -199,7 +199,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, one after the other or side by side."""
+    """Attention and MLP, in sequence or in parallel."""
 
     def __init__(self, config: JepaGPTConfig, index: int) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class JepaGPTForCausalLM(PreTrainedModel, GenerationMixin):
     """The model with its head.
 
     Up to ``config.seq_len`` positions, ``generate`` caches keys and values. Beyond, the context is
-    a window of the last ``seq_len`` tokens, which is computed anew for each token.
+    a window of the last ``seq_len`` tokens, which is recomputed for each token.
     """
 
     config_class = JepaGPTConfig
@@ -284,15 +284,15 @@ class JepaGPTForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """One pass.
+        """Run one pass.
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: 1 for tokens, 0 for padding, [B, S]; S includes what is cached.
-            past_key_values: Keys and values of the positions before; is extended.
+            attention_mask: 1 for tokens, 0 for padding, [B, S]; S includes cached positions.
+            past_key_values: Keys and values of earlier positions; extended in place.
             labels: int64 [B, T]; each position predicts the label after it; -100 does not count.
-            use_cache: Make a cache if there is none.
-            logits_to_keep: Only the logits of so many last positions; 0: all.
+            use_cache: Create a cache if there is none.
+            logits_to_keep: Return only the logits of this many last positions; 0: all.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -325,7 +325,7 @@ class JepaGPTForCausalLM(PreTrainedModel, GenerationMixin):
         mask_BTS: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
-        """Encoder, then decoder with skips."""
+        """Run the encoder, then the decoder with skips."""
         order = block_sequence(self.config, self.config.phase)
         half, x0_BTD = len(order) // 2, x_BTD
         stack: list[Tensor] = []
@@ -363,7 +363,7 @@ class JepaGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Let the window slide where the row would become longer than in training."""
+        """Slide the window if the row would become longer than in training."""
         length = self.config.seq_len
         if input_ids.size(1) <= length:
             prepared: dict[str, Any] = super().prepare_inputs_for_generation(
@@ -377,7 +377,7 @@ class JepaGPTForCausalLM(PreTrainedModel, GenerationMixin):
 def _refuse_packed(input_ids: Tensor, attention_mask: Tensor | None, bos_id: int) -> None:
     """Raise if a document begins after a row's first token: attention would cross documents."""
     is_start = input_ids[:, 1:] == bos_id
-    if attention_mask is not None:  # padding is no document
+    if attention_mask is not None:  # padding is not a document
         own = attention_mask[:, -input_ids.size(1) :].bool()
         is_start = is_start & own[:, :-1] & own[:, 1:]
     if bool(is_start.any()):
@@ -388,12 +388,12 @@ def _refuse_packed(input_ids: Tensor, attention_mask: Tensor | None, bos_id: int
 
 
 def _mask(attention_mask: Tensor | None, count: int, total: int) -> Tensor | None:
-    """Which positions each new one sees, [B, T, S]; None if it is all that come before."""
+    """Return the positions visible to each new one, [B, T, S]; None: all earlier ones."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     device = attention_mask.device
     places_S = torch.arange(total, device=device)
     own_T = places_S[total - count :, None]
     seen_BTS = attention_mask.bool()[:, None, :] & (places_S <= own_T)
-    # Padding sees itself, so that its softmax is defined.
+    # Padding attends to itself, so that its softmax is defined.
     return seen_BTS | (places_S == own_T)

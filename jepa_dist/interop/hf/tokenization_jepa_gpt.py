@@ -50,7 +50,7 @@ class JepaGPTTokenizer(PreTrainedTokenizer):
         return str(self.pieces.id_to_piece(index))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Return the text of the pieces; control pieces stand for none."""
+        """Return the text of the pieces; control pieces have none."""
         return str(self.pieces.decode([self.pieces.piece_to_id(token) for token in tokens]))
 
     def save_vocabulary(

@@ -21,7 +21,7 @@ def tokenizer_files(spec: str, tokenizer: Tokenizer, seq_len: int) -> dict[str, 
 
     Args:
         spec: ``bytes``, or the path of a SentencePiece model or of a ``tokenizer.json``.
-        tokenizer: What it stands for.
+        tokenizer: The loaded tokenizer.
         seq_len: Longest row of the model.
 
     Raises:
@@ -56,7 +56,7 @@ def tokenizer_files(spec: str, tokenizer: Tokenizer, seq_len: int) -> dict[str, 
 
 
 def _byte_tokenizer(bos_id: int) -> dict[str, Any]:
-    """Every byte is a token, BOS comes first: a BPE without merges."""
+    """Return a tokenizer of bytes with a leading BOS, as a BPE without merges."""
     bos = {
         "id": bos_id,
         "content": BOS,
@@ -89,7 +89,7 @@ def _byte_tokenizer(bos_id: int) -> dict[str, Any]:
 
 
 def _with_bos(path: Path, bos_id: int) -> tuple[bytes, str]:
-    """A ``tokenizer.json`` that puts the token of this id before every text, and that token."""
+    """Return a ``tokenizer.json`` that prepends the token of this id, and that token."""
     try:
         tokenizer = json.loads(_read(path))
         names = {index: name for name, index in tokenizer["model"]["vocab"].items()}
@@ -112,8 +112,8 @@ def _bos_first(name: str, index: int) -> dict[str, Any]:
 
 
 def _character(byte: int) -> str:
-    """The character that stands for a byte in a byte-level vocabulary (GPT-2's table): itself
-    where it is printable, the next free one from U+0100 otherwise."""
+    """Return the character of a byte in a byte-level vocabulary (GPT-2's table): itself if it is
+    printable, else the next free one from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     if byte in printable:
         return chr(byte)
