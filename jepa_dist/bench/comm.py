@@ -1,17 +1,17 @@
 """Collectives and bytes of one training step, counted on real ranks, and their lower bounds.
 
 Each setting is a change of one configuration; ``Trainer.step`` runs eagerly on as many ranks as the
-setting needs, and every collective is counted where it is launched. "Minimum" is computed from the
-model's shapes alone, by the formula beside it, for what the setting lets a rank hold: a unit that
-is freed after its forward must be gathered again. Symbols: N units besides the root (blocks, unless
+setting needs, and every collective is counted at its launch. "Minimum" is computed from the model's
+shapes only, by the given formula, for what a rank may keep in this setting: a unit that is freed
+after its forward must be gathered again. Symbols: N units besides the root (blocks, unless
 ``parallel.blocks_per_unit`` is more than 1), K of them looped and kept gathered, E executions of
 units in a pass, M micro-batches, P parameters (P_root, P_last: those of
 the root and of the last block), S elements of Muon's matrices, W ranks, w ranks per replica,
-b bytes per element that is computed with; gradients are reduced in float32.
+b bytes per element of the compute dtype; gradients are reduced in float32.
 
-Bytes are what a rank sends per step (``jepa_dist.bench.collectives`` says how they are counted);
-the count lies above the minimum by the padding of parameters that the ranks do not divide, and by
-some hundred bytes of scalars.
+Bytes are those sent by a rank per step, counted as in ``jepa_dist.bench.collectives``; the count
+exceeds the minimum by the padding of parameters that the ranks do not divide, and by some hundred
+bytes of scalars.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from jepa_dist.training.assemble import build_trainer
 
 _GRADIENT_BYTES = 4  # gradients are reduced in float32
 
-# ---------------------------------------------------------------------------- what must be
+# ---------------------------------------------------------------------------- minimum
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Of one kind of collective, per step and rank."""
+    """Lower bound for one kind of collective, per step and rank."""
 
     launches: int
     launches_formula: str
@@ -71,9 +71,9 @@ class Shapes:
 
     root: int
     units: dict[int, int]
-    """Of the units besides the root's, by their last block."""
+    """Elements of the units besides the root's, by their last block."""
     muon: tuple[int, ...]
-    """Of each matrix that Muon updates."""
+    """Elements of each matrix that Muon updates."""
 
     @property
     def all(self) -> int:
@@ -82,7 +82,7 @@ class Shapes:
 
 
 def shapes_of(config: Config) -> Shapes:
-    """The sizes of the configuration's model and objective."""
+    """Return the sizes of the configuration's model and objective."""
     with torch.device("meta"):
         root = JointModel(GPT(config.model), objective_class(config)(config, None))
     blocks = [sum(p.numel() for p in block.parameters()) for block in root.model.blocks]
@@ -98,7 +98,7 @@ def shapes_of(config: Config) -> Shapes:
 
 
 def minimum(config: Config, ranks: int, phase: int, device: torch.device) -> dict[str, Minimum]:
-    """What a step costs at least, by kind of collective."""
+    """Return the lower bounds of a step, by kind of collective."""
     shapes = shapes_of(config)
     replicas = config.parallel.dp_replicate
     shards = ranks // replicas
@@ -120,14 +120,14 @@ def _micro_batches(config: Config, ranks: int) -> int:
 
 
 def _plan(config: Config) -> Minimum:
-    """What rank 0 says: at least the samples of all sequences."""
+    """Return the bound of rank 0's plan: at least the samples of all sequences."""
     return Minimum(1, "1 plan", 8 * math.prod(sample_shape(config) or (0,)), "8 per sample")
 
 
 def _gathers(
     config: Config, shapes: Shapes, micro_batches: int, phase: int, element: int
 ) -> Minimum:
-    """Each unit once where it is kept; otherwise once per execution, forward and backward."""
+    """Return the bound of gathers: each kept unit once, others per execution, both passes."""
     order = execution_order(config.model, phase)
     executions = Counter(e.block for e in (*order.encoder, *order.decoder))
     looped = looped_blocks(config.model) if config.parallel.keep_looped_gathered else range(0)
@@ -170,7 +170,7 @@ def _gathers(
 
 
 def _reductions(config: Config, shapes: Shapes, micro_batches: int) -> Minimum:
-    """Each unit's gradient once, or once per micro-batch."""
+    """Return the bound of reductions: each unit's gradient once, or once per micro-batch."""
     times = micro_batches if config.parallel.accumulate == "sharded" else 1
     per_micro = "M" if times > 1 else ""
     return Minimum(
@@ -182,7 +182,7 @@ def _reductions(config: Config, shapes: Shapes, micro_batches: int) -> Minimum:
 
 
 def _all_reductions(shapes: Shapes, shards: int, replicas: int) -> Minimum:
-    """The gradient norm, which needs no sum over replicas; the metrics; gradients of replicas."""
+    """Return the bound of the gradient norm (no sum over replicas), metrics, and replicas."""
     norm = int(shards > 1)
     launches, launches_formula = norm + 1, "1 norm + 1 metrics" if norm else "1 metrics"
     if replicas == 1:
@@ -198,7 +198,7 @@ def _all_reductions(shapes: Shapes, shards: int, replicas: int) -> Minimum:
 def _muon(
     config: Config, shapes: Shapes, shards: int, replicas: int, device: torch.device
 ) -> Minimum:
-    """Matrices to their owners and back; in waves, so that they travel while others compute."""
+    """Return the bound of Muon: matrices to their owners and back, in overlapping waves."""
     dtypes = {
         "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
         "float32": torch.float32,
@@ -221,7 +221,7 @@ _Changes = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A change of the configuration, and where to count it."""
+    """A change of the configuration, and the ranks and phase to count it on."""
 
     ranks: int
     changes: _Changes
@@ -248,7 +248,7 @@ _WITHOUT_LOOPS: _Changes = {"model": {"num_loops": 0, "untie_loop_mlps": False}}
 
 
 def settings(config: Config) -> dict[str, Setting]:
-    """What is counted; each differs from ``plain`` in what its name says."""
+    """Return all settings; each differs from ``plain`` in what its name says."""
     most = config.batch.sequences // 2
     found = {
         "plain": Setting(2, {}),
@@ -275,7 +275,7 @@ def settings(config: Config) -> dict[str, Setting]:
 
 
 def configured(config: Config, setting: Setting) -> Config:
-    """The configuration with the setting's changes, eager, in its phase from the first step on."""
+    """Return the configuration with the setting's changes, eager, in its phase from step 0."""
     one_micro_batch: _Changes = {"batch": {"micro": config.batch.sequences}}
     for changes in (
         _PLAIN,
@@ -302,7 +302,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=float,
         default=600.0,
-        help="seconds until the ranks of a setting are ended",
+        help="time limit in seconds for the ranks of a setting",
     )
 
 
@@ -310,7 +310,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Count every setting.
 
     Raises:
-        UserError: the configuration cannot be, the ranks take too long, or too few CUDA devices.
+        UserError: an invalid configuration, a timeout, or too few CUDA devices.
     """
     refuse_launcher("comm")
     config = chosen_config(arguments)
@@ -340,7 +340,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def count(
     config: Config, wanted: Mapping[str, Setting], timeout: float
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Launches (of rank 0) and bytes (averaged over ranks) of one step, by setting and kind."""
+    """Return launches (rank 0) and bytes (mean over ranks) of a step, by setting and kind."""
     counted = {}
     with tempfile.TemporaryDirectory() as folder:
         config = with_random_data(config, Path(folder))
@@ -359,7 +359,7 @@ def count(
 def count_steps(
     device: torch.device, config: Config, wanted: Mapping[str, Setting]
 ) -> dict[str, Any]:
-    """On one rank: the settings for so many ranks."""
+    """Count the settings of this number of ranks; on one rank."""
     ranks = dist.get_world_size()
     return {
         name: _count_step(configured(config, setting), setting.phase)
@@ -369,7 +369,7 @@ def count_steps(
 
 
 def _count_step(config: Config, phase: int) -> dict[str, dict[str, int]]:
-    """The collectives of the second step; in the first one Muon's ranks also compare notes."""
+    """Return the collectives of the second step; in the first, Muon also compares gradients."""
     trainer = build_trainer(config, start_world(config.parallel))
     plans = trainer.segment.plans
     plans.request(0)

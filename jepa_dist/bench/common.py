@@ -59,13 +59,16 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> 
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
-# ---------------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------------- configuration
 
 
 def add_config(parser: argparse.ArgumentParser, default: str = "configs/debug.yaml") -> None:
     """Add the options that select a configuration; ``chosen_config`` reads them."""
     parser.add_argument(
-        "--config", type=Path, default=Path(default), help="measure this one (default: %(default)s)"
+        "--config",
+        type=Path,
+        default=Path(default),
+        help="configuration to measure (default: %(default)s)",
     )
     parser.add_argument(
         "--set",
@@ -73,7 +76,7 @@ def add_config(parser: argparse.ArgumentParser, default: str = "configs/debug.ya
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="with these changes, e.g. model.num_layers=8",
+        help="changes to it, e.g. model.num_layers=8",
     )
 
 
@@ -87,12 +90,12 @@ def chosen_config(arguments: argparse.Namespace) -> Config:
 
 
 def with_random_data(config: Config, folder: Path, sequences: int | None = None) -> Config:
-    """The same configuration on shards of random ids, written into ``folder``.
+    """Return the same configuration on shards of random ids, written into ``folder``.
 
     Args:
         config: The configuration.
-        folder: For the shards and the run directory.
-        sequences: How many there are to train on (default: four global batches).
+        folder: Folder for the shards and the run directory.
+        sequences: Number of training sequences (default: four global batches).
     """
     count = 4 * config.batch.sequences if sequences is None else sequences
     generator = np.random.Generator(np.random.PCG64(config.seed))
@@ -127,7 +130,7 @@ def synchronize(device: torch.device) -> None:
 def time_interleaved(
     calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of every call, interleaved (A B C A B C) so that drift affects all alike.
+    """Return the seconds of every call, interleaved (A B C A B C) so that drift affects all.
 
     With a process group, all ranks start each call together. There are no warm-up calls.
     """

@@ -1,8 +1,8 @@
-"""The data loader: its speed alone, what of it a training step waits for, and its memory.
+"""The data loader: its speed alone, the share of a training step that waits for it, its memory.
 
-It reads windows in random order over many shards of random ids, as in training. Memory is what the
-processes (this one and the loader's) hold for themselves; pages of the mapped shards are left out:
-the kernel drops them when it needs the space. It is looked at in the middle and at the end.
+It reads windows in random order over many shards of random ids, as in training. Memory is that of
+the processes (this one and the loader's), without mapped files, which the kernel may drop. It is
+measured half-way and at the end.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ from jepa_dist.parallel.world import World, start_world, stop_world
 from jepa_dist.training.assemble import build_trainer
 
 _MIB = 2**20
-_STEPS = 3  # of a round of training
+_STEPS = 3  # per round of training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m jepa_dist.bench data``."""
     add_config(parser)
-    parser.add_argument("--shards", type=int, default=1024, help="how many (default: %(default)s)")
     parser.add_argument(
-        "--windows", type=int, default=64, help="sequences in a shard (default: %(default)s)"
+        "--shards", type=int, default=1024, help="number of shards (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=64, help="sequences per shard (default: %(default)s)"
     )
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes to try"
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the loader alone, then in training.
 
     Raises:
-        UserError: a configuration that cannot be, or a number below 1.
+        UserError: an invalid configuration, or a number below 1.
     """
     if min(arguments.shards, arguments.windows, arguments.batches, arguments.rounds) < 1:
         raise UserError(
@@ -110,7 +112,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _on_shards(config: Config, folder: Path, shards: int, windows: int) -> Config:
-    """The configuration on this many shards, for training and validation alike."""
+    """Return the configuration on this many shards, for training and validation."""
     model = config.model
     generator = np.random.Generator(np.random.PCG64(config.seed))
     ids = generator.integers(0, model.vocab_size, windows * model.seq_len + 1)
@@ -134,7 +136,7 @@ def _on_shards(config: Config, folder: Path, shards: int, windows: int) -> Confi
 
 
 def _alone(config: Config, world: World, workers: int, batches: int) -> dict[str, Any]:
-    """Read that many micro-batches and do nothing with them."""
+    """Measure reading this many micro-batches, without using them."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     with build_loader(config, world, 0) as loader:
         next(loader)  # processes have started
@@ -161,14 +163,14 @@ def _drop(loader: Iterator[object], count: int) -> None:
 
 
 def _own_memory() -> int:
-    """Bytes that this process and those below it hold, without files that are mapped."""
+    """Return the memory in bytes of this process and its children, without mapped files."""
     here = psutil.Process()
     infos = [process.memory_info() for process in (here, *here.children(recursive=True))]
     return sum(info.rss - info.shared for info in infos)
 
 
 def _shards_read(config: Config, batches: int) -> int:
-    """How many different shards the windows of so many micro-batches lie in."""
+    """Return the number of shards that the windows of this many micro-batches are in."""
     shards = find_split(config, "train")
     tokens = (shards[0].stat().st_size - 1024) // 2
     windows = num_windows(tokens, config.model.seq_len)
@@ -181,7 +183,7 @@ def _shards_read(config: Config, batches: int) -> int:
 
 
 def _share_of_step(config: Config, world: World) -> dict[str, float]:
-    """How long the trainer's step waits for its batches; medians over rounds."""
+    """Measure how long the trainer's step waits for its batches; medians over rounds."""
     rounds = train_in_rounds(build_trainer(config, world))
     if rounds is None:
         return {}

@@ -169,7 +169,7 @@ def _check(arguments: argparse.Namespace, settings: Settings) -> None:
 
 @contextmanager
 def _shared_folder(store: Store, parent: Path) -> Iterator[Path]:
-    """A new folder, the same path on every rank, deleted at the end."""
+    """Yield a new folder, the same path on every rank, deleted at the end."""
     if launched_rank() == 0:
         store.set("bench/folder", tempfile.mkdtemp(prefix="jepa_dist_bench_", dir=parent))
     folder = Path(store.get("bench/folder").decode())

@@ -42,19 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--width",
         type=int,
         default=2048 if on_cuda else 128,
-        help="of the states (default: %(default)s)",
+        help="width of the states (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="bfloat16" if on_cuda else "float32",
-        help="of states and projection (default: %(default)s)",
+        help="dtype of states and projection (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each form")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure at each size of the vocabulary.
+    """Measure each vocabulary size.
 
     Raises:
         UserError: a number below 1.
@@ -112,7 +112,7 @@ def _measure(
 ) -> dict[str, Any]:
     torch._dynamo.reset()
     chosen = num_chunks(rows, vocab)
-    chunks = max(2, chosen)  # where full logits are used: what chunks would cost
+    chunks = max(2, chosen)  # where full logits are used: the cost of chunks
     inputs = _inputs(vocab, rows, width, getattr(torch, dtype), device)
     forms: dict[str, Loss] = {
         "full": functools.partial(_compiled(loss_sum), softcap=_SOFTCAP),

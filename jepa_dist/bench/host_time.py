@@ -1,15 +1,15 @@
-"""Host time of a training step: what Python and the dispatcher cost, whatever the device does.
+"""Host time of a training step: the cost of Python and the dispatcher, independent of the device.
 
-The configuration keeps its structure (blocks, loops, skips, parameter groups) and loses its width
-and length, so that computing takes next to nothing and what is left is the host's work: the same
-that a GPU waits for where kernels are short. Each rank trains with the trainer's own loop.
+The configuration keeps its structure (blocks, loops, skips, parameter groups), but is so narrow and
+short that computation takes almost no time. The rest is the host's work, for which a GPU waits if
+kernels are short. Each rank trains with the trainer's own loop.
 
-Times are CPU seconds of the thread that trains (waiting for other ranks does not count), the least
-of the steps that log nothing (what else runs on the machine only adds to it). Operators are counted
-by torch.profiler in one such step: ``calls`` are those called from Python or from autograd (a
+Times are CPU seconds of the training thread (without waiting for other ranks): the minimum over the
+steps that log nothing, since other load on the machine only adds to it. Operators are counted by
+torch.profiler in one such step: ``calls`` are those called from Python or from autograd (a
 ``_foreach_`` operator is one), ``launches`` those of them that compute (no views, no allocations):
-on CUDA at least one kernel or copy each. The kernels of compiled regions are not among them. A
-pause is one run of Python's garbage collector.
+on CUDA at least one kernel or copy each. Kernels of compiled regions are not included. A pause is
+one run of Python's garbage collector.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this benchmark."""
     add_config(parser, "configs/gpt_36m.yaml")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4], help="default: 1 4")
-    parser.add_argument("--rounds", type=int, default=3, help=f"of {_LOG_EVERY} steps each")
+    parser.add_argument("--rounds", type=int, default=3, help=f"rounds of {_LOG_EVERY} steps")
     parser.add_argument(
-        "--timeout", type=float, default=1200.0, help="seconds until the ranks are ended"
+        "--timeout", type=float, default=1200.0, help="time limit of the ranks in seconds"
     )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure on as many ranks as asked for.
+    """Measure on each number of ranks.
 
     Raises:
-        UserError: the configuration cannot be, or the ranks take too long.
+        UserError: an invalid configuration, or the ranks take too long.
     """
     refuse_launcher("host")
     config = chosen_config(arguments)
@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def narrowed(config: Config, ranks: int) -> Config:
-    """The configuration with its structure alone: narrow, short, one sequence per rank, all loops
-    from the first step on, no JEPA."""
+    """Return the configuration reduced to its structure: narrow, short, one sequence per rank, all
+    loops from the first step, no JEPA."""
     heads = config.model.num_heads // config.model.num_kv_heads
     head_width = config.model.rope_dims or 8
     model = config.model.model_copy(
@@ -106,7 +106,7 @@ def narrowed(config: Config, ranks: int) -> Config:
 
 
 def measure(device: torch.device, config: Config) -> dict[str, Any]:
-    """On one rank: train, and say what the host did."""
+    """Train on one rank, and return what the host did."""
     torch.set_num_threads(1)  # threads that wait for each other would count as work
     meter = _HostMeter(device)
     trainer = build_trainer(config, start_world(config.parallel), meter=meter)
@@ -146,7 +146,7 @@ class _Step:
 
 
 class _HostMeter(StepTimer):
-    """Also takes the CPU seconds of this thread, by step and phase."""
+    """A step timer that also measures the CPU seconds of this thread, by step and phase."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(1, device)
@@ -174,7 +174,7 @@ class _HostMeter(StepTimer):
 
 
 class _Operators:
-    """Stands where the trainer's profiler does, and counts the operators of one step."""
+    """A profiler for the trainer that counts the operators of one step."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -185,7 +185,7 @@ class _Operators:
         self.names: dict[str, dict[str, int]] = {}
 
     def step(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         if self._steps == self._step:
             self._profile = profile(activities=[ProfilerActivity.CPU], acc_events=True)
             self._profile.start()
@@ -229,7 +229,7 @@ def _lies_within(event: FunctionEvent, around: FunctionEvent) -> bool:
 
 
 def _computes(event: FunctionEvent) -> bool:
-    """Whether the operator, or one that it calls, does more than describe or reserve memory."""
+    """Return whether the operator, or one that it calls, does more than view or allocate."""
     below = [child for child in event.cpu_children if _is_operator(child)]
     if below and not event.name.startswith("aten::_foreach"):
         return any(_computes(child) for child in below)
@@ -238,7 +238,7 @@ def _computes(event: FunctionEvent) -> bool:
 
 @functools.cache
 def _describes(name: str) -> bool:
-    """Whether an operator only reserves memory or returns a view, by its schema."""
+    """Return whether an operator only allocates or returns a view, by its schema."""
     short = name.split("::")[1]
     if short.startswith(("empty", "new_empty", "resize", "set_", "detach", "lift_fresh", "is_")):
         return True
@@ -254,7 +254,7 @@ def _describes(name: str) -> bool:
 
 @contextmanager
 def _pauses(meter: _HostMeter) -> Iterator[list[tuple[int, float]]]:
-    """Every run of the garbage collector in here: the step it came in and its CPU seconds."""
+    """Record every run of the garbage collector in this context: its step and CPU seconds."""
     pauses: list[tuple[int, float]] = []
     began = 0.0
 
@@ -282,7 +282,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown: a row for each number of ranks and phase."""
+    """Return the result as Markdown: a row for each number of ranks and phase."""
     columns = ["ranks", "phase", "host ms per step", "operators called", "of them launches"]
     rows: list[list[object]] = []
     pauses = []

@@ -1,9 +1,9 @@
-"""What the JEPA objective costs: the same training step with it on, off, and without its code.
+"""Cost of the JEPA objective: the same training step with it on, off, and without its code.
 
-Rounds of all variants alternate on one model. ``absent`` trains on cross-entropy alone, without the
+Rounds of all variants alternate on one model. ``absent`` trains only on cross-entropy, without the
 code of objectives; ``off`` is the trainer before the objective starts; ``on`` samples, taps states
-and adds the loss, as ``jepa.objective`` and its settings say. "New graphs" is how many a variant
-compiled beyond those before it, in this order: 0 means that its graphs are the same.
+and adds the loss, by ``jepa.objective`` and its settings. "New graphs" is the number of graphs that
+a variant compiled beyond those of earlier ones, in this order: 0 means that it reuses theirs.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from jepa_dist.training.loop import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m jepa_dist.bench jepa``."""
+    """Add the options of ``python -m jepa_dist.bench jepa``."""
     add_config(parser)
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds of each variant")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a round")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps per round")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all variants.
 
     Raises:
-        UserError: a configuration that cannot be, or a number below 1.
+        UserError: an invalid configuration, or a number below 1.
     """
     if arguments.rounds < 1 or arguments.steps < 1:
         raise UserError("bench jepa: --rounds and --steps must be at least 1")
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     rows = [
         (
             name,
@@ -122,7 +122,7 @@ def _repeat(step: Callable[[], None], times: int) -> None:
 
 
 def _graphs_of(step: Callable[[], None]) -> int:
-    """How many graphs two steps compile (two: the second would recompile what is not general)."""
+    """Return how many graphs two steps compile (the second one may recompile)."""
     before = _compiled_graphs()
     _repeat(step, 2)
     return _compiled_graphs() - before
@@ -148,7 +148,7 @@ def variants(trainer: Trainer) -> dict[str, Callable[[], None]]:
 def _loss_without_jepa(
     trainer: Trainer, batch: Batch, plan: StepPlan, index: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``GlobalLoss`` as it would be if there were no objective."""
+    """Compute ``GlobalLoss`` as if there were no objective."""
     output = trainer.state.root(batch.tokens, batch.targets, batch.weight, phase=plan.phase)
     ce = output.loss_sum / (trainer.config.batch.sequences * batch.targets.size(1))
     return ce, {"ce": ce}

@@ -1,10 +1,10 @@
 """Overhead of monitoring: the same training with monitoring on and off, interleaved.
 
-``on`` is a run as of ``jepa_dist.train``: records every ``train.log_every`` steps on the console,
+``on`` is a run as with ``jepa_dist.train``: records every ``train.log_every`` steps on the console,
 in metrics.jsonl and in TensorBoard, objective diagnostics every ``monitor.jepa_every`` steps,
 straggler detection, watchdog, profiler available. ``off`` has none of these. Both run in one
 process and take turns of a fixed number of steps. Processor time counts all threads; it is less
-noisy on a machine that others use.
+noisy on a shared machine.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure both.
+    """Measure both runs.
 
     Raises:
-        UserError: a configuration that cannot be, or a number that is too low.
+        UserError: an invalid configuration, or a number that is too low.
     """
     refuse_launcher("monitor")
     chosen = chosen_config(arguments)

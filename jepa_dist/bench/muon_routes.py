@@ -1,11 +1,11 @@
-"""A step of Muon on sharded matrices by three routes, on real ranks of this machine.
+"""A step of Muon on sharded matrices in three ways, on real ranks of this machine.
 
 ``owner`` is this package's: each matrix is sent to one rank, and its result back
 (``jepa_dist.optim.muon``). ``all_gather`` gathers every matrix on every rank, and every rank
 orthogonalizes all of them. ``torch`` is ``torch.optim.Muon`` on DTensors. All three iterate in
 bfloat16, without row normalization, which ``torch.optim.Muon`` does not have.
 
-Bytes are what a rank sends per step (``jepa_dist.bench.collectives`` says how they are counted).
+Bytes are those sent by a rank per step, counted as in ``jepa_dist.bench.collectives``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Named = Sequence[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured; the same on every rank."""
+    """Settings of the measurement; the same on every rank."""
 
     shapes: Mapping[str, tuple[int, int]]
     replicas: int
@@ -64,10 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=int, nargs="+", help="default: 2 4; with CUDA one per device"
     )
-    parser.add_argument("--replicas", type=int, default=1, help="of the sharded matrices (HSDP)")
+    parser.add_argument(
+        "--replicas", type=int, default=1, help="replicas of the sharded matrices (HSDP)"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each route")
     parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds until a group of ranks is ended"
+        "--timeout", type=float, default=600.0, help="time limit in seconds for a group of ranks"
     )
 
 
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all routes at each number of ranks.
 
     Raises:
-        UserError: ranks that this machine or the replicas do not allow, or that take too long.
+        UserError: ranks that do not match this machine or the replicas, or that take too long.
     """
     refuse_launcher("muon")
     groups = arguments.ranks or [torch.cuda.device_count()] * torch.cuda.is_available() or [2, 4]
@@ -135,7 +137,7 @@ def _check(groups: Sequence[int], replicas: int, rounds: int) -> None:
 
 
 def matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
-    """Return the names and shapes of the matrices that the configuration's model has."""
+    """Return the names and shapes of the matrices of the configuration's model."""
     with torch.device("meta"):
         model = GPT(config.model)
     groups = group_parameters(model.named_parameters(), config.optim, config.model.tie_embeddings)
@@ -152,20 +154,20 @@ def _matrix_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
 
 @dataclass(frozen=True)
 class Route:
-    """A way to do the step."""
+    """An implementation of the step."""
 
     sharded: Callable[[Named], torch.optim.Optimizer]
     single: Callable[[Named], torch.optim.Optimizer]
     """The same arithmetic in one process, on plain tensors."""
     formula: Callable[[float, int, int], float] | None
-    """Bytes sent per rank from S, shards and replicas, where there is a formula."""
+    """Formula of the bytes sent per rank from S, shards and replicas, if there is one."""
 
 
 class EveryoneMuon(Muon):
-    """Every rank gathers every matrix, orthogonalizes all of them and keeps its own rows."""
+    """Muon with which every rank gathers and orthogonalizes every matrix and keeps its rows."""
 
     def _make_plan(self, present: Sequence[bool]) -> Any:
-        """Nothing travels in waves; this rank is to have results where it has rows."""
+        """Return a plan without waves; results for the matrices of which this rank has rows."""
         here = [key for key, parameter in enumerate(self._params) if local(parameter).numel()]
         return replace(super()._make_plan(present), whole=here, waves=[])
 
@@ -199,7 +201,7 @@ class EveryoneMuon(Muon):
         return matrix[slice(*rows)]
 
     def _placement(self) -> DTensor:
-        """Any parameter: all lie on one mesh, whose last dimension splits the rows."""
+        """Return any parameter: all are on one mesh, whose last dimension shards the rows."""
         parameter = self._params[0]
         assert isinstance(parameter, DTensor)
         return parameter
@@ -218,13 +220,13 @@ def _torchs(params: Named) -> torch.optim.Optimizer:
 
 
 def _owner_bytes(size: float, shards: int, replicas: int) -> float:
-    """Rows go to the owner in their replica, results to every replica; one rank sends nothing."""
+    """Return bytes: rows to the owner in their replica, results to all; 0 for one rank."""
     ranks = shards * replicas
     return size / ranks + size / shards if ranks > 1 else 0.0
 
 
 def _all_gather_bytes(size: float, shards: int, replicas: int) -> float:
-    """Up to what padding of uneven shards adds."""
+    """Return bytes, without the padding of uneven shards."""
     return size if shards > 1 else 0.0
 
 
@@ -240,7 +242,7 @@ ROUTES = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one rank saw of one route."""
+    """One rank's measurement of one route."""
 
     seconds: list[float]
     collectives: dict[str, int]
@@ -249,7 +251,7 @@ class Measurement:
 
 
 def _run_on(ranks: int, setup: Setup, timeout: float) -> dict[str, Any]:
-    """Measure on so many processes."""
+    """Measure on this many processes."""
     of_ranks = on_ranks(_of_rank, ranks, setup, timeout=timeout)
     size, shards = _matrix_bytes(setup.shapes), ranks // setup.replicas
     return {
@@ -270,7 +272,7 @@ def _of_rank(device: torch.device, setup: Setup) -> dict[str, Any]:
 
 
 def _summary(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """All ranks together: a step takes as long as its slowest rank."""
+    """Summarize all ranks: a step takes as long as its slowest rank."""
     steps = zip(*(m.seconds for m in measurements), strict=True)
     slowest = [1e3 * max(step) for step in steps]
     sent = [m.sent_bytes for m in measurements]
@@ -306,7 +308,7 @@ def measure(setup: Setup, device: torch.device) -> dict[str, Measurement]:
 
 
 def _mesh(replicas: int, device: torch.device) -> DeviceMesh:
-    """All ranks, as ``start_world`` arranges them."""
+    """Return the mesh of all ranks, as in ``start_world``."""
     mesh = init_device_mesh(
         device.type,
         (replicas, dist.get_world_size() // replicas),
@@ -318,7 +320,7 @@ def _mesh(replicas: int, device: torch.device) -> DeviceMesh:
 def _parameters(
     shapes: Mapping[str, tuple[int, int]], device: torch.device, mesh: DeviceMesh | None
 ) -> Named:
-    """Zeros, so that the first step leaves the bare update, with the same gradients everywhere."""
+    """Return zeros, so that the first step yields the bare update; equal gradients on all ranks."""
     generator = torch.Generator().manual_seed(0)
     named: list[tuple[str, Tensor]] = []
     for name, shape in shapes.items():
@@ -330,7 +332,7 @@ def _parameters(
 
 
 def _placed(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """Whole, or by rows over the last dimension of the mesh, as ``fully_shard`` places them."""
+    """Place a tensor unsharded, or by rows over the mesh's last dimension, as ``fully_shard``."""
     if mesh is None:
         return tensor
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
@@ -340,14 +342,14 @@ def _placed(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
 def _single(
     route: Route, shapes: Mapping[str, tuple[int, int]], device: torch.device
 ) -> dict[str, Tensor]:
-    """The updates that one process makes."""
+    """Return the updates of a single process."""
     parameters = _parameters(shapes, device, mesh=None)
     route.single(parameters).step()
     return dict(parameters)
 
 
 def _worst_difference(parameters: Named, expected: Mapping[str, Tensor]) -> float:
-    """The largest |found - expected| / |expected| of any matrix."""
+    """Return the largest |found - expected| / |expected| of any matrix."""
     differences = []
     for name, parameter in parameters:
         assert isinstance(parameter, DTensor)

@@ -38,14 +38,14 @@ _PACKAGE = str(Path(jepa_dist.__file__).parent)
 _WAIT = "called a synchronizing CUDA operation"
 _GIB = 2**30
 _HSDP_STEPS = 4
-# bfloat16 sums in another order.
+# bfloat16 sums differ by their order.
 _HSDP_TOLERANCE = 0.02
 
 # ---------------------------------------------------------------------------- step
 
 
 def step(session: Session, path: str) -> Measured:
-    """Steps of the trainer: speed, phases, host time, waits for the device, kernels, memory."""
+    """Measure the trainer's steps: speed, phases, host time, waits, kernels, memory."""
     warm = session.warm(path)
     trainer, device = warm.trainer, session.device
     steps = 2 if session.small else 5
@@ -98,9 +98,9 @@ def step(session: Session, path: str) -> Measured:
 
 
 def _host_seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Time until a step is launched, beginning with an idle device.
+    """Return the time until a step is launched, starting with an idle device.
 
-    That includes waiting for room in CUDA's launch queue, where the host is far ahead.
+    Includes waits for CUDA's launch queue, if the host is far ahead.
     """
     synchronize(device)
     began = time.perf_counter()
@@ -123,7 +123,7 @@ def _queued_seconds(step: Callable[[], None], device: torch.device, steps: int) 
 def _shares(
     name: str, tokens: int, seconds: dict[str, float], phase: int, warm: WarmTrainer
 ) -> dict[str, float]:
-    """MFU in percent, where the device's peak is known."""
+    """Return MFU in percent, if the device's peak is known."""
     config, world = warm.trainer.config, warm.trainer.state.world
     flops = tokens * training_flops_per_token(config.model, phase)
     found = {what: mfu(flops / took, world) for what, took in seconds.items()}
@@ -169,7 +169,7 @@ def waits_for_device(step: Callable[[], None], device: torch.device) -> list[str
 
 
 def _innermost_line() -> str | None:
-    """File and line of the innermost frame in this package outside this module."""
+    """Return file and line of the innermost frame in this package outside this module."""
     for frame in reversed(traceback.extract_stack()):
         if frame.filename.startswith(_PACKAGE) and frame.filename != __file__:
             return f"{Path(frame.filename).relative_to(_PACKAGE)}:{frame.lineno}"
@@ -214,14 +214,14 @@ def summarize_trace(trace: dict[str, Any]) -> dict[str, Any]:
 
 
 def floor(session: Session, path: str) -> Measured:
-    """The trainer's loop against a bare one in rounds, as ``bench step`` measures it.
+    """Compare the trainer's loop with a bare one in rounds, as ``bench step`` does.
 
     Raises:
-        Skipped: the device does not hold both at once.
+        Skipped: both do not fit on the device at once.
     """
     rounds, steps = (1, 1) if session.small else (3, 4)
     config = steady(session.config(path), rounds + 1, steps)
-    # The first step has compiled everything that these rounds run.
+    # The first step has compiled all graphs of these rounds.
     parallel = config.parallel.model_copy(update={"compile_warmup": False})
     config = config.model_copy(update={"parallel": parallel})
     try:

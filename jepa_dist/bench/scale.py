@@ -4,7 +4,7 @@
 proportional to the ranks (weak). Processes on one machine share its cores and its memory: the
 efficiency shows the cost of communication and waiting here, not on a cluster.
 
-*Simulated*: this process is rank 0 of W in a ``fake`` process group and lays the model out with
+*Simulated*: this process is rank 0 of W in a ``fake`` process group and shards the model with
 ``jepa_dist.parallel``, on tensors without data. It runs a step of forward, backward, clipping and
 optimizer; collectives, bytes and this rank's memory are counted, nothing is computed. (The plan's
 broadcast and the metrics' reduction belong to the trainer and are not counted.) Bytes are
@@ -13,10 +13,10 @@ counted as in ``jepa_dist.bench.collectives``; the compute dtype is bfloat16, as
 The memory of a rank is estimated as: parameter, gradient and optimizer shards and the average
 (counted), plus gathered parameters (2P while they stay gathered, otherwise root, looped blocks and
 the two largest others), plus full gradients between micro-batches (4P), or those of the root and
-one block (4 bytes each), plus activations. Without checkpointing these are what autograd keeps of
-every execution of a block and of the head (counted eagerly: the compiler keeps less). With it, they
-are the input of every execution (2 x tokens x width bytes) and the outputs that the mode saves
-(counted), and what autograd keeps of one block or of the head.
+one block (4 bytes each), plus activations. Without checkpointing these are the
+tensors that autograd saves in every execution of a block and of the head (counted eagerly: the
+compiler saves less). With it, they are the input of every execution (2 x tokens x width bytes), the
+outputs that the mode saves (counted), and what autograd saves in one block or in the head.
 Newton-Schulz runs when activations are freed and needs less. CUDA's context, NCCL's buffers and
 fragmentation add some GB.
 """
@@ -66,14 +66,14 @@ from jepa_dist.parallel.shard import saved_operations
 from jepa_dist.parallel.world import World, build_mesh, start_world
 from jepa_dist.training.assemble import build_trainer
 
-_ELEMENT = 2  # bytes of what is computed with
+_ELEMENT = 2  # bytes per element of the compute dtype
 _CONFIGS = ("configs/gpt_36m.yaml", "configs/gpt_1b.yaml", "configs/gpt_7b.yaml")
 
 # ---------------------------------------------------------------------------- real ranks
 
 
 def throughput(config: Config, ranks: int, rounds: int, timeout: float) -> float:
-    """Tokens per second of so many processes: the median step's, by its slowest rank."""
+    """Return the tokens per second of this many processes: median step, slowest rank."""
     with tempfile.TemporaryDirectory() as folder:
         prepared = with_random_data(config, Path(folder), (rounds + 3) * config.batch.sequences)
         of_ranks = on_ranks(_time_steps, ranks, prepared, rounds, timeout=timeout)
@@ -82,7 +82,7 @@ def throughput(config: Config, ranks: int, rounds: int, timeout: float) -> float
 
 
 def _time_steps(device: torch.device, config: Config, rounds: int) -> list[float]:
-    """Seconds of each step after two that warm up."""
+    """Return the seconds of each step after two warm-up steps."""
     trainer = build_trainer(config, start_world(config.parallel))
     segment, steps = trainer.segment, iter(range(config.train.steps))
 
@@ -97,7 +97,7 @@ def _time_steps(device: torch.device, config: Config, rounds: int) -> list[float
 
 
 def _scaling(config: Config, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Strong and weak scaling over the numbers of ranks."""
+    """Measure strong and weak scaling over the numbers of ranks."""
     rows = []
     for ranks in arguments.ranks:
         grown = config.batch.model_copy(update={"sequences": config.batch.sequences * ranks})
@@ -114,9 +114,9 @@ def _scaling(config: Config, arguments: argparse.Namespace) -> list[dict[str, An
 
 
 def simulate(config: Config, ranks: int) -> dict[str, Any]:
-    """What rank 0 of ``ranks`` sends in a step, and what it holds.
+    """Return the traffic of rank 0 of ``ranks`` in a step, and its memory.
 
-    The batch has at least one sequence per rank; two micro-batches stand for any larger number.
+    The batch has at least one sequence per rank; more than two micro-batches are simulated as two.
     """
     config = simulated_config(config, ranks)
     layout = BatchLayout(config.batch.sequences, config.batch.micro, 0, ranks)
@@ -141,7 +141,7 @@ def simulate(config: Config, ranks: int) -> dict[str, Any]:
 
 
 def simulated_config(config: Config, ranks: int) -> Config:
-    """The configuration as it is simulated: eager, in bfloat16, a sequence per rank at least."""
+    """Return the simulated configuration: eager, bfloat16, at least one sequence per rank."""
     sequences = max(config.batch.sequences, ranks)
     parallel = {"compile": False, "precision": "bfloat16", "attention": "auto"}
     return config.model_copy(
@@ -156,7 +156,7 @@ def simulated_config(config: Config, ranks: int) -> Config:
 def _simulate_step(
     config: Config, ranks: int, micro_batches: int, rows: int
 ) -> tuple[CollectiveCounter, dict[str, int]]:
-    """One step in the last recurrence phase."""
+    """Run one step in the last recurrence phase."""
     meta, timeout = torch.device("meta"), timedelta(seconds=60)
     mesh = build_mesh(config.parallel, ranks, torch.device("cpu"))
     world = World(0, 0, ranks, meta, mesh, dist.new_group(), timeout)
@@ -171,7 +171,7 @@ def _simulate_step(
     optimizer = build_optimizer(config, dict(model.named_parameters()))
     ema = build_ema(config, dict(model.named_parameters()))
 
-    # Simulated ranks have no notes to compare.
+    # Simulated ranks cannot compare their sets of gradients.
     with (
         mode,
         patch.object(Muon, "_require_equal_on_all_ranks", lambda muon, present: None),
@@ -197,12 +197,12 @@ def _nothing(name: str, shape: torch.Size, *, device: torch.device) -> Tensor:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """What this rank holds of them."""
+    """Return the bytes of this rank's shards."""
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
 def _working_memory(config: Config, micro_batches: int, rows: int) -> dict[str, int]:
-    """What comes and goes within a step; see the module's docstring."""
+    """Return the temporary memory of a step; see the module's docstring."""
     shapes, parallel = shapes_of(config), config.parallel
     accumulates = micro_batches > 1 and parallel.accumulate == "gathered"
     looped = looped_blocks(config.model) if parallel.keep_looped_gathered else range(0)
@@ -221,7 +221,7 @@ def _working_memory(config: Config, micro_batches: int, rows: int) -> dict[str, 
 
 
 def _activations(config: Config, rows: int) -> int:
-    """Bytes of activations; see the module's docstring."""
+    """Return the bytes of activations; see the module's docstring."""
     order = execution_order(config.model, LAST_PHASE)
     executions = len(order.encoder) + len(order.decoder)
     mode = config.parallel.activation_checkpointing
@@ -242,7 +242,7 @@ def _activations(config: Config, rows: int) -> int:
 
 
 class _OutputBytes(TorchDispatchMode):
-    """Counts the bytes that some operations return."""
+    """Dispatch mode that counts the bytes returned by some operations."""
 
     def __init__(self, operations: frozenset[Any]) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ def _run_one_block(model: GPT, x_BTD: Tensor) -> None:
 
 
 def _saved_bytes(forward: Callable[[], object]) -> int:
-    """What autograd keeps for backward, each storage once; parameters are not counted."""
+    """Return the bytes that autograd saves for backward, each storage once, no parameters."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m jepa_dist.bench scale``."""
     add_config(parser)
     parser.add_argument(
-        "--ranks", type=int, nargs="*", default=[1, 2, 4], help="real ones; none: only simulate"
+        "--ranks", type=int, nargs="*", default=[1, 2, 4], help="real ranks; none: only simulate"
     )
     parser.add_argument("--rounds", type=int, default=10, help="timed steps")
     parser.add_argument(
@@ -298,7 +298,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--simulated-ranks", type=int, nargs="+", default=[8, 64, 256, 1024], metavar="W"
     )
     parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds until a group of ranks is ended"
+        "--timeout", type=float, default=600.0, help="time limit in seconds for a group of ranks"
     )
 
 
@@ -306,7 +306,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time the real ranks, count the simulated ones.
 
     Raises:
-        UserError: a configuration cannot be, or ranks take too long.
+        UserError: an invalid configuration, or ranks take too long.
     """
     refuse_launcher("scale")
     config = chosen_config(arguments)

@@ -180,7 +180,7 @@ class Session:
 def _collecting(step: Callable[[], None], collection: ScheduledCollection) -> Callable[[], None]:
     """Return ``step`` followed by garbage collection where a run has it.
 
-    An automatic collection can take longer than a step, and would count as part of what it
+    An automatic collection can take longer than a step, and would be measured with whatever it
     interrupts.
     """
     steps = itertools.count()

@@ -3,9 +3,9 @@
 ``trainer`` is the real loop: loader, plan, FSDP2, compiled regions, metrics. ``floor`` is the same
 plain model, compiled as one graph (if ``parallel.compile``), in a bare PyTorch loop on one fixed
 batch: same recipe, same mixed precision, no FSDP, no trainer, no monitoring, no
-communication. The JEPA objective is off (see bench jepa). Under torchrun the floor is rank 0 alone,
-on its share of the batch and with all of the optimizer's work. Memory is what parameters, optimizer
-and a step's tensors take together; libraries and fragmentation are not counted.
+communication. The JEPA objective is off (see bench jepa). Under torchrun the floor runs on rank
+0 only, on its share of the batch and with all of the optimizer's work. Memory is that of
+parameters, optimizer and a step's tensors, without libraries and fragmentation.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure both loops.
 
     Raises:
-        UserError: a configuration that cannot be, or a number below 1.
+        UserError: an invalid configuration, or a number below 1.
     """
     if arguments.rounds < 1 or arguments.steps < 1:
         raise UserError("bench step: --rounds and --steps must be at least 1")
@@ -112,7 +112,7 @@ def measure(config: Config, world: World) -> dict[str, Any]:
         world: The ranks.
 
     Returns:
-        The result; an empty one on ranks other than 0.
+        The result; empty on ranks other than 0.
     """
     trainer = build_trainer(config, world)
     plan = Planner(config, TrainingClock()).plan(0)
@@ -162,7 +162,7 @@ def _result(
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of this rank's shards."""
+    """Return the bytes of this rank's shards."""
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
@@ -170,7 +170,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Floor:
-    """The bare loop: float32 master weights, a copy in the dtype of computation if that differs."""
+    """The bare loop: float32 master weights, and a copy in the compute dtype if that differs."""
 
     def __init__(self, config: Config, world: World, phase: int) -> None:
         self._config = config
@@ -206,19 +206,19 @@ class Floor:
             )
             (output.loss_sum / batch).backward()
         if self._model is not self._master:
-            self._hand_over_gradients()
+            self._cast_gradients()
         clip_grad_norm(self._master.parameters(), self._config.optim.grad_clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._ema.update()
 
     def tensors(self) -> list[Tensor]:
-        """What there is between steps."""
+        """Return the tensors that exist between steps."""
         copy = [] if self._model is self._master else list(self._model.parameters())
         state = self._optimizer.state_tensors() | self._ema.state_tensors()
         return [*self._master.parameters(), *copy, *state.values()]
 
-    def _hand_over_gradients(self) -> None:
+    def _cast_gradients(self) -> None:
         for master, parameter in zip(
             self._master.parameters(), self._model.parameters(), strict=True
         ):
@@ -227,7 +227,7 @@ class Floor:
 
 
 def _plain_model(config: Config, dtype: torch.dtype, device: torch.device) -> GPT:
-    """Whole, on the device, with the run's initial values."""
+    """Return an unsharded model on the device, with the run's initial values."""
     with torch.device("meta"):
         model = GPT(config.model)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))

@@ -30,7 +30,7 @@ from jepa_dist.parallel.meeting import launcher_store
 from jepa_dist.process.dist_env import is_launched, launched_rank, launched_world_size
 
 _START_SECONDS = 90.0  # to import torch and to join the process group
-_FEWEST_SECONDS = 15.0  # a child that has less left is not started
+_FEWEST_SECONDS = 15.0  # a child with less time left is not started
 _LEAVE_SECONDS = 30.0  # for a child to end after that of rank 0
 _POLL_SECONDS = 0.1
 _LOG_LINES = 60

@@ -1,12 +1,12 @@
-"""Models of the parameter-golf challenge's script (PR #1412), in and out.
+"""Import and export models of the parameter-golf challenge's script (PR #1412).
 
     python -m jepa_dist.interop.parameter_golf import final_model.pt --settings S.json --out DIR
     python -m jepa_dist.interop.parameter_golf export DIR --out final_model.pt
 
 Settings are the script's environment variables in lower case, as one JSON object; ``export``
-writes them beside the weights. Weights carry its parameter names. Those are ours too, except that
-the MLP of a block's p-th further execution lives inside the block here
-(``blocks.L.loop_mlps.{p-1}``) and not beside it (``override_mlps.L_pP``).
+writes them next to the weights. Weights have its parameter names. This package uses the same ones,
+except that the MLP of a block's p-th repetition is inside the block here
+(``blocks.L.loop_mlps.{p-1}``) and outside of it there (``override_mlps.L_pP``).
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from jepa_dist.model.gpt import GPT
 from jepa_dist.process.failure import exit_on_user_error
 
 _RENAMED = {"seq_len": "train_seq_len", "skip_gates": "skip_gates_enabled"}
-# What the script always does; here it can be left out.
+# Features that the script always has; optional here.
 _ALWAYS_ON = {"x0_mix": True, "branch_scales": True, "unet_skips": True}
-# What it can be told; everything else is ours, and off in models for the script.
+# Options of the script; all others are of this package only, and off in models for the script.
 _THEIRS = (
     *("vocab_size", "seq_len", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"),
     *("embedding_dim", "tie_embeddings", "tied_embed_init_std", "logit_softcap", "rope_base"),
     *("rope_dims", "qk_gain_init", "ln_scale", "xsa_last_n", "skip_gates"),
     *("parallel_residual_start", "num_loops", "loop_start", "loop_end", "untie_loop_mlps"),
 )
-# Of ours, beside the script's: the recurrence phase of the weights, without which a model that
-# was trained less than to its last phase would come back as another one.
+# Added to the script's settings: the recurrence phase of the weights. Without it, a model that did
+# not reach its last phase would change when it is imported again.
 _PHASE = "recurrence_phase"
 # Not needed to run a trained model.
 _OPTIONAL = ("tied_embed_init_std",)
@@ -61,9 +61,9 @@ _OPTIONAL = ("tied_embed_init_std",)
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
-    """The model that the challenge's script would build from ``settings``.
+    """Return the model that the challenge's script would build from ``settings``.
 
-    ``rope_train_seq_len`` is ignored, as it is there: the rotary rescale follows ``train_seq_len``.
+    ``rope_train_seq_len`` is ignored as in the script: the rotary rescale uses ``train_seq_len``.
 
     Raises:
         UserError: settings missing, of the wrong type, or impossible together; all of them.
@@ -85,7 +85,7 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
 
 
 def _without_idle_settings(model: ModelConfig) -> ModelConfig:
-    """The same model; what has no effect in the script, but is refused here, is switched off."""
+    """Disable what has no effect in the script but is rejected here; return the same model."""
     never_parallel = model.parallel_residual_start >= model.num_layers
     idle: dict[str, Any] = {"parallel_residual_start": -1} if never_parallel else {}
     if model.num_loops == 0:
@@ -94,10 +94,10 @@ def _without_idle_settings(model: ModelConfig) -> ModelConfig:
 
 
 def settings_of(model: ModelConfig) -> dict[str, Any]:
-    """The settings with which the challenge's script builds this model.
+    """Return the settings with which the challenge's script builds this model.
 
     Raises:
-        UserError: the model leaves out what the script cannot leave out; all of it.
+        UserError: the model lacks features that the script always has; all of them.
     """
     problems = [
         f"model.{name}=false: the challenge's script always has it; only models with it can be "
@@ -132,7 +132,7 @@ def _explain(item: Any) -> str:
 
 
 def build(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> GPT:
-    """A GPT with the challenge's weights, on the CPU in float32, every parameter trainable.
+    """Return a GPT with the challenge's weights, on the CPU in float32, trainable.
 
     Args:
         settings: The script's settings (lower-case names), e.g. ``num_layers``, ``train_seq_len``.
@@ -149,12 +149,12 @@ def build(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> GPT:
 
 
 def translate(state: Mapping[str, Tensor], model: GPT, source: str) -> dict[str, Tensor]:
-    """The challenge's weights in float32 under our names, in the model's order.
+    """Return the challenge's weights in float32 under this package's names, in model order.
 
     Args:
         state: Its parameters by its names, of any floating dtype.
-        model: What they are for; its parameters may be on meta.
-        source: Where they come from, for the messages.
+        model: Model to load them into; its parameters may be on meta.
+        source: Origin of the weights, for messages.
 
     Raises:
         UserError: tensors missing, unknown, or of the wrong shape or kind; all of them are listed.
@@ -167,7 +167,7 @@ def translate(state: Mapping[str, Tensor], model: GPT, source: str) -> dict[str,
     problems = mismatches(source, expected, found)
     if problems:
         raise UserError(*problems)
-    # Copies: views into one storage, as a file may hold them, could not be written again.
+    # Copies: views of one storage, which a file may have, could not be written again.
     return {
         from_reference_name(name): torch.empty(state[name].shape).copy_(state[name].detach())
         for name in expected
@@ -180,7 +180,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def from_reference_name(name: str) -> str:
-    """Our name of one of the script's parameters."""
+    """Return this package's name of one of the script's parameters."""
     match = re.fullmatch(r"override_mlps\.(\d+)_p(\d+)\.(.+)", name)
     if match is None:
         return name
@@ -189,7 +189,7 @@ def from_reference_name(name: str) -> str:
 
 
 def to_reference_name(name: str) -> str:
-    """The script's name of one of our parameters."""
+    """Return the script's name of one of this package's parameters."""
     match = re.fullmatch(r"blocks\.(\d+)\.loop_mlps\.(\d+)\.(.+)", name)
     if match is None:
         return name
@@ -201,12 +201,12 @@ def to_reference_name(name: str) -> str:
 
 
 def read_final_model(path: Path) -> dict[str, Tensor]:
-    """The state dict in a ``final_model.pt``, on the CPU, by the script's names.
+    """Return the state dict of a ``final_model.pt``, on the CPU, by the script's names.
 
-    Read with ``weights_only=True``: a file that would run code is refused, not run.
+    Reads with ``weights_only=True``, which rejects a file that would run code.
 
     Raises:
-        UserError: unreadable, not a file of tensors alone.
+        UserError: unreadable, or not a file of only tensors.
     """
     try:
         check_regular(path)
@@ -230,7 +230,7 @@ def read_final_model(path: Path) -> dict[str, Tensor]:
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name without what torch.compile and DistributedDataParallel put before it."""
+    """Return a parameter's name without prefixes of torch.compile and DistributedDataParallel."""
     while (plain := name.removeprefix("module.").removeprefix("_orig_mod.")) != name:
         name = plain
     return name.replace("._orig_mod.", ".")
@@ -239,9 +239,9 @@ def _plain_name(name: str) -> str:
 def import_final_model(
     path: Path, settings_path: Path, out: Path, *, allow_not_finite: bool = False
 ) -> Path:
-    """``final_model.pt`` to ``model.safetensors`` and ``model.json`` in the folder ``out``.
+    """Convert ``final_model.pt`` to ``model.safetensors`` and ``model.json`` in the folder ``out``.
 
-    The model is to be run in the last recurrence phase, as the script's final evaluation does.
+    The model must be run in the last recurrence phase, as in the script's final evaluation.
 
     Returns:
         Path of the tensor file.
@@ -265,7 +265,7 @@ def import_final_model(
 
 
 def export_final_model(source: Path, out: Path, *, allow_not_finite: bool = False) -> Path:
-    """An exported model to ``out`` (a ``final_model.pt``) and its settings as JSON beside it.
+    """Convert an exported model to ``out`` (a ``final_model.pt``), with its settings as JSON.
 
     Args:
         source: Run directory, folder of an export, or .safetensors file.
@@ -276,7 +276,7 @@ def export_final_model(source: Path, out: Path, *, allow_not_finite: bool = Fals
         Path of the settings.
 
     Raises:
-        UserError: no such export, one that the script's model cannot hold, or a full disk.
+        UserError: no such export, a model that the script cannot build, or a full disk.
     """
     path = find_export(source, "live")
     description = read_description(path)
@@ -292,19 +292,19 @@ def write_final_model(
     *,
     allow_not_finite: bool = False,
 ) -> Path:
-    """Write whole tensors as a ``final_model.pt`` and their settings as JSON beside it.
+    """Write unsharded tensors as a ``final_model.pt``, with their settings as JSON.
 
     Args:
         out: File to write.
-        tensors: The model's, by our names.
-        description: What they are.
+        tensors: The model's, by this package's names.
+        description: Description of the tensors.
         allow_not_finite: Write weights that are not finite.
 
     Returns:
         Path of the settings.
 
     Raises:
-        UserError: a model that the script's cannot hold, or a full disk.
+        UserError: a model that the script cannot build, or a full disk.
     """
     named = settings_of(description.config.model) | {_PHASE: description.phase}
     settings = json.dumps(named, indent=1) + "\n"
@@ -321,8 +321,8 @@ def write_final_model(
 
 
 def _phase(settings: Mapping[str, Any], model: ModelConfig) -> int:
-    """The recurrence phase that the weights are to be run in: as ``export_final_model`` has noted
-    it, or the last one, in which the script ends."""
+    """Return the recurrence phase to run the weights in: the one written by
+    ``export_final_model``, else the last one, in which the script ends."""
     last = LAST_PHASE if model.num_loops else 0
     phase = settings.get(_PHASE, last)
     if type(phase) is not int or not 0 <= phase <= last:
@@ -344,7 +344,7 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     arguments = _parser().parse_args(argv)
     with exit_on_user_error(rank=0):
         if arguments.direction == "import":
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jepa_dist.interop.parameter_golf",
-        description="Models of the parameter-golf challenge's script, in and out.",
+        description="Import and export models of the parameter-golf challenge's script.",
     )
     directions = parser.add_subparsers(dest="direction", required=True)
     incoming = directions.add_parser("import", help="final_model.pt to model.safetensors")

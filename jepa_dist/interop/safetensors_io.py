@@ -1,8 +1,8 @@
-"""A whole model as ``model.safetensors`` with a ``model.json`` beside it that says what it is.
+"""An unsharded model as ``model.safetensors``, with a ``model.json`` that describes it.
 
 The averaged weights of a run (EMA) are ``ema.safetensors`` and ``ema.json``. The JSON is written
 last: a tensor file without one is not a finished export. Files do not depend on how the model was
-sharded; writing gathers one parameter at a time, reading reads only what a rank holds.
+sharded; writing gathers one parameter at a time, reading only reads a rank's shards.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _STEMS: dict[Weights, str] = {"live": "model", "ema": "ema"}
 
 
 class Description(BaseModel):
-    """What the JSON says."""
+    """Contents of the JSON file."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     format: Literal[1] = 1
     """Version of this layout."""
     step: int | None
-    """Optimizer steps that the weights have seen; None where that is not known."""
+    """Optimizer step of the weights; None if unknown."""
     phase: int = Field(ge=0, le=LAST_PHASE)
-    """Recurrence phase that the weights were last trained in, and are to be run in."""
+    """Recurrence phase that the weights were last trained in, and must be run in."""
     weights: Weights
     """The parameters themselves, or their moving average."""
     config: Config
-    """As resolved for the run that made the weights."""
+    """Resolved configuration of the run that trained the weights."""
     metadata: dict[str, str] = Field(default_factory=dict)
     """For people: versions, number of parameters, origin."""
 
@@ -66,13 +66,13 @@ def export_model(
     phase: int,
     weights: Weights = "live",
 ) -> Path:
-    """Write a (sharded) model; rank 0 alone writes. Collective.
+    """Write a (sharded) model; only rank 0 writes. Collective.
 
     Parameters are gathered one at a time; rank 0 keeps them in CPU memory until they are written.
-    For the average, call it while ``EMA.swap`` holds, with ``weights="ema"``.
+    For the average, call it inside ``EMA.swap``, with ``weights="ema"``.
 
     Args:
-        folder: Where the two files go; made if need be, files of an earlier export are replaced.
+        folder: Folder of the two files; created if missing, an earlier export is replaced.
         model: The model; FSDP units that are still gathered are freed first.
         config: Configuration of the run.
         step: Optimizer steps taken.
@@ -93,11 +93,11 @@ def export_model(
 
 @torch.no_grad()
 def gather(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Full parameters by name, on the CPU, in their own dtype. Collective if they are shards.
+    """Return full parameters by name, on the CPU, in their dtype. Collective if sharded.
 
     Args:
         model: The model; FSDP units that are still gathered are freed first.
-        keep: Whether this rank wants them; otherwise it only takes part and gets nothing.
+        keep: Whether this rank keeps them; otherwise it only participates, and gets none.
     """
     for unit in fsdp_modules(model):
         unit.reshard()
@@ -116,7 +116,7 @@ def write_export(
     *,
     allow_not_finite: bool = False,
 ) -> Path:
-    """Write full tensors and what they are; each file appears whole, the JSON last.
+    """Write full tensors and their description; each file atomically, the JSON last.
 
     Returns:
         Path of the tensor file.
@@ -143,7 +143,7 @@ def write_export(
 
 
 def refuse_not_finite(path: Path, state: Mapping[str, Tensor], allow: bool) -> None:
-    """Do not write weights that nobody can use, unless the user asks for them.
+    """Raise for weights that are not finite, unless the user allows them.
 
     Raises:
         UserError: a tensor holds NaN or infinities.
@@ -165,10 +165,10 @@ def _versions(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file that appears under ``path`` when it is whole and on the disk.
+    """Let ``write`` create a file that is renamed to ``path`` when it is complete and on disk.
 
-    Its mode is that of any new file (the umask's), whatever ``write`` gives it: safetensors keeps
-    its files to their owner.
+    Its mode is that of any new file (by the umask); safetensors would make it readable only by the
+    owner.
     """
     partial = partial_name(path)
     try:
@@ -187,7 +187,7 @@ def publish(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def find_export(path: Path, weights: Weights) -> Path:
-    """The tensor file that a run directory, an export's folder or a file name stands for.
+    """Return the tensor file of a run directory, an export's folder or a file name.
 
     Raises:
         UserError: there is none.
@@ -214,7 +214,7 @@ def find_export(path: Path, weights: Weights) -> Path:
 
 
 def read_description(path: Path) -> Description:
-    """What the JSON beside a tensor file says.
+    """Read the description of a tensor file.
 
     Raises:
         UserError: missing (an unfinished export), damaged, or of another format version.
@@ -223,7 +223,7 @@ def read_description(path: Path) -> Description:
 
 
 def read_description_file(beside: Path) -> Description:
-    """What such a JSON file says.
+    """Read a description file.
 
     Raises:
         UserError: missing (an unfinished export), damaged, or of another format version.
@@ -232,8 +232,7 @@ def read_description_file(beside: Path) -> Description:
         description = Description.model_validate_json(read_bytes(beside, MIB))
     except OSError as error:
         raise UserError(
-            f"{beside}: cannot be read ({error}); the export beside it is incomplete, "
-            "export the model again"
+            f"{beside}: cannot be read ({error}); its export is incomplete, export the model again"
         ) from None
     except ValidationError as error:
         raise UserError(
@@ -263,7 +262,7 @@ def check_tensors(path: Path, model: nn.Module) -> None:
 
 @torch.no_grad()
 def import_weights(path: Path, model: nn.Module) -> None:
-    """Fill a model's parameters, whole or shards; each rank reads what it holds.
+    """Fill a model's parameters, sharded or not; each rank reads its shards.
 
     Not collective. Parameters keep their device and must have the file's dtype.
 
@@ -279,7 +278,7 @@ def import_weights(path: Path, model: nn.Module) -> None:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU.
+    """Return all tensors of a file, on the CPU.
 
     Raises:
         UserError: the file is damaged.
