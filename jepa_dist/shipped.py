@@ -13,7 +13,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_]+(\.[A-Za-z_0-9]+)*=")
 
 
 def find_config(name: str | Path) -> Path:
-    """Return the configuration file that ``name`` stands for.
+    """Return the path of a configuration file, or of a shipped one by its name.
 
     Args:
         name: A path, or the name of a shipped file: ``debug``, ``debug.yaml`` or
@@ -26,7 +26,7 @@ def find_config(name: str | Path) -> Path:
 
 
 def find_sweep(name: str | Path) -> Path:
-    """Return the sweep file that ``name`` stands for, as ``find_config`` does.
+    """Return the path of a sweep file, or of a shipped one, as ``find_config`` does.
 
     Raises:
         UserError: no such file, and ``name`` is not a path.

@@ -44,7 +44,7 @@ class Card:
 
 
 def _of_jepa(config: str) -> dict[str, Expected]:
-    """The objective costs the same share of a step on every card; rounds differ by 3 %."""
+    """Return the objective's share of a step, the same on every card; rounds differ by 3 %."""
     return {
         f"jepa {config}: absent / off, time ratio": _less(0.96, 1.03),
         f"jepa {config}: on / off, time ratio": _less(0.97, 1.03),

@@ -39,7 +39,7 @@ NO_TIME = "no time left"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended."""
+    """Result of a task."""
 
     task: Task
     status: str

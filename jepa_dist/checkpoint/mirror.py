@@ -1,8 +1,8 @@
 """Copies of checkpoints behind a URL (``checkpoint.mirror``), for runs whose disk may be lost.
 
 Rank 0 uploads in a thread: no step waits for it, and if uploads take longer than the time between
-checkpoints, only the newest one that is waiting follows. The manifest is uploaded last and deleted
-first, so a copy that has one is whole.
+checkpoints, only the newest waiting one is uploaded. The manifest is uploaded last and deleted
+first, so a copy that has one is complete.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _KEY = "checkpoint.mirror"
 
 
 class NoMirror:
-    """No copies are made."""
+    """The mirror of a run that copies no checkpoints."""
 
     def submit(self, path: Path) -> None:
         """Ignore a checkpoint."""
 
     def take_messages(self) -> list[str]:
-        """Return none."""
+        """Return an empty list."""
         return []
 
     def close(self, seconds: float) -> None:
@@ -40,11 +40,11 @@ class NoMirror:
 
 
 class Mirror(NoMirror):
-    """Uploads checkpoints, one at a time.
+    """Uploader of checkpoints, one at a time.
 
     Args:
         url: Folder of the copies.
-        keep: Which of them to keep.
+        keep: Which copies to keep.
 
     Raises:
         UserError: the URL's protocol is unknown, or its package is not installed.
@@ -63,9 +63,9 @@ class Mirror(NoMirror):
         self._thread.start()
 
     def submit(self, path: Path) -> None:
-        """Have a checkpoint uploaded, in place of one that still waits for its turn.
+        """Queue a checkpoint for upload, replacing one that is still waiting.
 
-        Its files are opened now, so they may be deleted meanwhile.
+        Opens its files, so that they may be deleted meanwhile.
         """
         try:
             opened = _Open(path)
@@ -92,8 +92,8 @@ class Mirror(NoMirror):
         self._thread.join(seconds)
         if self._thread.is_alive():
             self._report(
-                f"{self._remote.label}: an upload has not ended after {seconds:.0f} s and is given "
-                "up; the next start repeats it"
+                f"{self._remote.label}: an upload has not ended after {seconds:.0f} s and is "
+                "abandoned; the next start repeats it"
             )
 
     def _run(self) -> None:
@@ -150,7 +150,7 @@ class Mirror(NoMirror):
 
 
 def open_mirror(url: str | None, keep: RetentionPolicy) -> NoMirror:
-    """Return what copies checkpoints to a URL; nothing does without one.
+    """Return the mirror at a URL; a null object without one.
 
     Raises:
         UserError: the URL's protocol is unknown, or its package is not installed.
@@ -159,7 +159,7 @@ def open_mirror(url: str | None, keep: RetentionPolicy) -> NoMirror:
 
 
 class _Open:
-    """A checkpoint whose files are open. Reads nothing: the training thread makes it."""
+    """A checkpoint with open files. Construction reads nothing: the training thread waits."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -177,7 +177,7 @@ class _Open:
 
 
 def _steps(remote: Remote) -> dict[int, str]:
-    """Return the names of the whole copies, by step."""
+    """Return the names of the complete copies, by step."""
     steps = {folders.step_of(Path(name)): name for name in remote.names(remote.path)}
     return {
         step: name
@@ -187,9 +187,10 @@ def _steps(remote: Remote) -> dict[int, str]:
 
 
 def fetch_newest(url: str, folder: Path) -> list[str]:
-    """Copy the newest whole checkpoint of a mirror into ``folder``, verified; on rank 0.
+    """Copy the newest complete checkpoint of a mirror into ``folder`` and verify it; on rank 0.
 
-    Nothing is copied if ``folder`` has any: it knows what was rolled back, the mirror may not.
+    Nothing is copied if ``folder`` has any checkpoint: the mirror may have steps that were rolled
+    back.
 
     Returns:
         Messages for the user.
@@ -217,14 +218,14 @@ def fetch_newest(url: str, folder: Path) -> list[str]:
                 return [*messages, f"{remote.label}: {steps[step]} copied to {folder}"]
             messages.append(f"{remote.label}: {steps[step]} is damaged: {'; '.join(problems[:1])}")
         except UserError as error:
-            messages.append(f"{remote.label}: {steps[step]} is of no use: {error.problems[0]}")
+            messages.append(f"{remote.label}: {steps[step]} cannot be used: {error.problems[0]}")
         finally:
             folders.discard(staging)
     return messages
 
 
 def _fetch(remote: Remote, name: str, staging: Path) -> Manifest:
-    """Copy a checkpoint's manifest and what it lists, which are plain names."""
+    """Copy a checkpoint's manifest and the files that it lists, by bare names."""
     download(remote, remote.below(name, MANIFEST), staging / MANIFEST)
     manifest = read_manifest(staging, is_partial=True)
     for file, entry in manifest.files.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """How many checkpoints to keep.
+    """Number of checkpoints to keep.
 
     Raises:
         ValueError: a number is out of range.

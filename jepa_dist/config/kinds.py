@@ -1,16 +1,16 @@
-"""What a difference between two configurations concerns, by the beginnings of dotted keys."""
+"""Kinds of configuration keys, by prefix: what a difference between two configurations affects."""
 
 from __future__ import annotations
 
-# What is watched, saved and where: neither weights nor results depend on it.
+# Monitoring, saving and paths: neither weights nor results depend on them.
 WATCHING = (
     *("run.", "monitor.", "checkpoint."),
     *("train.log_every", "train.stop_at", "train.max_bad_steps", "train.gc_every"),
-    "quantization.",  # of what is exported
+    "quantization.",  # of exports
 )
-# What is measured of the weights.
+# Measurements of the weights.
 MEASURING = ("eval.", "data.val")
-# How the work is laid out over processes and memory. Precision, attention and compiling are not
+# Distribution of the work over processes and memory. Precision, attention and compiling are not
 # here: they change the trained weights, if only in the last bits.
 LAYOUT = (
     *("batch.micro", "data.workers", "data.prefetch"),

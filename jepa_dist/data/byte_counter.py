@@ -19,7 +19,7 @@ class ByteCounter:
 
     * ``has_trailing_space`` (bool; a space ends a word, and SentencePiece adds one at the end of
       a text): that space counts with the token after it, unless that is a boundary.
-    * ``spelled_space`` (three ids; a space without a piece of its own is spelled in the three
+    * ``spelled_space`` (three ids; a space that has no piece is spelled in the three
       bytes of U+2581): the three count as one byte, or as none if SentencePiece inserted it.
     """
 

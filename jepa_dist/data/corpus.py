@@ -185,7 +185,7 @@ def _walk(root: Path, skipped: Skipped) -> Iterator[Path]:
                 skipped.kinds["hidden"] += 1
                 folders.remove(name)
             elif (Path(folder) / name).is_symlink():
-                skipped.kinds["linked folders (name them as an INPUT of their own)"] += 1
+                skipped.kinds["linked folders (name them as a separate INPUT)"] += 1
         for name in names:
             path = Path(folder) / name
             suffix = path.suffix.lower()

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("shards", nargs="+", metavar="SHARD", help="a shard, or a pattern in quotes")
     add(
         "--tokenizer",
-        help="as data.tokenizer (default: what meta.json and tokenizer.json beside the shard say)",
+        help="as data.tokenizer (default: from meta.json and tokenizer.json in the shard's folder)",
     )
     add("--bos-id", type=int, help="id that begins documents (default: the tokenizer's)")
     add("--documents", type=int, default=3, help="documents of each shard that are shown (3)")

@@ -29,7 +29,7 @@ _RECORDS_OF_A_PAGE = 4
 
 @dataclass(frozen=True)
 class TextOf:
-    """Extracts the text of a record: one field, or several joined by a template.
+    """Extractor of a record's text: one field, or several joined by a template.
 
     ``template`` contains names of fields in braces (``{title}\\n\\n{text}``).
     """

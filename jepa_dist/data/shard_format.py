@@ -1,4 +1,4 @@
-"""File formats of token shards: those that are read, and those with an error of their own."""
+"""File formats of token shards: those that are read, and those with a specific error."""
 
 from __future__ import annotations
 

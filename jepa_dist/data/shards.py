@@ -200,7 +200,7 @@ class Shard:
             if not part:
                 raise UserError(
                     f"{self.path}: truncated while in use: token {start + len(data) // width} of "
-                    f"{self.count} is gone; restore the file, and replace shards by renaming a "
+                    f"{self.count} is missing; restore the file, and replace shards by renaming a "
                     "new file over the old one"
                 )
             data = data + part if data else part

@@ -65,7 +65,7 @@ def staged(target: Path, is_resumable: Callable[[Path], bool]) -> Iterator[Path]
     retired = target.with_name(f".{target.name}.replaced")
     for path in (staging, retired):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise UserError(f"{path}: is in the way of --out {target}; remove it")
+            raise UserError(f"{path}: not a folder, but --out {target} needs its name; remove it")
     staging.mkdir(parents=True, exist_ok=True)
     with _locked(staging, target):
         try:

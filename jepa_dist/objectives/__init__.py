@@ -1,1 +1,1 @@
-"""Auxiliary objectives on hidden states, beside the model: ``jepa.objective`` chooses one."""
+"""Auxiliary objectives on hidden states, separate from the model; see ``jepa.objective``."""

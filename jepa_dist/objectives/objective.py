@@ -1,6 +1,6 @@
 """The interface between the training core and an objective.
 
-An objective is a module beside the GPT under the trained root (``joint.JointModel``). Its
+An objective and the GPT are modules of the trained root (``joint.JointModel``). Its
 parameters are sharded by FSDP in the root's unit, so they add no collective; they are in the
 optimizer's groups (``optim/groups.py``), in the moving average and in checkpoints under
 ``objective/NAME``, but not in exported models. ``docs/objective.md`` describes how to add one.

@@ -1,7 +1,7 @@
 """Span sampling: a pure function of (seed, step), vectorized over the global batch (contract C3).
 
 A span (a, b) covers positions a..b of a row of T, both inclusive: 1 <= a <= b <= T-1. Position
-a-1 is the state before it, so position 0 never lies inside. The whole row (1, T-1) leaves no
+a-1 is the state before it, so position 0 is never inside. The whole row (1, T-1) leaves no
 context and is never drawn.
 """
 
@@ -60,7 +60,7 @@ def sample_spans_within(
     max_span_frac: float,
     sampler: Sampler = "start_then_length",
 ) -> NDArray[np.int64]:
-    """Return spans that do not cross documents: positions a-1..b lie in one.
+    """Return spans that do not cross documents: positions a-1..b are in one.
 
     The distribution is that of ``sample_spans`` over the remaining spans: a start uniform over
     those with any, then the length; or uniform over all of them.

@@ -19,7 +19,7 @@ _EPS = 1e-6  # the reference's (golden README section 4), and torch's
 
 
 class GradientClip:
-    """Scales all gradients by min(1, max_norm / (norm + 1e-6)) in place.
+    """Clipping of all gradients, in place, by the factor min(1, max_norm / (norm + 1e-6)).
 
     Args:
         parameters: Plain tensors (the same on every rank) or DTensors sharded over one mesh

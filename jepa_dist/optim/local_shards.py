@@ -1,7 +1,7 @@
 """A DTensor as the optimizers use it: this rank's shard, and which ranks hold the others.
 
 FSDP2 shards every parameter by rows (dimension 0) over one mesh dimension and replicates it over
-the others. Row r of R rows on W shards lies on shard r // ceil(R / W), as ``torch.chunk`` cuts:
+the others. Row r of R rows on W shards is in shard r // ceil(R / W), as ``torch.chunk`` divides:
 the last shards may be smaller or empty.
 """
 

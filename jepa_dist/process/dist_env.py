@@ -271,7 +271,7 @@ def parent_death_signal() -> int:
 
 
 def identify_agent(environ: MutableMapping[str, str]) -> None:
-    """Tell the ranks that this process will start which one it is (Linux)."""
+    """Identify this process to the ranks that it will start (Linux)."""
     with suppress(OSError):
         pid = os.getpid()
         environ[_AGENT] = f"{pid} {start_ticks(pid)} {pid_namespace()}"

@@ -1,4 +1,4 @@
-"""How a rank exits after an error: immediately, with a clear message and the right exit code (C7).
+"""Exit a rank after an error: immediately, with a clear message and the right exit code (C7).
 
 Errors that all ranks raise (configuration, data, run directory) are printed once, by rank 0. An
 error on one rank is printed by that rank, which then exits without waiting for the others: torchrun
@@ -54,7 +54,7 @@ _ENDS_COMPILER = {
     )
 }
 
-# In the messages of gloo's errors, which have no class of their own.
+# In the messages of gloo's errors, which have no separate class.
 _GLOO = "/gloo/transport/"
 
 # CPython's message where its own code, or an extension's, fails without an exception.
@@ -144,7 +144,7 @@ def exit_on_rank_error(
     """Exit immediately on an error that may be raised on this rank only, skipping all clean-up.
 
     Clean-up would deadlock: it waits for ranks that wait for this one. An error that ends a thread
-    of this package (the watchdog, say) ends the rank as well: it would train on unwatched.
+    of this package (e.g. the watchdog) ends the rank, too: it would continue without it.
 
     Args:
         rank: This process's rank.
@@ -372,7 +372,7 @@ def _record_for_torchrun(error: BaseException) -> None:
     shown = str(error) if isinstance(error, UserError) else "".join(format_exception(error))
     details = {"py_callstack": shown, "timestamp": str(int(time.time()))}
     message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
-    with suppress(OSError):  # no room for temporary files, for one
+    with suppress(OSError):  # e.g. the disk for temporary files is full
         path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
         path.write_text(json.dumps({"message": message}), encoding="utf-8")
 

@@ -1,14 +1,14 @@
 """Rendezvous backends of torchrun whose stores listen at one address only.
 
 PyTorch's own listen on all interfaces. Besides, its c10d rendezvous keeps its state as a pickle in
-a store without authentication: whoever reaches the port can run code in the agents. torchrun finds
+a store without authentication: anyone who can connect can run code in the agents. torchrun finds
 these two by the entry points ``torchrun.handlers`` in pyproject.toml:
 
 * ``--rdzv-backend=loopback``: all ranks are on this host, and nothing listens beyond 127.0.0.1.
 * ``--rdzv-backend=bound``: c10d's rendezvous. The stores listen at ``--local-addr``, and a state
   that names anything but the classes of a rendezvous is rejected before it is unpickled.
 
-Both run in torchrun's process, where they also see to its signals and its last message.
+Both run in torchrun's process, where they also handle its signals and its last message.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _is_not_about_endpoint(record: logging.LogRecord) -> bool:
 def set_signals() -> None:
     """Choose the signals that torchrun forwards to its ranks before it exits.
 
-    SIGUSR1 is one of them: by default it ends torchrun immediately, and thereby its ranks. Those
-    that nohup ignores are none: torchrun would handle them again.
+    SIGUSR1 is included: by default it ends torchrun immediately, and thereby its ranks. Signals
+    that nohup ignores are excluded: torchrun would handle them again.
     """
     if _SIGNALS not in os.environ:  # not in torchrun
         return
@@ -122,7 +122,7 @@ class LoopbackRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """Tell the ranks that the agent serves their store."""
+        """Whether the agent serves the ranks' store."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:

@@ -1,4 +1,4 @@
-"""Where a start begins: at step 0, at the run's newest checkpoint, or at another run's checkpoint.
+"""Find where to start: at step 0, at the run's newest checkpoint, or at another run's checkpoint.
 
 With ``checkpoint.resume=auto`` (the default) the same command resumes the run. Another world size,
 mesh, precision or JEPA setting is accepted and printed; another model, seed or data set is
@@ -32,7 +32,7 @@ _ESSENTIAL = ("seed", "model.", "optim.matrix", "data.tokenizer")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a start begins."""
+    """The state that a start begins with."""
 
     checkpoint: Path | None
     """A verified checkpoint that fits the configuration; None starts at step 0."""
@@ -60,8 +60,8 @@ def _with_decay(config: Config, start: float) -> Config:
 def _decay_from(config: Config, state: RunState) -> float | None:
     """Return the fraction that ``schedule.decay_from=now`` means for a run that continues a state.
 
-    A branch begins its decay where the checkpoint ends that it starts from; its own checkpoints
-    say where that was.
+    A branch begins its decay at the end of the checkpoint that it starts from; its own checkpoints
+    store that fraction.
     """
     if config.schedule.decay_from != "now":
         return None
@@ -141,7 +141,7 @@ def _refuse_now(config: Config) -> None:
 
 
 def _folder_of_checkpoints(named: Path) -> str | None:
-    """Return the folder of checkpoints that ``named`` stands for; None if it is one checkpoint.
+    """Return the folder of checkpoints at ``named``; None if it is a single checkpoint.
 
     Raises:
         UserError: it is not something that a run can resume from.

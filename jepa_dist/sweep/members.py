@@ -106,7 +106,7 @@ class Member:
 
 
 class EvaluationPlan(BaseModel):
-    """What every finished member is evaluated on, besides its validation set."""
+    """Evaluations of every finished member, besides its validation set."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -163,7 +163,7 @@ class EvaluationPlan(BaseModel):
 
 
 def quantized_inputs(bits: Iterable[int], settings: QuantizationConfig) -> dict[str, str]:
-    """Return the entries of ``Evaluation.inputs`` of quantizations to so many bits."""
+    """Return the entries of ``Evaluation.inputs`` of quantizations to these numbers of bits."""
     return {quantized_name(each): quantized_input(settings.with_bits(each)) for each in bits}
 
 
@@ -390,7 +390,7 @@ def _alike(resolved: Mapping[str, Settings]) -> Iterable[str]:
 
 
 def _effective(settings: Settings) -> Settings:
-    """Without what trains nothing."""
+    """Return the settings that affect training."""
     idle = (
         WATCHING
         + MEASURING

@@ -194,7 +194,7 @@ def _shifted_tail(t: float, shift: float, freedom: int) -> float:
 
 @cache
 def detectable_effect(pairs: int, level: float = LEVEL) -> float:
-    """Return the smallest effect, in standard deviations, that so many pairs detect in 80 %."""
+    """Return the smallest effect, in standard deviations, that this many pairs detect in 80 %."""
     low, high = 0.0, 1.0
     while power(high, pairs, level) < POWER:
         high *= 2

@@ -101,7 +101,7 @@ class Slot:
 
 
 def output_of(member: Member) -> Path:
-    """The file with the output of a member that is trained beside others."""
+    """Return the output file of a member that is trained concurrently with others."""
     return member.run_dir.with_name(f"{member.run_dir.name}.out")
 
 
@@ -167,7 +167,7 @@ def check_command(member: Member) -> list[str]:
 
 
 def train_command(member: Member, ranks: int, jobs: int) -> list[str]:
-    """Return the command that trains a member, beside ``jobs - 1`` others."""
+    """Return the command that trains a member, concurrently with ``jobs - 1`` others."""
     share = max(1, (os.cpu_count() or 1) // (ranks * jobs))
     return [
         *("env", f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS') or share}"),
@@ -262,7 +262,7 @@ def _needs_evaluation(member: Member, plan: EvaluationPlan) -> bool:
 
 
 def _num_ranks(jobs: int) -> int:
-    """Ranks of a member: ``NPROC_PER_NODE``, or this machine's GPUs shared out among the jobs."""
+    """Return the ranks of a member: ``NPROC_PER_NODE``, or this machine's GPUs per job."""
     given = os.environ.get("NPROC_PER_NODE")
     if given is None:
         import torch  # imported here because it is slow

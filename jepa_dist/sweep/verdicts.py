@@ -1,4 +1,4 @@
-"""What a sweep shows: a table of the arms, the evidence for each metric, and one verdict per arm.
+"""Conclusions of a sweep: a table of the arms, evidence for each metric, and a verdict per arm.
 
 An arm is *better* or *worse* than the control if the paired t-test says so at 5 %, after Holm's
 correction over the arms; *equivalent* if the sweep declares a margin for the metric and two
@@ -35,7 +35,7 @@ from jepa_dist.sweep.results import Results
 
 @dataclass(frozen=True)
 class Evidence:
-    """The paired differences of an arm in one metric, and what they show."""
+    """The paired differences of an arm in one metric, and their tests."""
 
     differences: tuple[float, ...]
     """At least one, by seed."""
@@ -45,7 +45,7 @@ class Evidence:
     corrected_p: float | None
     """After Holm's correction over the arms."""
     if_above: str = "worse"
-    """What an arm is if its values lie above the control's."""
+    """Word for an arm whose values are above the control's."""
     if_below: str = "better"
 
     @property
@@ -106,7 +106,7 @@ def evidence(results: Results, metric: str) -> dict[str, Evidence]:
 
 
 def _words(metric: str) -> tuple[str, str]:
-    """Return what values above and below the control's are."""
+    """Return the words for values above and below the control's."""
     if metric.startswith("states/"):
         return "higher", "lower"
     is_accuracy = metric.startswith(("task/", "linear_probe/"))

@@ -132,7 +132,7 @@ class Probe(Instrument):
 
 
 class Histograms(Instrument):
-    """Distributions of parameters and gradients every so many steps (0: never); for TensorBoard."""
+    """Histograms of parameters and gradients every ``every`` steps (0: never), for TensorBoard."""
 
     def __init__(self, named_parameters: Mapping[str, Tensor], every: int) -> None:
         self._named_parameters = named_parameters

@@ -25,7 +25,7 @@ from jepa_dist.training.warm_up import NoWarmUp, WarmUp
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """Result of a run."""
 
     step: int
     """Optimizer steps done."""

@@ -107,7 +107,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def kinds_of_work(plan: StepPlan) -> set[str]:
-    """Return the kinds of work of a step that have compiled graphs of their own."""
+    """Return the kinds of work of a step that have separate compiled graphs."""
     kinds = {"train"}
     if plan.is_objective_on:
         kinds.add("jepa")

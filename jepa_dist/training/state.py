@@ -42,7 +42,7 @@ class TrainState:
 
     @property
     def objective(self) -> Objective:
-        """The objective, which may hold parameters of its own."""
+        """The objective, which may have parameters."""
         return self.root.objective
 
     def tensors(self) -> dict[str, Tensor]:
