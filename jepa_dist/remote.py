@@ -47,8 +47,8 @@ class Remote:
         return "/".join((self.path.rstrip("/"), *names))
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Turn whatever a service's library raises into an error of one line.
+    def explaining_errors(self, what: str) -> Iterator[None]:
+        """Turn any error of a service's library into an error of one line.
 
         Raises:
             UserError: ``what`` failed.
@@ -123,7 +123,7 @@ def download(remote: Remote, path: str, target: Path, size: int | None = None) -
     with make_new(target) as file:
         pieces = remote.pieces(path)
         while True:
-            with remote.doing(f"cannot read {path}"):
+            with remote.explaining_errors(f"cannot read {path}"):
                 piece = next(pieces, b"")
             if not piece:
                 break

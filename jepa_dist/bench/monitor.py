@@ -117,11 +117,11 @@ class _Turns:
             if self._count > self._steps:
                 wall, processor = (b - a for a, b in zip(self._began, now, strict=True))
                 self.taken.append((wall / self._steps, processor / self._steps))
-            self._hand_over()
+            self._end_turn()
             self._began = (time.perf_counter(), time.process_time())
         self._count += 1
 
-    def _hand_over(self) -> None:
+    def _end_turn(self) -> None:
         assert self.next is not None
         self.go.clear()
         self.next.go.set()

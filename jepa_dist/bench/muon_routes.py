@@ -163,7 +163,7 @@ class Route:
     """Formula of the bytes sent per rank from S, shards and replicas, if there is one."""
 
 
-class EveryoneMuon(Muon):
+class AllGatherMuon(Muon):
     """Muon with which every rank gathers and orthogonalizes every matrix and keeps its rows."""
 
     def _make_plan(self, present: Sequence[bool]) -> Any:
@@ -207,15 +207,15 @@ class EveryoneMuon(Muon):
         return parameter
 
 
-def _ours(params: Named) -> torch.optim.Optimizer:
+def _owner_muon(params: Named) -> torch.optim.Optimizer:
     return Muon(params, _LR, _WEIGHT_DECAY, _SETTINGS)
 
 
-def _everyones(params: Named) -> torch.optim.Optimizer:
-    return EveryoneMuon(params, _LR, _WEIGHT_DECAY, _SETTINGS)
+def _all_gather_muon(params: Named) -> torch.optim.Optimizer:
+    return AllGatherMuon(params, _LR, _WEIGHT_DECAY, _SETTINGS)
 
 
-def _torchs(params: Named) -> torch.optim.Optimizer:
+def _torch_muon(params: Named) -> torch.optim.Optimizer:
     return torch.optim.Muon([p for _, p in params], lr=_LR, weight_decay=_WEIGHT_DECAY)
 
 
@@ -231,9 +231,9 @@ def _all_gather_bytes(size: float, shards: int, replicas: int) -> float:
 
 
 ROUTES = {
-    "owner": Route(_ours, _ours, _owner_bytes),
-    "all_gather": Route(_everyones, _ours, _all_gather_bytes),
-    "torch": Route(_torchs, _torchs, None),
+    "owner": Route(_owner_muon, _owner_muon, _owner_bytes),
+    "all_gather": Route(_all_gather_muon, _owner_muon, _all_gather_bytes),
+    "torch": Route(_torch_muon, _torch_muon, None),
 }
 
 

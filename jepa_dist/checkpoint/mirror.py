@@ -111,7 +111,7 @@ class Mirror(NoMirror):
 
     def _upload(self, opened: _Open) -> None:
         remote, name = self._remote, opened.path.name
-        with remote.doing(f"{name} was not uploaded"):
+        with remote.explaining_errors(f"{name} was not uploaded"):
             text = opened.files[MANIFEST].read()
             contents = json.loads(text)  # of this run's own manifest
             step = contents["step"]
@@ -126,7 +126,7 @@ class Mirror(NoMirror):
             remote.filesystem.pipe_file(manifest, text)
         self._healthy[step] = contents["healthy"]
         self._report(f"{remote.label}: {name} uploaded")
-        with remote.doing("an old copy was not deleted"):
+        with remote.explaining_errors("an old copy was not deleted"):
             steps = _steps(remote)
             later = {other for other in steps if other > step}  # before a roll-back
             health = {each: self._is_healthy(each, steps[each]) for each in steps.keys() - later}
@@ -201,7 +201,7 @@ def fetch_newest(url: str, folder: Path) -> list[str]:
     if folders.published(folder):
         return []
     remote = open_remote(url, _KEY)
-    with remote.doing("cannot be listed"):
+    with remote.explaining_errors("cannot be listed"):
         steps = _steps(remote)
     messages: list[str] = [] if steps else [f"{remote.label}: holds no checkpoint"]
     for step in sorted(steps, reverse=True):

@@ -44,7 +44,7 @@ def fetch_shards(pattern: str, key: str) -> tuple[Path, ...]:
         UserError: no match, it cannot be read, or the cache cannot be written.
     """
     remote = open_remote(pattern, key)
-    with remote.doing("cannot be listed"):
+    with remote.explaining_errors("cannot be listed"):
         found: Mapping[str, Any] = remote.filesystem.glob(remote.path, detail=True)
     files = {path: about for path, about in found.items() if about.get("type") == "file"}
     if not files:

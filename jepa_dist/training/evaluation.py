@@ -52,10 +52,10 @@ class Evaluation:
         self._set = {} if fingerprint is None else {"val/set": fingerprint}
 
     def run(self, plan: StepPlan, plans: PlanChannel) -> dict[str, Any]:
-        """Return the metrics of the evaluation that ``plan`` asks for. Collective.
+        """Return the metrics of the evaluation that ``plan`` requests. Collective.
 
-        Nothing is returned if the plan asks for none, or if a stop was asked for meanwhile, which
-        then goes into the next plan.
+        Empty if the plan requests none, or if a stop was requested meanwhile, which is then put
+        into the next plan.
         """
         if not plan.evaluate:
             return {}

@@ -92,7 +92,7 @@ class Trainer:
         self.warm_up = warm_up
 
     def run(self, publisher: Publisher = SILENT, profiler: Profiler = NO_PROFILER) -> Outcome:
-        """Train until the last step, or until a stop is asked for. Collective.
+        """Train until the last step, or until a stop is requested. Collective.
 
         Raises:
             TrainingError: on every rank: the loss does not stay finite.
@@ -108,7 +108,7 @@ class Trainer:
             while True:
                 plan = self._next_plan(profiler)
                 self.step(plan)
-                self._take_in(plan)
+                self._process_arrived(plan)
                 validation = self.evaluation.run(plan, self.segment.plans)
                 self.instruments.compiles.after_step(plan)
                 garbage.after_step(plan.step, compiled_graphs())
@@ -136,9 +136,9 @@ class Trainer:
             self.segment.plans.request(plan.step + 1, finalize_save=self.saving.is_completed)
         return plan
 
-    def _take_in(self, plan: StepPlan) -> None:
+    def _process_arrived(self, plan: StepPlan) -> None:
         """Account for the steps whose numbers have arrived, ``plan``'s or earlier ones."""
-        self.segment.take_in_arrived()
+        self.segment.process_arrived()
         if plan.step == self.segment.progress.step:
             self.times.startup.done("first_step")
 

@@ -72,7 +72,7 @@ class Recovery:
         publisher.go_back(
             progress.step,
             f"{problem}: going back to step {progress.step}; samples {window.start} to "
-            f"{window.stop - 1} of the order will be passed over",
+            f"{window.stop - 1} of the order will be skipped",
         )
         following.start(self._times.clock)
         return following

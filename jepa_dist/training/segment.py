@@ -102,15 +102,15 @@ class Segment:
             self.ledger.spans_digest.update(plan.samples.astype("<i8").tobytes())
         self.reduction.submit(plan.step, sums, host_sums, digest, {"grad_norm": grad_norm})
 
-    def take_in_arrived(self) -> None:
+    def process_arrived(self) -> None:
         """Account for the steps whose numbers are on the host; does not wait."""
-        self._take_in(self.reduction.arrived())
+        self._process(self.reduction.arrived())
 
     def drain(self) -> None:
         """Account for all steps so far; waits for the device."""
-        self._take_in(self.reduction.drain())
+        self._process(self.reduction.drain())
 
-    def _take_in(self, reports: list[StepReport]) -> None:
+    def _process(self, reports: list[StepReport]) -> None:
         for report in reports:
             self.ledger.observe(report, self._samples_before(report.step))
             self.observer.observe(report)
