@@ -5,7 +5,7 @@
 #
 #   UV=EXE   the uv program, which resolves for all platforms (python -m pip install uv)
 #
-# The extras dev and lm-eval (some forty packages) are no part of it. Versions are those of
+# The extras dev and lm-eval (some forty packages) are not included. Versions are those of
 # constraints.txt. Run it whenever constraints.txt or the dependencies in
 # pyproject.toml change; tests/test_release.py compares them.
 set -euo pipefail

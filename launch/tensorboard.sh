@@ -33,7 +33,7 @@ for argument; do
         --dry-run) dry_run=yes ;;
         -*) fail "$argument: unknown option; --help shows the usage" ;;
         *)
-            [[ -z $runs ]] || fail "$runs and $argument: give one folder, that holds both"
+            [[ -z $runs ]] || fail "$runs and $argument: give one folder that contains both"
             runs="$argument"
             ;;
     esac

@@ -23,7 +23,7 @@
 #   MAX_RUNNING=N   maximum number of members that run at the same time (default 4)
 #   NPROC_PER_NODE, MIN_NODES, VENV: see slurm/jepa_8node.sh
 #
-# Write SBATCH OPTIONS as --name=value. Each member is a job as of slurm/jepa_8node.sh: it is saved
+# Write SBATCH OPTIONS as --name=value. Each member is a job as in slurm/jepa_8node.sh: it is saved
 # and requeued before the time limit and when preempted, and resumes by itself. The same command,
 # run again, resumes the members that are not finished.
 set -euo pipefail

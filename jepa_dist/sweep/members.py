@@ -168,7 +168,7 @@ def quantized_inputs(bits: Iterable[int], settings: QuantizationConfig) -> dict[
 
 
 def _as_overrides(settings: QuantizationConfig) -> list[str]:
-    """Return the settings, but for the bits that are asked for, as KEY=VALUE."""
+    """Return the settings, except the evaluated bits, as KEY=VALUE."""
     values = settings.model_dump(exclude={"matrix_bits"})
     return [as_override(f"quantization.{key}", value) for key, value in values.items()]
 

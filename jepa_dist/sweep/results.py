@@ -45,13 +45,13 @@ class Results:
     diverged: dict[tuple[str, int], str] = field(default_factory=dict)
     """By arm and seed: the reason why the member diverged."""
     left_out: list[str] = field(default_factory=list)
-    """One line for each member that does not count, with the reason."""
+    """One line for each member that is not counted, with the reason."""
     notes: list[str] = field(default_factory=list)
-    """Messages about members that count, but whose settings are not fully known."""
+    """Messages about counted members whose settings are not fully known."""
     margins: Mapping[str, float] = field(default_factory=dict)
-    """By metric: differences within +- this are declared to be of no importance."""
+    """By metric: differences within +- this are declared to be negligible."""
     widths: Sequence[int] = ()
-    """Numbers of bits after quantization to which results are asked for."""
+    """Numbers of bits of the requested results after quantization."""
 
     @property
     def metric(self) -> str:
@@ -78,14 +78,14 @@ class Results:
 
     @property
     def quantized(self) -> list[str]:
-        """Names of the metrics after quantization that are asked for, two for each width: the loss,
+        """Names of the requested metrics after quantization, two for each width: the loss,
         and by how much it is larger than before."""
         names = map(quantized_name, self.widths)
         return [f"{name}/{end}" for name in names for end in (self.metric, "gap")]
 
     def _is_repeated(self, name: str) -> bool:
-        """Return whether an accuracy per byte is that by the sum in every member: choices of equal
-        length."""
+        """Return whether accuracy per byte and by the sum are equal in every member, since all
+        choices have the same length."""
         total = name.removesuffix("/per_byte")
         return name != total and all(
             record.get(name) == record.get(total) for record in self.records.values()
@@ -110,7 +110,7 @@ def read_results(
     Args:
         members: All members of the sweep.
         margins: The sweep's ``equivalence_margin``.
-        widths: Numbers of bits after quantization to which results are asked for.
+        widths: Numbers of bits of the requested results after quantization.
     """
     members = list(members)
     arms = list(dict.fromkeys(member.arm for member in members))
