@@ -287,7 +287,7 @@ class PlanChannel:
         return None if self._planner is None else self._planner.stop_reason
 
     def request(self, step: int, finalize_save: bool = False) -> None:
-        """Start the broadcast of the plan of ``step``; returns at once."""
+        """Start the broadcast of the plan of ``step``; return immediately."""
         if self._planner is not None:
             self._buffer = self._planner.plan(step, finalize_save).pack(self._shape)
         else:

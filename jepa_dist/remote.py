@@ -63,7 +63,7 @@ class Remote:
 
     def upload(self, source: IO[bytes], path: str) -> None:
         """Copy an open file to ``path``. In object stores it appears when complete, with ``file://``
-        at once."""
+        immediately."""
         with self.filesystem.open(path, "wb") as target:
             while piece := source.read(_PIECE_BYTES):
                 target.write(piece)

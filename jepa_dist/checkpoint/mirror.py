@@ -36,7 +36,7 @@ class NoMirror:
         return []
 
     def close(self, seconds: float) -> None:
-        """Return at once."""
+        """Return immediately."""
 
 
 class Mirror(NoMirror):

@@ -45,7 +45,7 @@ _BROKEN_LIBRARY = re.compile(
 # Messages of gcc and clang about a process of theirs.
 _KILLED_COMPILER = re.compile("Killed signal terminated program|unable to execute command: Killed")
 
-# Signals by which a compiler is ended from outside; by others it fails.
+# Signals that end a compiler from outside; others are failures of the compiler.
 _ENDS_COMPILER = {
     int(number): number
     for number in (
@@ -57,10 +57,10 @@ _ENDS_COMPILER = {
 # In the messages of gloo's errors, which have no separate class.
 _GLOO = "/gloo/transport/"
 
-# CPython's message where its own code, or an extension's, fails without an exception.
+# CPython's message if its own code, or an extension's, fails without an exception.
 _NO_EXCEPTION = "error return without exception set"
 
-# Limits of the system, by what is said when one is reached.
+# Limits of the system, by the message of the error when one is reached.
 _THREADS = "the limit of processes and threads (ulimit -u, or the container's), or of memory"
 _FILES = "the limit of open files (ulimit -n)"
 _MEMORY = "the limit of memory (ulimit -v, the container's or the host's)"

@@ -14,7 +14,7 @@ import gc
 class ScheduledCollection:
     """Garbage collection every ``every`` steps; automatic collection is disabled until closed.
 
-    If automatic collection is disabled already, e.g. by another one of these, it stays so.
+    If automatic collection was disabled before, e.g. by another instance, it stays disabled.
 
     Args:
         every: Steps between collections; 0 keeps Python's automatic collection.

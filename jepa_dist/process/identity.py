@@ -1,4 +1,4 @@
-"""Identify processes beyond their pid, which may be reused, or be another one's in a container."""
+"""Identify processes by more than their pid, which may be reused or repeated in a container."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def pid_namespace() -> str:
-    """Return what is equal for exactly the processes of one boot that see each other's pids.
+    """Return an id shared by exactly the processes of one boot that see each other's pids.
 
     Raises:
         OSError: not on Linux.

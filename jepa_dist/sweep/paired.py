@@ -1,8 +1,8 @@
-"""Statistics of paired differences: tests, power, equivalence, and a test that may be repeated.
+"""Statistics of paired differences: tests, power, equivalence, and a repeatable test.
 
 All tests are two-sided and exact under their assumptions: Student's t for normal differences, the
-sign-flip test for differences that are symmetric around zero. ``repeatable_p`` stays valid however
-often it is looked at, so seeds may be added until it decides.
+sign-flip test for differences that are symmetric around zero. ``repeatable_p`` is valid no matter
+how often it is computed, so seeds may be added until it decides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 LEVEL = 0.05
 POWER = 0.8
 MOST_PAIRS = 1000
-"""Up to this many pairs a missing power is searched for."""
+"""Maximum number of pairs in the search for the number that decides."""
 
 _MOST_FLIPPED = 40  # pairs of the exact sign-flip test: 2 * 2**20 sums
 _SIMPSON_POINTS = 2001
@@ -87,8 +87,8 @@ def paired_t_p(differences: Sequence[float]) -> float | None:
 def sign_flip_p(differences: Sequence[float]) -> float | None:
     """Return the exact p-value of the sign-flip test, None above 40 pairs or without one.
 
-    The share of all 2^n assignments of signs whose sum is at least as far from zero as the observed
-    one. Both halves of the pairs are enumerated and their sums counted against each other.
+    It is the share of all 2^n assignments of signs whose sum is at least as far from zero as the
+    observed one. The sums of both halves of the pairs are enumerated and compared.
     """
     count = len(differences)
     if not 0 < count <= _MOST_FLIPPED:
@@ -96,7 +96,7 @@ def sign_flip_p(differences: Sequence[float]) -> float | None:
     values = np.abs(np.asarray(differences, dtype=np.float64))
     left, right = _signed_sums(values[: count // 2]), np.sort(_signed_sums(values[count // 2 :]))
     limit = abs(math.fsum(differences))
-    limit -= 1e-9 * float(values.sum())  # sums that are equal but for rounding count
+    limit -= 1e-9 * float(values.sum())  # counts sums that only differ by rounding
     above = len(right) - np.searchsorted(right, limit - left, side="left")
     below = np.searchsorted(right, -limit - left, side="right")
     share = float(above.sum(dtype=np.float64) + below.sum(dtype=np.float64)) / 2.0**count

@@ -23,12 +23,12 @@ from jepa_dist.sweep.members import EvaluationPlan, Member
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 Work = Callable[[Member, "Slot"], str | None]
-"""Runs the commands of one member; returns None, or what went wrong."""
+"""Runs the commands of one member; returns None, or the problem."""
 
 
 @dataclass
 class Commands:
-    """The commands that run now, and the signal that asked to stop, if one has come."""
+    """The running commands, and the stop signal, if one was received."""
 
     stopped_by: int | None = None
     _running: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -81,13 +81,13 @@ class Commands:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one member at a time: where its commands run and what they may use."""
+    """Execution of one member at a time: its commands and the devices that they may use."""
 
     commands: Commands
     devices: str | None
     """Value of ``CUDA_VISIBLE_DEVICES``; None leaves it as it is."""
     is_alone: bool
-    """Whether there is no other slot: its commands then print to the terminal."""
+    """Whether it is the only slot: its commands then print to the terminal."""
 
     def run(self, member: Member, command: Sequence[str], **environ: str) -> int:
         """Run a command for a member, with these environment variables; return its exit code."""
