@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jepa_dist.data import documents
@@ -321,6 +321,8 @@ def test_a_huge_page_is_refused_before_it_is_read(
 
 
 @given(data=st.binary(max_size=60))
+@example(data=b"\x19\xf1" + b"\x80" * 9 + b"\x01")  # a list of 2^63 booleans
+@example(data=b"\x19\xf7" + b"\x80" * 9 + b"\x01")  # and of as many doubles
 def test_a_damaged_header_of_a_page_ends_the_search(data: bytes) -> None:
     assert len(list(page_sizes(io.BytesIO(data), 0, len(data)))) <= len(data)
 

@@ -77,6 +77,9 @@ class _Header:
         elif kind in (_BYTE, _DOUBLE, _BINARY):
             length = {_BYTE: 1, _DOUBLE: 8}.get(kind) or self._unsigned()
             self.at += length
+            # A list may claim any number of elements; they end here at the latest.
+            if self.at > len(self._data):
+                raise IndexError
         else:
             raise IndexError
 
