@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,9 @@ from tests.patience import patience
 from tests.ranks import choose_imports_of_server
 
 torch.set_num_threads(1)
+# Milliseconds for one example; Hypothesis' own 200 are too few on a busy machine.
+hypothesis.settings.register_profile("tests", deadline=1000 * patience(2))
+hypothesis.settings.load_profile("tests")
 
 # Tests of SLURM mostly wait: their files start first.
 _SLURM_WEIGHT = 100
