@@ -31,7 +31,7 @@ def choose_imports_of_server() -> None:
     """
     torch_parts = ["torch.distributed.fsdp", "torch.distributed.tensor"]
     fork_context.set_forkserver_preload(
-        [*torch_parts, "jepa_dist.training.assemble", "hypothesis", "pytest"]
+        [*torch_parts, "jepa_dist.training.assemble", "hypothesis", "pytest", "tests.frozen"]
     )
 
 

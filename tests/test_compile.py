@@ -87,6 +87,7 @@ def test_no_recompiles_over_changing_spans_lambda_and_phases(corpus: Path) -> No
     assert [record["compile/graphs"] for record in records[:3]] == [5, 6, 6]
 
 
+@pytest.mark.slow
 def test_untied_loop_mlps_share_the_graph(corpus: Path) -> None:
     config = counted(corpus, model__untie_loop_mlps=True, jepa__lambda=0)
     records, graphs = run_ranks(count, 1, config)[0]

@@ -101,6 +101,7 @@ def test_bit_for_bit_at_the_same_world_size(corpus: Path, straight: dict[str, An
         assert torch.equal(rest["state"][name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_mixture_resumes_at_another_world_size(tmp_path: Path) -> None:
     """Before and after the mixture weights change (step 4), with a tokenizer.json."""
     pytest.importorskip("tokenizers")

@@ -163,6 +163,7 @@ def test_tensorboard_shows_the_same_numbers(alone: Finished, run_dir: Path) -> N
     assert "seed: 0" in str(board.Tensors("config/text_summary")[0].tensor_proto)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(alone: Finished, corpus: Path, run_dir: Path) -> None:
     other = corpus / "two"
     # Also through a switch in the environment, with the tiny recipe's own value.
@@ -442,7 +443,8 @@ def test_exception_on_one_rank(corpus: Path, tmp_path: Path) -> None:
     assert last - 1 <= status["step"] <= last
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank(corpus: Path, tmp_path: Path, rank: int) -> None:
     arguments = settings(corpus, run__dir=tmp_path / "run", train__steps=10**6, data__workers=1)
     with Command([*UNDER_TORCHRUN, *arguments]) as job:

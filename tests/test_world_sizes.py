@@ -23,6 +23,8 @@ from jepa_dist.training.step import Loss
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_corpus, write_text_mixture
 
+STEPS = 12  # through all phases
+
 
 class Recorder(Silent):
     """Keeps the records that a reporter would publish."""
@@ -51,7 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(corpus: Path) -> list[dict[str, Any]]:
-    return run_ranks(train, 1, tiny_config(corpus))[0]
+    return run_ranks(train, 1, tiny_config(corpus, train__steps=STEPS))[0]
 
 
 def assert_same_run(ours: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
@@ -66,15 +68,16 @@ def assert_same_run(ours: list[dict[str, Any]], reference: list[dict[str, Any]])
 
 def test_the_single_run_covers_all_phases_and_learns(single: list[dict[str, Any]]) -> None:
     assert {record["phase"] for record in single} == {0, 1, 2}
-    assert single[-1]["loss/ce"] < single[0]["loss/ce"] - 0.1
+    assert single[-1]["loss/ce"] < single[0]["loss/ce"] - 0.05
     assert all(record["loss/jepa"] is not None for record in single)
-    assert len({record["tokens_digest"] for record in single[:-1]}) == 20
+    assert len({record["tokens_digest"] for record in single[:-1]}) == STEPS
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_world_sizes_agree(world_size: int, corpus: Path, single) -> None:
     """6 sequences on 4 ranks do not divide: 1, 2, 1 and 2, in micro-batches of at most 2."""
-    assert_same_run(run_ranks(train, world_size, tiny_config(corpus))[0], single)
+    config = tiny_config(corpus, train__steps=STEPS)
+    assert_same_run(run_ranks(train, world_size, config)[0], single)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,8 @@ def test_world_sizes_agree(world_size: int, corpus: Path, single) -> None:
     ],
 )
 def test_layouts_agree(world_size: int, changes: dict[str, Any], corpus: Path, single) -> None:
-    assert_same_run(run_ranks(train, world_size, tiny_config(corpus, **changes))[0], single)
+    config = tiny_config(corpus, train__steps=STEPS, **changes)
+    assert_same_run(run_ranks(train, world_size, config)[0], single)
 
 
 def test_mixtures_agree(tmp_path: Path) -> None:
@@ -159,13 +163,13 @@ def test_muon_and_untied_parts_agree(objective: str, corpus: Path) -> None:
         "jepa__start_frac": 0.2,
         "jepa__ramp_frac": 0.4,
     }
-    config = tiny_config(corpus, **changes)
+    config = tiny_config(corpus, train__steps=STEPS, **changes)
     reference = run_ranks(train, 1, config)[0]
     assert reference[0]["loss/jepa"] is None
     assert reference[-1]["loss/jepa"] is not None
     assert_same_run(run_ranks(train, 3, config)[0], reference)
     replicas = {"parallel__dp_replicate": 2, "parallel__accumulate": "sharded", "batch__micro": 1}
-    config = tiny_config(corpus, **changes, **replicas)
+    config = tiny_config(corpus, train__steps=STEPS, **changes, **replicas)
     assert_same_run(run_ranks(train, 4, config)[0], reference)
 
 
