@@ -13,10 +13,10 @@ counted as in ``jepa_dist.bench.collectives``; the compute dtype is bfloat16, as
 The memory of a rank is estimated as: parameter, gradient and optimizer shards and the average
 (counted), plus gathered parameters (2P while they stay gathered, otherwise root, looped blocks and
 the two largest others), plus full gradients between micro-batches (4P), or those of the root and
-one block (4 bytes each), plus activations. Without checkpointing these are the
-tensors that autograd saves in every execution of a block and of the head (counted eagerly: the
-compiler saves less). With it, they are the input of every execution (2 x tokens x width bytes), the
-outputs that the mode saves (counted), and what autograd saves in one block or in the head.
+one block (4 bytes each), plus activations. Without checkpointing these are the tensors that
+autograd saves in every execution of a block and of the head (counted eagerly: the compiler saves
+less). With it, they are the input of every execution (2 x tokens x width bytes), the outputs that
+the mode saves (counted), and what autograd saves in one block or in the head.
 Newton-Schulz runs when activations are freed and needs less. CUDA's context, NCCL's buffers and
 fragmentation add some GB.
 """
