@@ -87,6 +87,8 @@ def _worker(fn: Callable[..., Any], rank: int, world_size: int, folder: str, arg
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
+    # Of a crash: the native stacks on stderr, the Python stacks in a file for _raise_first_failure.
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
     crash = open(Path(folder) / f"{rank}.crash", "w")  # noqa: SIM115 - open until the process ends
     faulthandler.enable(crash)
     try:
