@@ -23,6 +23,8 @@ case "${1:-}" in
 esac
 
 bash launch/setup.sh dev
+# Else each of the hundred started ranks would compile the sources of this package again.
+unset PYTHONDONTWRITEBYTECODE
 # More workers than cores, because many tests wait: for SLURM, for restarts, for time limits. The
 # tests start as many ranks as there are cores, and more, so each process gets one thread.
 OMP_NUM_THREADS=1 exec "${VENV:-.venv}/bin/python" -m pytest \
