@@ -10,6 +10,7 @@ import torch
 
 from jepa_dist.bench.muon_routes import Measurement, Setup, measure
 from tests.commands import run_command
+from tests.forked import run_module
 from tests.ranks import run_ranks
 
 BENCH = (sys.executable, "-m", "jepa_dist.bench")
@@ -85,7 +86,7 @@ def test_command(tmp_path) -> None:
     ],
 )
 def test_user_errors_are_one_line_and_leave_no_files(arguments, problem) -> None:
-    finished = run_command(*BENCH, "muon", *arguments)
+    finished = run_module("jepa_dist.bench", "muon", *arguments)
     assert finished.code == 2
     assert problem in finished.output
     assert "Traceback" not in finished.output

@@ -18,6 +18,7 @@ from jepa_dist.training.assemble import build_trainer
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_corpus
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 SCALARS = 400  # bytes of the norm, the metrics and the plan's header, at most
 # Eight blocks, four of them run three times; sizes that two ranks divide.
@@ -49,7 +50,6 @@ def counted(config: Config) -> dict[str, Any]:
     return of_two[0] | of_four[0]
 
 
-@pytest.mark.slow
 def test_every_setting_is_at_its_minimum(counted: dict[str, Any], config: Config) -> None:
     assert counted.keys() == settings(config).keys()
     for name, setting in settings(config).items():

@@ -30,7 +30,8 @@ from jepa_dist.bench.session import Measured, Session, Settings, Task
 from jepa_dist.bench.supervisor import Outcome, Supervisor, meet
 from jepa_dist.config import ParallelConfig
 from jepa_dist.parallel.world import start_world
-from tests.commands import TORCHRUN, Command, Finished, command_line_of, environment_of, run_command
+from tests.commands import TORCHRUN, Command, Finished, command_line_of, environment_of
+from tests.forked import run_module
 from tests.patience import patience
 from tests.ranks import run_ranks
 from tests.tiny import REPOSITORY
@@ -334,7 +335,7 @@ def test_a_rank_that_dies_under_torchrun_fails_only_its_part(tmp_path: Path) -> 
 
 def test_user_errors_are_reported() -> None:
     changes = ("--set", "parallel.dp_replicate=2", "--dir", "/does/not/exist", "--minutes", -1)
-    finished = run_command(sys.executable, *GPU, "--config", CONFIG, CONFIG, *changes)
+    finished = run_module("jepa_dist.bench", "gpu", "--config", CONFIG, CONFIG, *changes)
     assert finished.code == 2
     assert "Traceback" not in finished.output
     for problem in (

@@ -22,6 +22,7 @@ from jepa_dist.parallel.world import start_world
 from jepa_dist.plan import Planner, TrainingClock
 from jepa_dist.training.assemble import build_trainer
 from tests.commands import run_command
+from tests.forked import run_module
 from tests.ranks import run_ranks
 from tests.test_compile import CountingBackend
 from tests.tiny import tiny_config, write_corpus
@@ -202,7 +203,7 @@ def test_step_command(tmp_path: Path) -> None:
 
 
 def test_user_errors_are_reported(tmp_path: Path) -> None:
-    finished = run_command(*BENCH, "jepa", "--rounds", 0, timeout=300)
+    finished = run_module("jepa_dist.bench", "jepa", "--rounds", 0, timeout=300)
     assert finished.code == 2
     assert "--rounds and --steps must be at least 1" in finished.output
     assert "Traceback" not in finished.output

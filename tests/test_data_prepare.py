@@ -443,6 +443,7 @@ def test_an_interrupted_run_leaves_no_partial_output(tmp_path: Path, how: signal
     assert len(documents_of(out, "train")) + len(documents_of(out, "val")) == 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_killed_worker_is_one_error(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", texts(300_000))  # so many that it is not done soon

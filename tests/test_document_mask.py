@@ -163,6 +163,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_and_one_graph(corpus: Path) -> None:
     """Boundaries differ from batch to batch and recompile nothing."""
     config = masked(corpus, train__steps=8, eval__every=4)

@@ -286,6 +286,7 @@ def test_runs_are_those_of_full_logits(corpus: Path, world_size: int, tied: bool
     assert_same_run(records, run_ranks(train_with_full_logits, 1, config, timeout=240)[0])
 
 
+@pytest.mark.slow
 def test_graph_counts_are_those_of_full_logits(corpus: Path) -> None:
     config = large_head(corpus, parallel__compile=True, eval__every=1)
     records, graphs = run_ranks(count, 1, config, timeout=240)[0]

@@ -72,6 +72,7 @@ def test_the_slow_rank_is_named(corpus: Path, world_size: int) -> None:
     assert f"rank {SLOW_RANK} (host {compared[0]['straggler/host']})" in warnings[0][1]
 
 
+@pytest.mark.slow
 def test_waiting_for_a_slow_rank_is_communication(corpus: Path) -> None:
     config = tiny_config(corpus, train__steps=4, batch__micro=6, train__enable_looping_at=0)
     waited, worked = (

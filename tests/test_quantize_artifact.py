@@ -250,7 +250,7 @@ def test_what_float16_cannot_hold_is_refused() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("quantized")
-    write_corpus(folder)
+    write_corpus(folder, val_tokens=500)
     config = tiny_config(folder)
     save_export(Path(config.run.dir), 20, config, noisy_model(config))
     return config

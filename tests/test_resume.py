@@ -24,6 +24,9 @@ from tests.ranks import run_ranks
 from tests.test_world_sizes import Recorder, assert_same_run
 from tests.tiny import tiny_config, write_corpus, write_text_mixture
 
+STEPS = 12
+EVAL_EVERY = 5
+
 # Everything that has state: Muon, EMA, accumulation, recurrence phases, an objective with a head,
 # validation between.
 ALL = {
@@ -34,7 +37,8 @@ ALL = {
     "jepa__start_frac": 0.2,
     "jepa__ramp_frac": 0.5,
     "batch__micro": 1,
-    "eval__every": 6,
+    "train__steps": STEPS,
+    "eval__every": EVAL_EVERY,
 }
 
 
@@ -82,15 +86,15 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_bit_for_bit_at_the_same_world_size(corpus: Path, straight: dict[str, Any]) -> None:
-    first = run_ranks(train, 2, config(corpus, "parts", train__stop_at=9))[0]
-    assert [r["step"] for r in first["records"]][-1] == 9
+    first = run_ranks(train, 2, config(corpus, "parts", train__stop_at=6))[0]
+    assert [r["step"] for r in first["records"]][-1] == 6
     assert not first["records"][-1]["finished"]
     rest = run_ranks(train, 2, config(corpus, "parts"))[0]
-    assert rest["start"].step == 9
+    assert rest["start"].step == 6
     assert rest["records"][-1]["finished"]
     whole = first["records"][:-1] + rest["records"][:-1]
     expected = straight["records"][:-1]
-    assert [r["step"] for r in whole] == [r["step"] for r in expected] == list(range(1, 21))
+    assert [r["step"] for r in whole] == [r["step"] for r in expected] == list(range(1, STEPS + 1))
     same = ("loss/ce", "loss/jepa", "grad_norm", "val/loss", "tokens_digest", "phase", "lr/matrix")
     for ours, reference in zip(whole, expected, strict=True):
         for key in same:
@@ -118,7 +122,7 @@ def test_the_world_size_may_change_at_every_start(corpus: Path) -> None:
     span = {"jepa__objective": "span"}
     straight = run_ranks(train, 1, config(corpus, "straight", **span))[0]["records"]
     records: list[dict[str, Any]] = []
-    for world_size, stop_at in ((4, 5), (2, 9), (3, 15), (1, None)):
+    for world_size, stop_at in ((4, 3), (2, 6), (3, 9), (1, None)):
         changes = span | ({} if stop_at is None else {"train__stop_at": stop_at})
         part = run_ranks(train, world_size, config(corpus, "parts", **changes))[0]
         records += part["records"][:-1]
@@ -230,7 +234,7 @@ def test_a_stop_cancels_an_evaluation(corpus: Path, straight: dict[str, Any]) ->
     assert not summary["finished"]
     assert summary["saved"]
     assert "asked to stop" in summary["reason"]
-    assert summary["step"] <= 8  # the evaluation was that of step 6
+    assert summary["step"] <= EVAL_EVERY + 2
     assert all("val/loss" not in record for record in result["records"])
     rest = run_ranks(train, 2, config(corpus, "stopped"))[0]
     assert rest["records"][-1]["val/loss"] == straight["records"][-1]["val/loss"]
@@ -239,11 +243,11 @@ def test_a_stop_cancels_an_evaluation(corpus: Path, straight: dict[str, Any]) ->
 def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_start(
     corpus: Path, straight: dict[str, Any]
 ) -> None:
-    last = 20 // 6 + 1
+    last = STEPS // EVAL_EVERY + 1
     summary = run_ranks(stop_while_evaluating, 2, config(corpus, "stopped"), last)[0]["summary"]
-    assert (summary["step"], summary["finished"]) == (20, False)
+    assert (summary["step"], summary["finished"]) == (STEPS, False)
     rest = run_ranks(train, 2, config(corpus, "stopped"))[0]
-    assert rest["start"].step == 20
+    assert rest["start"].step == STEPS
     assert rest["records"][-1]["finished"]
     for key in ("val/loss", "val/ema_loss", "tokens_digest", "spans_digest"):
         assert rest["records"][-1][key] == straight["records"][-1][key], key

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def write_corpus(
-    folder: Path, train_tokens: int = 6000, val_tokens: int = 500, num_ids: int = 61
+    folder: Path, train_tokens: int = 6000, val_tokens: int = 260, num_ids: int = 61
 ) -> None:
     """Write shards of random ids below ``num_ids``, each close to the one before it."""
     generator = np.random.Generator(np.random.PCG64(0))
