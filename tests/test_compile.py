@@ -75,10 +75,10 @@ def counted(corpus: Path, **changes: Any) -> Config:
 
 @pytest.mark.slow
 def test_no_recompiles_over_changing_spans_lambda_and_phases(corpus: Path) -> None:
-    config = counted(corpus, batch__sequences=4, train__steps=50, jepa__ramp_frac=0.9)
+    config = counted(corpus, batch__sequences=4, train__steps=25, jepa__ramp_frac=0.9)
     records, graphs = run_ranks(count, 2, config)[0]
     assert {record["phase"] for record in records} == {0, 1, 2}
-    assert len({record["jepa/lambda"] for record in records}) > 40
+    assert len({record["jepa/lambda"] for record in records}) > 20
     # Embedding, two kinds of block, skip, head; all once more without gradient for validation;
     # and the JEPA loss.
     assert len(graphs) == records[-1]["compile/graphs"] == 2 * 5 + 1

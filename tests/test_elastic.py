@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ LOOPBACK = (
     *(TORCHRUN, "--rdzv-backend=loopback", "--nproc-per-node=2", "--max-restarts=3"),
     *("-m", "jepa_dist.train"),
 )
-STEPS = 40
+STEPS = 25
 
 
 def arguments(corpus: Path, name: str) -> list[str]:
@@ -40,17 +41,27 @@ def last_step(run_dir: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, train_tokens=20_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path) -> list[dict[str, Any]]:
+    config = load(None, arguments(corpus, "undisturbed")[1:], {}).config
+    return run_ranks(train, 2, config)[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("victim", "launcher"), [(0, LOOPBACK), (1, ELASTIC)])
 def test_a_killed_rank_costs_work_but_not_the_run(
-    tmp_path: Path, victim: int, launcher: tuple[str, ...]
+    corpus: Path, undisturbed: list[dict[str, Any]], victim: int, launcher: tuple[str, ...]
 ) -> None:
-    write_corpus(tmp_path, train_tokens=20_000)
-    config = load(None, arguments(tmp_path, "undisturbed")[1:], {}).config
-    undisturbed = run_ranks(train, 2, config)[0]
-    run_dir = tmp_path / "disturbed"
-    with Command([*launcher, *arguments(tmp_path, "disturbed")]) as job:
-        job.wait_for(lambda: last_step(run_dir) >= 12, 60)
+    run_dir = corpus / f"disturbed_{victim}"
+    with Command([*launcher, *arguments(corpus, run_dir.name)]) as job:
+        job.wait_for(lambda: last_step(run_dir) >= 8, 60)
         job.rank(victim).kill()
         finished: Finished = job.wait(120)
     assert finished.code == 0, finished.output

@@ -143,30 +143,6 @@ def test_time_limit(checkout: Checkout) -> None:
     assert world_sizes(run_dir) == [2] * (restarts + 1)
 
 
-def test_requeue_by_hand_and_a_stop_by_hand(checkout: Checkout) -> None:
-    job = checkout.submit(
-        *checkout.settings(train__steps=ENDLESS, checkpoint__every=0),
-        options=("--nodes=2",),
-        **IDLE,
-    )
-    run_dir = checkout.run_dir(job)
-    job.wait_for(lambda: last_step(run_dir) >= 5, PATIENCE, "step 5")
-    checkout.cluster.run("scontrol", "requeue", job.id)
-    job.wait_for(lambda: len(world_sizes(run_dir)) == 2, PATIENCE, "the second start")
-    ((resumed,),) = [stops_and_starts(job)[1]]
-    assert resumed >= 5
-    job.wait_for(lambda: last_step(run_dir) >= resumed + 5, PATIENCE, "new steps")
-    checkout.cluster.run("scancel", "--signal=USR1", job.id)
-    assert job.wait(PATIENCE) == "COMPLETED", job.output()
-    steps = [record["step"] for record in json_lines(run_dir / "metrics.jsonl")]
-    assert steps == list(range(1, steps[-1] + 1))
-    assert f"stopped after step {steps[-1]} (" in job.output()
-    assert (
-        f"sbatch --nodes=2 slurm/jepa_8node.sh {checkout.corpus}/tiny.yaml run.dir=runs/tiny-"
-        in (job.output())
-    )
-
-
 def test_preemption(checkout: Checkout) -> None:
     job = checkout.submit(
         *checkout.settings(train__steps=ENDLESS, train__max_wallclock_seconds=25),
@@ -228,10 +204,12 @@ def test_a_dead_node(checkout: Checkout, cluster: Cluster) -> None:
     stop(job)
 
 
-def test_a_drained_node(checkout: Checkout, cluster: Cluster) -> None:
-    """It continues until the job is requeued, which then gets another node."""
+def test_a_drained_node_a_requeue_by_hand_and_a_stop_by_hand(
+    checkout: Checkout, cluster: Cluster
+) -> None:
+    """The job continues on a draining node until it is requeued, and then gets another one."""
     job = checkout.submit(
-        *checkout.settings(train__steps=ENDLESS),
+        *checkout.settings(train__steps=ENDLESS, checkpoint__every=0),
         options=("--nodes=2", "--exclude=n[4-8]"),
         **IDLE,
     )
@@ -248,6 +226,11 @@ def test_a_drained_node(checkout: Checkout, cluster: Cluster) -> None:
     _, resumed = stops_and_starts(job)
     assert resumed == [json_lines(run_dir / "starts.jsonl")[1]["step"]]
     assert resumed[0] >= step + 5
+    steps = [record["step"] for record in json_lines(run_dir / "metrics.jsonl")]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert f"stopped after step {steps[-1]} (" in job.output()
+    command = f"sbatch --nodes=2 slurm/jepa_8node.sh {checkout.corpus}/tiny.yaml"
+    assert f"{command} run.dir=runs/tiny-" in job.output()
 
 
 # ---------------------------------------------------------------------------- user errors
