@@ -175,7 +175,7 @@ class Supervisor:
         fail = next((e for e in found if e["kind"] == "fail"), None)
         if fail is None and code:
             how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-            fail = {"time": time.time(), "reason": f"the process died with {how}"}
+            fail = {"time": time.time(), "reason": f"the process died with {how}", "died": True}
         ending = {"rank": self._rank, "fail": fail, "log": _tail(log) if fail else []}
         self._store.set(self._key(f"ended/{self._rank}"), json.dumps(ending))
         if self._rank != 0:
@@ -205,7 +205,8 @@ class Supervisor:
             return [Outcome(task, "left out", reason=NO_TIME) for task in tasks]
         fails = [e for e in endings if e["fail"] is not None]
         if not reason and fails:
-            first = min(fails, key=lambda ending: ending["fail"]["time"])
+            # A process that dies without an exception makes its peers' collectives raise.
+            first = min(fails, key=lambda e: (not e["fail"].get("died"), e["fail"]["time"]))
             where = f"rank {first['rank']}: " if self._ranks > 1 else ""
             reason, log = where + first["fail"]["reason"], first["log"]
         begun = [e for e in events if e["kind"] == "begin"]

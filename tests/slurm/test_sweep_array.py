@@ -82,7 +82,8 @@ def test_all_members_complete_though_some_are_killed(checkout: Checkout, sweep: 
     lost.wait_for(lambda: lost.state() != "RUNNING", PATIENCE, "the death of the node, noticed")
     cluster.start_node(node)
 
-    assert [job.wait(2 * PATIENCE) for job in (lost, last)] == ["COMPLETED"] * 2
+    for job in (lost, last):
+        assert job.wait(2 * PATIENCE) == "COMPLETED", job.output()
     assert cancelled.wait(PATIENCE) == "CANCELLED"
     assert [is_done(member) for member in members] == [True, False, True]
     assert int(lost.field("Restarts")) == 1
@@ -91,7 +92,8 @@ def test_all_members_complete_though_some_are_killed(checkout: Checkout, sweep: 
 
     array = single(checkout, "--array=0,1", "slurm/jepa_sweep.sh", sweep)
     done, again = (Job(cluster, f"{array.id}_{index}") for index in (0, 1))
-    assert [job.wait(2 * PATIENCE) for job in (done, again)] == ["COMPLETED"] * 2
+    for job in (done, again):
+        assert job.wait(2 * PATIENCE) == "COMPLETED", job.output()
     assert f"finished already, after step {STEPS}; nothing to do" in done.output()
     assert "resuming from" in again.output()
 
