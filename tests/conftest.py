@@ -9,8 +9,8 @@ import hypothesis
 import pytest
 import torch
 
-from tests.patience import patience
-from tests.ranks import choose_imports_of_server
+from tests.support.patience import patience
+from tests.support.ranks import choose_imports_of_server
 
 torch.set_num_threads(1)
 # Milliseconds for one example; Hypothesis' own 200 are too few on a busy machine.

@@ -18,7 +18,7 @@ from jepa_dist.config import ModelConfig, ParallelConfig
 from jepa_dist.errors import UserError
 from jepa_dist.model.layers import causal_attention
 from jepa_dist.parallel.attention import bind_attention
-from tests.commands import run_command
+from tests.support.commands import run_command
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(num_heads=4, num_kv_heads=2, model_dim=64, seq_len=32)

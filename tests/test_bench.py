@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from jepa_dist.bench.muon_routes import Measurement, Setup, measure
-from tests.commands import run_command
-from tests.forked import run_module
-from tests.ranks import run_ranks
+from tests.support.commands import run_command
+from tests.support.forked import run_module
+from tests.support.ranks import run_ranks
 
 BENCH = (sys.executable, "-m", "jepa_dist.bench")
 ROUNDS = 2

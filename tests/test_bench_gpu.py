@@ -30,11 +30,11 @@ from jepa_dist.bench.session import Measured, Session, Settings, Task
 from jepa_dist.bench.supervisor import Outcome, Supervisor, meet
 from jepa_dist.config import ParallelConfig
 from jepa_dist.parallel.world import start_world
-from tests.commands import TORCHRUN, Command, Finished, command_line_of, environment_of
-from tests.forked import run_module
-from tests.patience import patience
-from tests.ranks import run_ranks
-from tests.tiny import REPOSITORY
+from tests.support.commands import TORCHRUN, Command, Finished, command_line_of, environment_of
+from tests.support.forked import run_module
+from tests.support.patience import patience
+from tests.support.ranks import run_ranks
+from tests.support.tiny import REPOSITORY
 
 CPU = torch.device("cpu")
 GPU = ("-m", "jepa_dist.bench", "gpu")

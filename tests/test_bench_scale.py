@@ -13,7 +13,7 @@ from jepa_dist.bench.comm import minimum
 from jepa_dist.bench.scale import simulated_config
 from jepa_dist.config import load
 from jepa_dist.model.execution import LAST_PHASE
-from tests.commands import run_command
+from tests.support.commands import run_command
 
 BENCH = (sys.executable, "-m", "jepa_dist.bench")
 TINY = """

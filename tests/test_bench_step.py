@@ -21,11 +21,11 @@ from jepa_dist.config import Config
 from jepa_dist.parallel.world import start_world
 from jepa_dist.plan import Planner, TrainingClock
 from jepa_dist.training.assemble import build_trainer
-from tests.commands import run_command
-from tests.forked import run_module
-from tests.ranks import run_ranks
-from tests.test_compile import CountingBackend
-from tests.tiny import tiny_config, write_corpus
+from tests.support.commands import run_command
+from tests.support.forked import run_module
+from tests.support.graphs import CountingBackend
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config, write_corpus
 
 BENCH = (sys.executable, "-m", "jepa_dist.bench")
 CPU = torch.device("cpu")

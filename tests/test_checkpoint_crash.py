@@ -22,9 +22,9 @@ from jepa_dist.checkpoint import folder as folders
 from jepa_dist.checkpoint import shard_file as shards
 from jepa_dist.errors import SharedError, UserError
 from jepa_dist.parallel.world import World
-from tests.patience import patience
-from tests.ranks import run_ranks
-from tests.test_checkpoint_roundtrip import load_newest, make_state, save_steps, start
+from tests.support.checkpoints import load_newest, make_state, save_steps, start
+from tests.support.patience import patience
+from tests.support.ranks import run_ranks
 
 
 def die(*args: Any, **kwargs: Any) -> Any:

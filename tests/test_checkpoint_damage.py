@@ -19,9 +19,9 @@ from jepa_dist.checkpoint import find_resumable, load, verify
 from jepa_dist.checkpoint.folder import published
 from jepa_dist.checkpoint.manifest import FileEntry, Manifest, digest_of, fingerprint, read_manifest
 from jepa_dist.errors import UserError
-from tests.patience import patience
-from tests.ranks import run_ranks
-from tests.test_checkpoint_roundtrip import local, make_state, save_steps, start
+from tests.support.checkpoints import local, make_state, save_steps, start
+from tests.support.patience import patience
+from tests.support.ranks import run_ranks
 
 SHARD = "shard_00001.safetensors"
 

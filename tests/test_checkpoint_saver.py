@@ -29,14 +29,8 @@ from jepa_dist.checkpoint.retention import superseded_steps
 from jepa_dist.config import ParallelConfig
 from jepa_dist.errors import SharedError
 from jepa_dist.parallel.world import start_world, stop_world
-from tests.ranks import run_ranks
-from tests.test_checkpoint_roundtrip import (
-    load_newest,
-    local,
-    make_state,
-    save_steps,
-    start,
-)
+from tests.support.checkpoints import load_newest, local, make_state, save_steps, start
+from tests.support.ranks import run_ranks
 
 
 @contextmanager

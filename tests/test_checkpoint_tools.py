@@ -18,8 +18,8 @@ from jepa_dist.config import Config, to_dict
 from jepa_dist.interop.safetensors_io import check_tensors, read_description, read_state
 from jepa_dist.model.gpt import GPT
 from jepa_dist.parallel.world import World, start_world
-from tests.ranks import run_ranks
-from tests.tiny import tiny_config
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config
 
 
 def run_config(folder: str) -> Config:

@@ -17,8 +17,8 @@ from jepa_dist.config import load
 from jepa_dist.errors import UserError
 from jepa_dist.shipped import find_config, find_sweep
 from jepa_dist.sweep.members import read_sweep
-from tests.patience import patience
-from tests.tiny import REPOSITORY
+from tests.support.patience import patience
+from tests.support.tiny import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
 

@@ -19,7 +19,7 @@ from jepa_dist.errors import UserError
 from jepa_dist.interop.parameter_golf import main as parameter_golf
 from jepa_dist.process.failure import exit_on_host_error, exit_on_rank_error, exit_on_user_error
 from jepa_dist.report.__main__ import main as report
-from tests.patience import patience
+from tests.support.patience import patience
 
 
 def overflow() -> None:

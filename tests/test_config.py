@@ -22,8 +22,8 @@ from jepa_dist.config import (
     to_yaml,
 )
 from jepa_dist.errors import UserError
-from tests.patience import patience
-from tests.tiny import REPOSITORY, tiny_config
+from tests.support.patience import patience
+from tests.support.tiny import REPOSITORY, tiny_config
 
 
 def problems(

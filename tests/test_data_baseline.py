@@ -17,7 +17,7 @@ from jepa_dist.errors import UserError
 from jepa_dist.evaluate.validation import Validation
 from jepa_dist.training import baselines
 from jepa_dist.training.baselines import Baselines
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 
 def test_equals_a_count_with_dictionaries(tmp_path: Path) -> None:

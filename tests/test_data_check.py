@@ -14,7 +14,7 @@ from jepa_dist.data.check import check_data
 from jepa_dist.data.meta import read_meta
 from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
-from tests.patience import patience
+from tests.support.patience import patience
 
 
 def config(folder: Path, seq_len: int = 16, vocab_size: int = 257, **data: Any) -> Config:

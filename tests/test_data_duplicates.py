@@ -19,7 +19,7 @@ from jepa_dist.data.duplicates import Duplicates
 from jepa_dist.data.meta import META_NAME, read_meta
 from jepa_dist.data.prepare import main
 from jepa_dist.errors import UserError
-from tests.test_data_prepare import documents_of, prepared
+from tests.support.prepared import documents_of, prepared
 
 RANDOM = random.Random(0)
 # Some longer than the pieces that long documents are cut into below.

@@ -25,8 +25,8 @@ from jepa_dist.data.meta import read_meta
 from jepa_dist.data.prepare import main
 from jepa_dist.data.shards import Shard, find_shards, read_count, write_shard
 from jepa_dist.errors import UserError
-from tests.limited_process import run_limited
-from tests.patience import patience
+from tests.support.limited_process import run_limited
+from tests.support.patience import patience
 
 HEADER = 1024
 

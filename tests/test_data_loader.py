@@ -21,12 +21,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tests.ranks  # noqa: F401 (its modules are to be in the fork server that both share)
+import tests.support.ranks  # noqa: F401 (its modules shall be in the fork server, which both share)
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader, make_batch
 from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
-from tests.patience import patience, wait_until
+from tests.support.marked import marked_processes
+from tests.support.patience import patience, wait_until
 
 SEQ_LEN = 8
 VOCAB = 1000
@@ -390,20 +391,6 @@ SCRIPT = """
     if sys.argv[2] == "wait":
         time.sleep(60)
 """
-
-
-def marked_processes(marker: str) -> list[int]:
-    """Processes that inherited an environment variable of this value."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                environ = (folder / "environ").read_bytes()
-            except OSError:
-                continue
-            if f"JEPA_TEST_MARK={marker}\0".encode() in environ:
-                found.append(int(folder.name))
-    return found
 
 
 def wait_until_gone(marker: str, seconds: float) -> None:

@@ -25,7 +25,7 @@ from jepa_dist.data.sources import (
     training_order,
 )
 from jepa_dist.errors import UserError
-from tests.tiny import mixture, tiny_config, write_mixture
+from tests.support.tiny import mixture, tiny_config, write_mixture
 
 weights = st.lists(st.floats(1e-3, 100), min_size=2, max_size=64)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -12,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,11 +23,10 @@ from jepa_dist.data.prepare import main
 from jepa_dist.data.record_files import TextOf
 from jepa_dist.data.shards import find_shards, read_shard
 from jepa_dist.data.tokenizer import load_tokenizer
-from tests.golden_cases import GOLDEN_DIR, Case, cases
-from tests.patience import patience, wait_until
-from tests.test_data_loader import marked_processes
-
-BOS = 256
+from tests.support.golden_cases import GOLDEN_DIR, Case, cases
+from tests.support.marked import marked_processes
+from tests.support.patience import patience, wait_until
+from tests.support.prepared import BOS, documents_of, prepared, tokens_of, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -37,30 +34,6 @@ def _sigterm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
-
-
-def tokens_of(out: Path, split: str) -> list[int]:
-    shards = find_shards(str(out / f"{split}_*.bin"), "test")
-    return np.concatenate([read_shard(path) for path in shards]).tolist()
-
-
-def documents_of(out: Path, split: str) -> list[bytes]:
-    """Return the texts of a prepared split, decoded from its tokens."""
-    text = tokens_of(out, split)
-    starts = [i for i, token in enumerate(text) if token == BOS]
-    assert starts[0] == 0
-    return [
-        bytes(text[start + 1 : stop])
-        for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)
-    ]
-
-
-def prepared(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
-
-
-def write_jsonl(path: Path, texts: list[str], field: str = "text") -> None:
-    path.write_text("".join(json.dumps({field: text, "n": 1}) + "\n" for text in texts))
 
 
 def texts(count: int, seed: int = 0) -> list[str]:

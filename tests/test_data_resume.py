@@ -16,7 +16,7 @@ from jepa_dist.data.journal import JOURNAL
 from jepa_dist.data.prepare import main
 from jepa_dist.data.prepared_output import ShardSet
 from jepa_dist.data.shuffle import ShuffledDocuments
-from tests.test_data_prepare import write_jsonl
+from tests.support.prepared import write_jsonl
 
 TEXTS = [f"document {n % 190} " + "word " * (n % 40) for n in range(200)]  # ten duplicates
 

@@ -14,7 +14,7 @@ from jepa_dist.data import documents, shuffle
 from jepa_dist.data.meta import read_meta
 from jepa_dist.data.prepare import main
 from jepa_dist.data.shuffle import ShuffledDocuments
-from tests.test_data_prepare import documents_of, prepared, write_jsonl
+from tests.support.prepared import documents_of, prepared, write_jsonl
 
 BOS = 256
 TEXTS = [f"document {n} " + "word " * (n % 40) for n in range(300)]

@@ -17,7 +17,7 @@ from jepa_dist.data.prepare import main
 from jepa_dist.data.shards import find_shards, read_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
-from tests.golden_cases import GOLDEN_DIR, Case, cases
+from tests.support.golden_cases import GOLDEN_DIR, Case, cases
 
 GOLDEN = cases("bpb")
 MODEL = next(iter(sorted(GOLDEN_DIR.glob("*.model"))), None)

@@ -1,5 +1,7 @@
-"""The real vocabularies of Llama 3 and Qwen (``tests.vocabularies``), as tiktoken files and as
-tokenizer.json."""
+"""The real vocabularies of Llama 3 and Qwen, as tiktoken files and as tokenizer.json.
+
+``tests.support.vocabularies`` fetches them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from jepa_dist.data.tokenizer import Tokenizer, load_tokenizer
 
 _FOLDER = os.environ.get("TEST_VOCABULARIES", "")
 pytestmark = pytest.mark.skipif(
-    not _FOLDER, reason="needs TEST_VOCABULARIES (python -m tests.vocabularies FOLDER)"
+    not _FOLDER, reason="needs TEST_VOCABULARIES (python -m tests.support.vocabularies FOLDER)"
 )
 pytest.importorskip("tiktoken")
 convert = pytest.importorskip("transformers.convert_slow_tokenizer")

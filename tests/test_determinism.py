@@ -11,9 +11,9 @@ import torch
 from jepa_dist.config import Config
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
-from tests.ranks import run_ranks
-from tests.test_world_sizes import Recorder
-from tests.tiny import tiny_config, write_corpus
+from tests.support.ranks import run_ranks
+from tests.support.runs import Recorder
+from tests.support.tiny import tiny_config, write_corpus
 
 
 def train(rank: int, world_size: int, config: Config) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from jepa_dist.doctor.findings import Report, findings, table
 from jepa_dist.doctor.probes import allreduce_gbps, check_files, clock_offset, ring_gbps
 from jepa_dist.doctor.topology import interface_to, obstacles
 from jepa_dist.parallel.world import World, start_world
-from tests.commands import TORCHRUN, Finished, run_command
-from tests.forked import run_module
-from tests.patience import patience
-from tests.ranks import run_ranks
 from tests.slurm.cluster import Cluster, missing_programs
-from tests.tiny import REPOSITORY
+from tests.support.commands import TORCHRUN, Finished, run_command
+from tests.support.forked import run_module
+from tests.support.patience import patience
+from tests.support.ranks import run_ranks
+from tests.support.tiny import REPOSITORY
 
 DOCTOR = REPOSITORY / "launch/doctor.py"
 

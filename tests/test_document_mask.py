@@ -22,11 +22,11 @@ from jepa_dist.model.cache import KVCache
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.layers import causal_attention
 from jepa_dist.parallel.attention import bind_attention
-from tests.ranks import run_ranks
-from tests.test_compile import count
-from tests.test_world_sizes import assert_same_run, train
-from tests.tiny import tiny_config, tiny_overrides
-from tests.trained_run import PHASE, noisy_model, save_checkpoint
+from tests.support.graphs import count
+from tests.support.ranks import run_ranks
+from tests.support.runs import assert_same_run, train
+from tests.support.tiny import tiny_config, tiny_overrides
+from tests.support.trained_run import PHASE, noisy_model, save_checkpoint
 
 BOS = 7
 CPU = torch.device("cpu")

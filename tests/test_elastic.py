@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import pytest
 
 from jepa_dist.config import load
-from tests.commands import Command, Finished
-from tests.ranks import run_ranks
-from tests.test_train_command import records, settings
-from tests.test_world_sizes import train
-from tests.tiny import write_corpus
+from tests.support.commands import Command, Finished
+from tests.support.ranks import run_ranks
+from tests.support.runs import train
+from tests.support.tiny import write_corpus
+from tests.support.train_command import last_step, records, settings
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 ELASTIC = (
@@ -33,12 +32,6 @@ STEPS = 25
 def arguments(corpus: Path, name: str) -> list[str]:
     changes = {"run__dir": corpus / name, "train__steps": STEPS, "checkpoint__every": 5}
     return settings(corpus, **changes)
-
-
-def last_step(run_dir: Path) -> int:
-    metrics = run_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
 
 
 @pytest.fixture(scope="module")

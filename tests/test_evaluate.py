@@ -28,11 +28,11 @@ from jepa_dist.interop.safetensors_io import Description, write_export
 from jepa_dist.model.gpt import Output
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
-from tests.commands import Finished, run_command
-from tests.forked import run_module
-from tests.golden_cases import GOLDEN_DIR, Case, cases
-from tests.ranks import run_ranks
-from tests.tiny import tiny_config, write_corpus
+from tests.support.commands import Finished, run_command
+from tests.support.forked import run_module
+from tests.support.golden_cases import GOLDEN_DIR, Case, cases
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config, write_corpus
 
 EAGER = ParallelConfig(compile=False)
 

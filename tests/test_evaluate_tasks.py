@@ -32,9 +32,9 @@ from jepa_dist.evaluate.weights import find_weights, load_model
 from jepa_dist.inference.trained import TrainedModel
 from jepa_dist.monitor.evaluation_file import read_evaluation
 from jepa_dist.parallel.world import start_world
-from tests.ranks import run_ranks
-from tests.tiny import REPOSITORY, tiny_config
-from tests.trained_run import noisy_model, save_export
+from tests.support.ranks import run_ranks
+from tests.support.tiny import REPOSITORY, tiny_config
+from tests.support.trained_run import noisy_model, save_export
 
 BYTES = load_tokenizer("bytes")
 SEQ_LEN = 24

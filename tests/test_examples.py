@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import REPOSITORY, tiny_config
-from tests.trained_run import noisy_model, save_export
+from tests.support.tiny import REPOSITORY, tiny_config
+from tests.support.trained_run import noisy_model, save_export
 
 
 def test_the_notebook_that_uses_a_run(

@@ -15,8 +15,8 @@ from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
-from tests.ranks import run_ranks
-from tests.tiny import tiny_config, write_corpus
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config, write_corpus
 
 BYTES = load_tokenizer("bytes")
 CPU = torch.device("cpu")

@@ -39,9 +39,9 @@ from jepa_dist.plan import StepPlan
 from jepa_dist.process.signals import STOP_SIGNALS
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.loop import Trainer
-from tests.patience import patience
-from tests.test_world_sizes import Recorder
-from tests.tiny import tiny_config, write_corpus
+from tests.support.patience import patience
+from tests.support.runs import Recorder
+from tests.support.tiny import tiny_config, write_corpus
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -251,7 +251,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     }
 
 
-def train_with_checkpoints(
+def train_resumable(
     config: Config, resume: Path | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, Tensor]]:
     """Records, and the state before the first step and after the last."""
@@ -274,17 +274,13 @@ def train_with_checkpoints(
 def test_a_resumed_run_begins_exactly_where_it_stopped(corpus: Path, tmp_path: Path) -> None:
     """Restored state is exact; later steps as far as kernels are deterministic."""
     recipe = {"optim__matrix": "muon", "optim__ema_decay": 0.9, "eval__every": 6}
-    straight, *_ = train_with_checkpoints(
-        tiny_config(corpus, run__dir=tmp_path / "straight", **recipe)
-    )
+    straight, *_ = train_resumable(tiny_config(corpus, run__dir=tmp_path / "straight", **recipe))
     parts = tmp_path / "parts"
-    first, _, saved = train_with_checkpoints(
+    first, _, saved = train_resumable(
         tiny_config(corpus, run__dir=parts, train__stop_at=9, **recipe)
     )
     (checkpoint,) = published(parts / "checkpoints").values()
-    rest, restored, _ = train_with_checkpoints(
-        tiny_config(corpus, run__dir=parts, **recipe), checkpoint
-    )
+    rest, restored, _ = train_resumable(tiny_config(corpus, run__dir=parts, **recipe), checkpoint)
     assert restored.keys() == saved.keys()
     assert [name for name in saved if not torch.equal(restored[name], saved[name])] == []
     both = [*first, *rest]

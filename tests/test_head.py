@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jepa_dist.config import Config
 from jepa_dist.model import head
 from jepa_dist.model.head import HeadRegion, Rows, chunked_loss_sum, loss_sum, num_chunks
-from tests.ranks import run_ranks
-from tests.test_compile import CountingBackend, count
-from tests.test_world_sizes import assert_same_run, train
-from tests.tiny import tiny_config, write_corpus
+from tests.support.graphs import CountingBackend, count
+from tests.support.ranks import run_ranks
+from tests.support.runs import assert_same_run, train
+from tests.support.tiny import tiny_config, write_corpus
 
 VOCAB, WIDTH, ROWS = 1031, 24, 250
 CAP = 15.0

@@ -18,9 +18,9 @@ from jepa_dist.run.progress import progress_of
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.listeners import SILENT
 from jepa_dist.training.loop import Trainer
-from tests.ranks import run_ranks
-from tests.test_resume import ALL, Recorder
-from tests.tiny import tiny_config, write_corpus
+from tests.support.ranks import run_ranks
+from tests.support.runs import STATEFUL, Recorder
+from tests.support.tiny import tiny_config, write_corpus
 
 STEPS = 16
 RUN = {"train__steps": STEPS, "checkpoint__every": 4, "eval__every": 0}
@@ -91,7 +91,7 @@ def _sum(tensor: torch.Tensor) -> float:
 
 def config(folder: Path, **changes: Any) -> Config:
     write_corpus(folder)
-    return tiny_config(folder, **{**ALL, **RUN, **changes})
+    return tiny_config(folder, **{**STATEFUL, **RUN, **changes})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -33,7 +33,7 @@ from jepa_dist.report.runs import read_runs
 from jepa_dist.run.progress import Progress, RunState
 from jepa_dist.start.resume import differences
 from jepa_dist.training.records import KindOfStep, losses, mean_flops
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 # ---------------------------------------------------------------------------- goodput
 

@@ -25,7 +25,7 @@ from jepa_dist.start.resume import find_start
 from jepa_dist.sweep.members import Member
 from jepa_dist.sweep.results import read_results
 from jepa_dist.sweep.verdicts import describe
-from tests.crafted import (
+from tests.support.crafted import (
     CONTENTS,
     MANIFESTS,
     RUN_FILES,
@@ -34,8 +34,8 @@ from tests.crafted import (
     Spoil,
     make_checkpoint,
 )
-from tests.limits import Outcome, run_limited
-from tests.ranks import run_ranks
+from tests.support.limits import Outcome, run_limited
+from tests.support.ranks import run_ranks
 
 # Valid input of this size takes some ten milliseconds and megabytes; the machine may be busy.
 SECONDS, MEGABYTES = 20.0, 1000

@@ -30,9 +30,9 @@ from jepa_dist.interop import parameter_golf
 from jepa_dist.model.cache import KVCache
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.layers import Attention
-from tests.golden_cases import GOLDEN_DIR, Case, cases
-from tests.tiny import tiny_config
-from tests.trained_run import PHASE, noisy_model, save_checkpoint, save_export
+from tests.support.golden_cases import GOLDEN_DIR, Case, cases
+from tests.support.tiny import tiny_config
+from tests.support.trained_run import PHASE, noisy_model, save_checkpoint, save_export
 
 CPU = torch.device("cpu")
 BYTES = load_tokenizer("bytes")

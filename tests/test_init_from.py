@@ -18,9 +18,9 @@ from jepa_dist.inference.export import main as export_main
 from jepa_dist.interop.safetensors_io import gather
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
-from tests.ranks import run_ranks
-from tests.tiny import tiny_config, write_corpus
-from tests.trained_run import noisy_model, save_export
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config, write_corpus
+from tests.support.trained_run import noisy_model, save_export
 
 # A model that the challenge's script supports, and an EMA that begins at the initial weights.
 SETTINGS = {"optim__ema_decay": 0.9, "eval__sequences": 4}

@@ -29,9 +29,9 @@ from jepa_dist.interop.safetensors_io import (
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
 from jepa_dist.parallel.world import start_world
-from tests.golden_cases import Case, cases
-from tests.ranks import run_ranks
-from tests.tiny import tiny_config
+from tests.support.golden_cases import Case, cases
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config
 
 EAGER = ParallelConfig(compile=False)
 

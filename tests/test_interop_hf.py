@@ -34,9 +34,9 @@ from jepa_dist.interop.hf.modeling_jepa_gpt import JepaGPTConfig, JepaGPTForCaus
 from jepa_dist.interop.hf.tokenizer_files import tokenizer_files
 from jepa_dist.interop.safetensors_io import Description
 from jepa_dist.model.gpt import GPT
-from tests.golden_cases import GOLDEN_DIR, Case, cases
-from tests.tiny import tiny_config
-from tests.trained_run import PHASE, noisy_model, save_checkpoint, save_export
+from tests.support.golden_cases import GOLDEN_DIR, Case, cases
+from tests.support.tiny import tiny_config
+from tests.support.trained_run import PHASE, noisy_model, save_checkpoint, save_export
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 

@@ -14,7 +14,7 @@ from jepa_dist.checkpoint.manifest import read_manifest, verify
 from jepa_dist.checkpoint.shard_file import ShardFiles, assemble
 from jepa_dist.errors import UserError
 from jepa_dist.interop.tensor_file import DTYPES, TensorFile
-from tests.crafted import SHARDS, body_of, make_checkpoint, seal
+from tests.support.crafted import SHARDS, body_of, make_checkpoint, seal
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -22,10 +22,9 @@ from jepa_dist.objectives.span_loss import (
     span_loss,
 )
 from jepa_dist.objectives.spans import max_length, sample_spans
-from tests.golden_cases import Case, cases
-from tests.test_model_golden import assert_gradients_match
-
-SAMPLERS = ["start_then_length", "uniform"]
+from tests.support.golden_cases import Case, cases
+from tests.support.gradients import assert_gradients_match
+from tests.support.objective import SAMPLERS
 
 
 def mean_loss(h: Tensor, spans: Tensor, norm_floor: float = 0.0) -> Tensor:

@@ -13,11 +13,6 @@ import torch
 from torch import Tensor
 
 from jepa_dist.config import Config
-from jepa_dist.data.loader import TokenDataset
-from jepa_dist.data.order import sample_order
-from jepa_dist.data.shards import find_shards
-from jepa_dist.model.gpt import GPT, Output
-from jepa_dist.model.init import initial_value
 from jepa_dist.monitor.alarms import JepaAlarms
 from jepa_dist.monitor.images import cos_image
 from jepa_dist.objectives.diagnostics import (
@@ -32,10 +27,11 @@ from jepa_dist.objectives.span_loss import UNSTRUCTURED_LOSS, span_loss
 from jepa_dist.objectives.span_probe import SpanProbe
 from jepa_dist.objectives.spans import grid_spans, max_length
 from jepa_dist.plan import Planner, TrainingClock
-from tests.ranks import run_ranks
-from tests.test_compile import compiled, count
-from tests.test_world_sizes import train
-from tests.tiny import tiny_config, write_corpus
+from tests.support.graphs import compiled, count
+from tests.support.objective import first_forward
+from tests.support.ranks import run_ranks
+from tests.support.runs import train
+from tests.support.tiny import tiny_config, write_corpus
 
 ROWS, LENGTH, WIDTH = 32, 64, 128
 
@@ -231,18 +227,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
     return folder
-
-
-def first_forward(config: Config) -> Output:
-    """Run a plain model on the first global batch."""
-    values = {"config": config.model, "seed": config.seed, "device": torch.device("cpu")}
-    model = GPT(config.model)
-    for name, parameter in model.named_parameters():
-        parameter.data = initial_value(name, parameter.shape, **values)
-    data = TokenDataset(find_shards(config.data.train, ""), config.model.seq_len, 257)
-    sequences = config.batch.sequences
-    rows = torch.from_numpy(data.read(sample_order(0, sequences, len(data), config.seed)))
-    return model(rows[:, :-1], rows[:, 1:], torch.ones(sequences), taps=(config.jepa.layer,))
 
 
 def first_step_by_hand(config: Config) -> dict[str, float]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Command, Finished, run_command
-from tests.tiny import REPOSITORY, tiny_overrides
+from tests.support.commands import Command, Finished, run_command
+from tests.support.tiny import REPOSITORY, tiny_overrides
 
 PROJECT = """
 [build-system]

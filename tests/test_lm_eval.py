@@ -16,8 +16,8 @@ import yaml
 import jepa_dist
 from jepa_dist.inference import lm_eval_command
 from jepa_dist.inference.trained import TrainedModel
-from tests.tiny import tiny_config
-from tests.trained_run import noisy_model, save_export
+from tests.support.tiny import tiny_config
+from tests.support.trained_run import noisy_model, save_export
 
 WORDS = ("tide", "moon", "reef", "salt", "heron", "kelp", "gull", "wave")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from jepa_dist.interop import parameter_golf
 from jepa_dist.model.execution import execution_order
 from jepa_dist.model.gpt import GPT
-from tests.golden_cases import Case, cases
+from tests.support.golden_cases import Case, cases
+from tests.support.gradients import assert_gradients_match
 
 
 def build(case: Case) -> GPT:
@@ -23,16 +23,6 @@ def run(model: GPT, case: Case, tap: int):
     output = model(inputs, targets, torch.ones(len(inputs)), phase=phase, taps=(tap,))
     logits = model(inputs, phase=phase).logits_BTV
     return output.loss_sum / targets.numel(), logits, output.taps[0]
-
-
-def assert_gradients_match(model: GPT, expected: dict[str, Tensor]) -> None:
-    ours = {parameter_golf.to_reference_name(n): p.grad for n, p in model.named_parameters()}
-    assert ours.keys() == expected.keys()
-    for name, reference in expected.items():
-        gradient = torch.zeros_like(reference) if ours[name] is None else ours[name]
-        limit = max(2e-6, 1e-4 * reference.norm().item())
-        error = (gradient - reference).abs().max().item()
-        assert error <= limit, f"{name}: off by {error}"
 
 
 @pytest.mark.parametrize("case", cases("gpt"))

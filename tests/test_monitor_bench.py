@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run_command
+from tests.support.commands import run_command
 
 BENCH = (sys.executable, "-m", "jepa_dist.bench", "monitor")
 SMALL = ("parallel.compile=false", "batch.sequences=2", "batch.micro=2", "model.seq_len=32")

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing import event_file_loader
 from jepa_dist.monitor.events import Appendable
 from jepa_dist.monitor.run_dir import RunStatus, read_status, write_run_dir
 from jepa_dist.monitor.writer import MetricsWriter
-from tests.commands import TRAIN, Command
-from tests.tiny import tiny_overrides, write_corpus
+from tests.support.commands import TRAIN, Command
+from tests.support.tiny import tiny_overrides, write_corpus
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from jepa_dist.config import ProfileConfig, load
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.device_memory import explain_out_of_memory
 from jepa_dist.monitor.profiler import StepProfiler
-from tests.commands import TORCHRUN, TRAIN, run_command
-from tests.tiny import REPOSITORY, tiny_overrides, write_corpus
+from tests.support.commands import TORCHRUN, TRAIN, run_command
+from tests.support.tiny import REPOSITORY, tiny_overrides, write_corpus
 
 
 def profiled(folder: Path, config: ProfileConfig, steps: int, rank: int = 0) -> list[str]:

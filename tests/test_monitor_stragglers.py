@@ -15,9 +15,9 @@ from jepa_dist.monitor.stragglers import RankTimes, StragglerAlarm
 from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.listeners import SILENT
-from tests.ranks import run_ranks
-from tests.test_resume import Recorder
-from tests.tiny import tiny_config, write_corpus
+from tests.support.ranks import run_ranks
+from tests.support.runs import Recorder
+from tests.support.tiny import tiny_config, write_corpus
 
 SLOW_RANK = 1
 

@@ -24,9 +24,9 @@ from jepa_dist.monitor.environment import environment, git_state
 from jepa_dist.monitor.events import EventFile
 from jepa_dist.monitor.writer import MetricsWriter
 from jepa_dist.optim.update_ratio import UpdateRatio
-from tests.commands import run_command
-from tests.forked import run_module
-from tests.tiny import tiny_overrides, write_corpus
+from tests.support.commands import run_command
+from tests.support.forked import run_module
+from tests.support.tiny import tiny_overrides, write_corpus
 
 PATTERNS = [
     re.compile(tag) for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags

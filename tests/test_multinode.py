@@ -11,10 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import Command, Finished, environment_of, listening, run_command
-from tests.test_elastic import last_step
-from tests.test_train_command import settings
-from tests.tiny import REPOSITORY, write_corpus
+from tests.support.commands import Command, Finished, environment_of, listening, run_command
+from tests.support.tiny import REPOSITORY, write_corpus
+from tests.support.train_command import last_step, settings
 
 SCRIPT = REPOSITORY / "launch/multinode.sh"
 

@@ -24,8 +24,8 @@ from jepa_dist.optim.groups import group_parameters
 from jepa_dist.optim.muon import Muon, MuonSettings
 from jepa_dist.optim.schedule import jepa_weight
 from jepa_dist.plan import Planner, StepPlan, TrainingClock, sample_shape
-from tests.golden_cases import Case, cases
-from tests.tiny import tiny_config, tiny_overrides
+from tests.support.golden_cases import Case, cases
+from tests.support.tiny import tiny_config, tiny_overrides
 
 next_state_config = functools.partial(tiny_config, jepa__objective="next_state", jepa__lambda=1.0)
 

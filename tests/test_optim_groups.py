@@ -9,7 +9,7 @@ from jepa_dist.config import OptimConfig
 from jepa_dist.errors import UserError
 from jepa_dist.optim.groups import group_parameters
 from jepa_dist.optim.schedule import jepa_weight, lr_multiplier, muon_momentum, next_phase
-from tests.golden_cases import cases
+from tests.support.golden_cases import cases
 
 
 def _config(settings: dict) -> OptimConfig:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from jepa_dist.optim.histograms import distributions
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROWS = 7  # uneven, and fewer than four shards can share: one of them is empty
 

@@ -14,8 +14,8 @@ from jepa_dist.errors import UserError
 from jepa_dist.optim.exchange import Matrix, balance
 from jepa_dist.optim.muon import Muon, MuonSettings
 from jepa_dist.optim.newton_schulz import FIXED, POLAR_EXPRESS, orthogonalize
-from tests.golden_cases import cases
-from tests.ranks import run_ranks
+from tests.support.golden_cases import cases
+from tests.support.ranks import run_ranks
 
 STEPS = 3
 SHAPES = {

@@ -17,7 +17,7 @@ from jepa_dist.optim.ema import EMA
 from jepa_dist.optim.groups import group_parameters
 from jepa_dist.optim.muon import MuonSettings
 from jepa_dist.optim.optimizer import Optimizer
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 SHAPES = {
     "tok_emb.weight": [11, 6],

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from jepa_dist.parallel import messages
 from jepa_dist.parallel.messages import broadcast_json, gather_json
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 VALUES = [{"a": [1, 2.5, None, True]}, "\N{SNOWMAN} \udc80", [], {"": ["x" * 10_000]}]
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from jepa_dist.monitor.peers import Peers
-from tests.commands import TORCHRUN, Command
-from tests.patience import patience
+from tests.support.commands import TORCHRUN, Command
+from tests.support.patience import patience
 
 # torchrun kills after 30 s.
 SOON = patience(25.0)

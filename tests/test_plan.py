@@ -13,8 +13,8 @@ import torch.distributed as dist
 from jepa_dist.config import Config
 from jepa_dist.parallel.world import start_world
 from jepa_dist.plan import PlanChannel, Planner, StepPlan, TrainingClock
-from tests.ranks import run_ranks
-from tests.tiny import tiny_config
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config
 
 
 class Clock(TrainingClock):

@@ -17,8 +17,8 @@ from jepa_dist.process.dist_env import (
     ranks_on_this_host,
 )
 from jepa_dist.process.identity import pid_namespace
-from tests.commands import TORCHRUN as TORCHRUN_COMMAND
-from tests.commands import Command
+from tests.support.commands import TORCHRUN as TORCHRUN_COMMAND
+from tests.support.commands import Command
 
 TORCHRUN = {
     "RANK": "1",

@@ -29,7 +29,7 @@ from jepa_dist.parallel.meeting import launcher_store
 from jepa_dist.process.agent import print_without_traceback
 from jepa_dist.process.dist_env import listen_on_loopback
 from jepa_dist.process.rendezvous import CheckedBackend
-from tests.commands import listening
+from tests.support.commands import listening
 
 SOON = timedelta(seconds=20)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jepa_dist.data import workers
-from tests.commands import TRAIN, Command, Finished, compiles_a_kernel
-from tests.tiny import tiny_overrides, write_corpus
+from tests.support.commands import TRAIN, Command, Finished, compiles_a_kernel
+from tests.support.tiny import tiny_overrides, write_corpus
 
 PROGRAM = """
 import time

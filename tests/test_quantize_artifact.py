@@ -43,9 +43,9 @@ from jepa_dist.quantize.artifact import (
 )
 from jepa_dist.quantize.calibration import collect_hessians
 from jepa_dist.quantize.gptq import QuantizedMatrix, quantize_matrix
-from tests.ranks import run_ranks
-from tests.tiny import tiny_config, write_corpus
-from tests.trained_run import PHASE, noisy_model, save_export
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config, write_corpus
+from tests.support.trained_run import PHASE, noisy_model, save_export
 
 OVERRIDES = ["quantization.float16_elements=600", "quantization.calibration_sequences=7"]
 

@@ -13,7 +13,7 @@ from jepa_dist.errors import UserError
 from jepa_dist.interop.parameter_golf import from_reference_name
 from jepa_dist.quantize.gptq import quantize_matrix
 from jepa_dist.quantize.policy import Precision, precisions
-from tests.golden_cases import Case, cases
+from tests.support.golden_cases import Case, cases
 
 
 @pytest.mark.parametrize("case", cases("gptq"))

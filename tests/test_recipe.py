@@ -11,7 +11,7 @@ import torch
 from jepa_dist.config import Config, flatten, load, to_dict
 from jepa_dist.evaluate.__main__ import _DEFAULT_STRIDE
 from jepa_dist.model.gpt import GPT
-from tests.tiny import REPOSITORY
+from tests.support.tiny import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 

@@ -1,7 +1,8 @@
-"""The release install: requirements.lock, and the check for known vulnerabilities."""
+"""The release install, the check for known vulnerabilities, and rules about the tests' files."""
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import REPOSITORY
+from tests.support.tiny import REPOSITORY
 
 LOCK = (REPOSITORY / "requirements.lock").read_text()
 AUDIT = runpy.run_path(str(REPOSITORY / "launch/audit.py"))
@@ -53,6 +54,26 @@ def test_guarantees_name_tests_that_exist() -> None:
     named = set(re.findall(r"test_\w+\.py", (REPOSITORY / "SECURITY.md").read_text()))
     assert len(named) > 10
     assert {name for name in named if not (REPOSITORY / "tests" / name).is_file()} == set()
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in tests/support."""
+    tests = REPOSITORY / "tests"
+    wrong = [
+        f"{path.relative_to(tests)} imports {name}"
+        for path in sorted(tests.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in imported(node)
+        if any(part.startswith("test_") or part == "conftest" for part in name.split("."))
+    ]
+    assert wrong == []
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Return what an import statement names, as MODULE or MODULE.NAME; [] for other code."""
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def test_vulnerabilities_are_listed_and_an_empty_audit_is_skipped() -> None:

@@ -23,12 +23,12 @@ from jepa_dist.data.remote_shards import fetch_shards
 from jepa_dist.data.shards import find_shards, read_shard, write_shard
 from jepa_dist.errors import UserError
 from jepa_dist.remote import open_remote
-from tests.forked import run_module
-from tests.patience import patience, wait_until
-from tests.ranks import run_ranks
-from tests.test_resume import train
-from tests.tiny import tiny_config, tiny_overrides, write_corpus
-from tests.trained_run import noisy_model, save_checkpoint
+from tests.support.forked import run_module
+from tests.support.patience import patience, wait_until
+from tests.support.ranks import run_ranks
+from tests.support.runs import train_resumable
+from tests.support.tiny import tiny_config, tiny_overrides, write_corpus
+from tests.support.trained_run import noisy_model, save_checkpoint
 
 KEEP = RetentionPolicy(last=2)
 
@@ -250,7 +250,7 @@ def test_copies_of_rolled_back_steps_are_deleted(memory: Any, run: Path) -> None
 
 def train_with_cache(rank: int, world_size: int, config: Config, folder: str) -> Any:
     os.environ["XDG_CACHE_HOME"] = folder  # the server that forks ranks has that of its start
-    return train(rank, world_size, config)
+    return train_resumable(rank, world_size, config)
 
 
 def test_a_run_resumes_from_the_copy_bit_for_bit(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from jepa_dist.config import ParallelConfig
 from jepa_dist.errors import TrainingError
 from jepa_dist.parallel.replicas import check_replicas
 from jepa_dist.parallel.world import build_mesh, start_world
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def compare(rank: int, world_size: int) -> tuple[int, bool, list[str]]:

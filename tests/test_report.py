@@ -17,9 +17,9 @@ import pytest
 from jepa_dist.report.__main__ import main
 from jepa_dist.report.draw import run_colors, thinned
 from jepa_dist.report.runs import read_runs
-from tests.commands import run_command
-from tests.forked import run_module
-from tests.tiny import tiny_overrides, write_corpus
+from tests.support.commands import run_command
+from tests.support.forked import run_module
+from tests.support.tiny import tiny_overrides, write_corpus
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 VOID = {"meta", "br", "img", "link"}

@@ -11,60 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from jepa_dist.checkpoint import Checkpointer, RetentionPolicy
 from jepa_dist.config import Config, to_dict
 from jepa_dist.parallel.world import start_world
-from jepa_dist.start.resume import find_start
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.listeners import SILENT
-from tests.ranks import run_ranks
-from tests.test_world_sizes import Recorder, assert_same_run
-from tests.tiny import tiny_config, write_corpus, write_text_mixture
+from tests.support.ranks import run_ranks
+from tests.support.runs import STATEFUL, Recorder, assert_same_run, train_resumable
+from tests.support.tiny import tiny_config, write_corpus, write_text_mixture
 
 STEPS = 12
 EVAL_EVERY = 5
-
-# Everything that has state: Muon, EMA, accumulation, recurrence phases, an objective with a head,
-# validation between.
-ALL = {
-    "jepa__objective": "next_state",
-    "optim__matrix": "muon",
-    "optim__matrix_lr": 0.005,
-    "optim__ema_decay": 0.9,
-    "jepa__start_frac": 0.2,
-    "jepa__ramp_frac": 0.5,
-    "batch__micro": 1,
-    "train__steps": STEPS,
-    "eval__every": EVAL_EVERY,
-}
-
-
-def train(rank: int, world_size: int, config: Config, fingerprint: str = "data") -> dict[str, Any]:
-    """Train as the command does; return records and the full final state."""
-    world = start_world(config.parallel)
-    run_dir = Path(config.run.dir)
-    start = find_start(config, run_dir, fingerprint, world)
-    checkpointer = Checkpointer(run_dir / "checkpoints", world, RetentionPolicy(last=2))
-    identity = {"config": to_dict(config), "data_fingerprint": fingerprint}
-    trainer = build_trainer(config, world, checkpointer, start.checkpoint, identity)
-    recorder = Recorder()
-    outcome = trainer.run(recorder if rank == 0 else SILENT)
-    checkpointer.close()
-    state = {name: _full(tensor) for name, tensor in trainer.state.tensors().items()}
-    return {
-        "records": [*recorder.records, outcome.summary()],
-        "state": state,
-        "start": start,
-        "samples": trainer.segment.batches.samples_consumed,
-    }
-
-
-def _full(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().clone()
 
 
 @pytest.fixture
@@ -74,7 +32,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def config(corpus: Path, name: str, **changes: Any) -> Config:
-    return tiny_config(corpus, run__dir=corpus / name, **{**ALL, **changes})
+    own = {"run__dir": corpus / name, "train__steps": STEPS, "eval__every": EVAL_EVERY}
+    return tiny_config(corpus, **{**STATEFUL, **own, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +41,14 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An uninterrupted run of two ranks, with the same tokens as all others."""
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
-    return run_ranks(train, 2, config(folder, "straight"))[0]
+    return run_ranks(train_resumable, 2, config(folder, "straight"))[0]
 
 
 def test_bit_for_bit_at_the_same_world_size(corpus: Path, straight: dict[str, Any]) -> None:
-    first = run_ranks(train, 2, config(corpus, "parts", train__stop_at=6))[0]
+    first = run_ranks(train_resumable, 2, config(corpus, "parts", train__stop_at=6))[0]
     assert [r["step"] for r in first["records"]][-1] == 6
     assert not first["records"][-1]["finished"]
-    rest = run_ranks(train, 2, config(corpus, "parts"))[0]
+    rest = run_ranks(train_resumable, 2, config(corpus, "parts"))[0]
     assert rest["start"].step == 6
     assert rest["records"][-1]["finished"]
     whole = first["records"][:-1] + rest["records"][:-1]
@@ -110,9 +69,9 @@ def test_a_mixture_resumes_at_another_world_size(tmp_path: Path) -> None:
     """Before and after the mixture weights change (step 4), with a tokenizer.json."""
     pytest.importorskip("tokenizers")
     mixed = write_text_mixture(tmp_path)
-    straight = run_ranks(train, 1, config(tmp_path, "straight", **mixed))[0]
-    first = run_ranks(train, 2, config(tmp_path, "parts", **mixed, train__stop_at=3))[0]
-    rest = run_ranks(train, 1, config(tmp_path, "parts", **mixed))[0]
+    straight = run_ranks(train_resumable, 1, config(tmp_path, "straight", **mixed))[0]
+    first = run_ranks(train_resumable, 2, config(tmp_path, "parts", **mixed, train__stop_at=3))[0]
+    rest = run_ranks(train_resumable, 1, config(tmp_path, "parts", **mixed))[0]
     assert_same_run([*first["records"][:-1], *rest["records"]], straight["records"])
     assert rest["samples"] == straight["samples"]
 
@@ -120,19 +79,23 @@ def test_a_mixture_resumes_at_another_world_size(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_world_size_may_change_at_every_start(corpus: Path) -> None:
     span = {"jepa__objective": "span"}
-    straight = run_ranks(train, 1, config(corpus, "straight", **span))[0]["records"]
+    straight = run_ranks(train_resumable, 1, config(corpus, "straight", **span))[0]["records"]
     records: list[dict[str, Any]] = []
     for world_size, stop_at in ((4, 3), (2, 6), (3, 9), (1, None)):
         changes = span | ({} if stop_at is None else {"train__stop_at": stop_at})
-        part = run_ranks(train, world_size, config(corpus, "parts", **changes))[0]
+        part = run_ranks(train_resumable, world_size, config(corpus, "parts", **changes))[0]
         records += part["records"][:-1]
     assert_same_run([*records, part["records"][-1]], straight)
 
 
 def test_the_clock_of_a_timed_run_continues(corpus: Path) -> None:
     timed = {"train__max_wallclock_seconds": 1000}
-    first = run_ranks(train, 1, config(corpus, "run", train__stop_at=5, **timed))[0]["records"]
-    rest = run_ranks(train, 1, config(corpus, "run", train__stop_at=8, **timed))[0]["records"]
+    first = run_ranks(train_resumable, 1, config(corpus, "run", train__stop_at=5, **timed))[0][
+        "records"
+    ]
+    rest = run_ranks(train_resumable, 1, config(corpus, "run", train__stop_at=8, **timed))[0][
+        "records"
+    ]
     progress = [record["progress"] for record in [*first[:-1], *rest[:-1]]]
     assert len(progress) == 8
     assert all(later > earlier > 0 for earlier, later in pairwise(progress))
@@ -140,9 +103,9 @@ def test_the_clock_of_a_timed_run_continues(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_mesh_and_jepa_may_change_and_changes_are_printed(corpus: Path) -> None:
-    run_ranks(train, 2, config(corpus, "run", train__stop_at=5, jepa__objective="span"))
+    run_ranks(train_resumable, 2, config(corpus, "run", train__stop_at=5, jepa__objective="span"))
     changes = {"parallel__dp_replicate": 2, "jepa__lambda": 0.3}
-    part = run_ranks(train, 4, config(corpus, "run", **changes))[0]
+    part = run_ranks(train_resumable, 4, config(corpus, "run", **changes))[0]
     assert part["start"].step == 5
     messages = "\n".join(part["start"].messages)
     assert "jepa.objective: was 'span', is 'next_state'" in messages
@@ -159,45 +122,45 @@ def test_mesh_and_jepa_may_change_and_changes_are_printed(corpus: Path) -> None:
     ],
 )
 def test_another_run_is_refused(corpus: Path, changes, fingerprint, message) -> None:
-    run_ranks(train, 1, config(corpus, "run", train__stop_at=2))
+    run_ranks(train_resumable, 1, config(corpus, "run", train__stop_at=2))
     with pytest.raises(RuntimeError, match=message):
-        run_ranks(train, 1, config(corpus, "run", **changes), fingerprint)
+        run_ranks(train_resumable, 1, config(corpus, "run", **changes), fingerprint)
     allowed = config(corpus, "run", checkpoint__allow_other_data=True, train__stop_at=3)
     if fingerprint == "other":
-        assert run_ranks(train, 1, allowed, fingerprint)[0]["start"].step == 2
+        assert run_ranks(train_resumable, 1, allowed, fingerprint)[0]["start"].step == 2
 
 
 def test_a_damaged_checkpoint_is_reported_and_an_earlier_one_loaded(corpus: Path) -> None:
-    run_ranks(train, 2, config(corpus, "run", train__stop_at=4, checkpoint__every=2))
+    run_ranks(train_resumable, 2, config(corpus, "run", train__stop_at=4, checkpoint__every=2))
     folder = corpus / "run" / "checkpoints"
     shard = next((folder / "step_00000004").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(bytes(data))
-    part = run_ranks(train, 2, config(corpus, "run", train__stop_at=6))[0]
+    part = run_ranks(train_resumable, 2, config(corpus, "run", train__stop_at=6))[0]
     assert part["start"].step == 2
     assert "step_00000004: skipped" in part["start"].messages[0]
 
 
 def test_branching_from_a_checkpoint(corpus: Path) -> None:
-    run_ranks(train, 2, config(corpus, "run", train__stop_at=4))
+    run_ranks(train_resumable, 2, config(corpus, "run", train__stop_at=4))
     source = corpus / "run" / "checkpoints" / "step_00000004"
     branch = config(corpus, "branch", checkpoint__resume=source, train__stop_at=6)
-    assert run_ranks(train, 2, branch)[0]["start"].step == 4
+    assert run_ranks(train_resumable, 2, branch)[0]["start"].step == 4
     assert (corpus / "branch" / "checkpoints" / "step_00000006").is_dir()
 
 
 def test_never_refuses_an_occupied_directory(corpus: Path) -> None:
-    run_ranks(train, 1, config(corpus, "run", train__stop_at=2))
+    run_ranks(train_resumable, 1, config(corpus, "run", train__stop_at=2))
     with pytest.raises(RuntimeError, match="exists already and is not overwritten"):
-        run_ranks(train, 1, config(corpus, "run", checkpoint__resume="never"))
+        run_ranks(train_resumable, 1, config(corpus, "run", checkpoint__resume="never"))
 
 
 def test_a_foreign_directory_is_refused(corpus: Path) -> None:
     (corpus / "run").mkdir()
     (corpus / "run" / "thesis.tex").write_text("precious")
     with pytest.raises(RuntimeError, match="holds no checkpoint and was not made by this"):
-        run_ranks(train, 1, config(corpus, "run"))
+        run_ranks(train_resumable, 1, config(corpus, "run"))
 
 
 def stop_while_evaluating(
@@ -236,7 +199,7 @@ def test_a_stop_cancels_an_evaluation(corpus: Path, straight: dict[str, Any]) ->
     assert "asked to stop" in summary["reason"]
     assert summary["step"] <= EVAL_EVERY + 2
     assert all("val/loss" not in record for record in result["records"])
-    rest = run_ranks(train, 2, config(corpus, "stopped"))[0]
+    rest = run_ranks(train_resumable, 2, config(corpus, "stopped"))[0]
     assert rest["records"][-1]["val/loss"] == straight["records"][-1]["val/loss"]
 
 
@@ -246,7 +209,7 @@ def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_start(
     last = STEPS // EVAL_EVERY + 1
     summary = run_ranks(stop_while_evaluating, 2, config(corpus, "stopped"), last)[0]["summary"]
     assert (summary["step"], summary["finished"]) == (STEPS, False)
-    rest = run_ranks(train, 2, config(corpus, "stopped"))[0]
+    rest = run_ranks(train_resumable, 2, config(corpus, "stopped"))[0]
     assert rest["start"].step == STEPS
     assert rest["records"][-1]["finished"]
     for key in ("val/loss", "val/ema_loss", "tokens_digest", "spans_digest"):

@@ -13,7 +13,7 @@ import pytest
 from jepa_dist.errors import UserError
 from jepa_dist.monitor.run_dir import current_status
 from jepa_dist.run.lock import LOCK_NAME, RunLock, is_in_use
-from tests.commands import Command
+from tests.support.commands import Command
 
 HOLDS = """
 import sys, time

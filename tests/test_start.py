@@ -20,9 +20,9 @@ from jepa_dist.run.consistency import differences, statement
 from jepa_dist.run.lock import RunLock
 from jepa_dist.start.capacity import num_parameters
 from jepa_dist.start.host import check_host
-from tests.commands import TRAIN, Command, run_command
-from tests.forked import run_module
-from tests.tiny import tiny_config, tiny_overrides, write_corpus
+from tests.support.commands import TRAIN, Command, run_command
+from tests.support.forked import run_module
+from tests.support.tiny import tiny_config, tiny_overrides, write_corpus
 
 
 def command(folder: Path, **changes: Any) -> list[str]:

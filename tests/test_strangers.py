@@ -36,12 +36,12 @@ from jepa_dist.interop.safetensors_io import Description
 from jepa_dist.monitor.run_dir import check_run_files
 from jepa_dist.quantize.artifact import brotli, read_artifact, to_float16, write_artifact
 from jepa_dist.report.runs import read_runs
-from tests.crafted import make_checkpoint
-from tests.golden_cases import GOLDEN_DIR
-from tests.limits import run_limited
-from tests.tiny import tiny_config
-from tests.trained_run import PHASE, noisy_model, save_export
-from tests.watched import watched
+from tests.support.crafted import make_checkpoint
+from tests.support.golden_cases import GOLDEN_DIR
+from tests.support.limits import run_limited
+from tests.support.tiny import tiny_config
+from tests.support.trained_run import PHASE, noisy_model, save_export
+from tests.support.watched import watched
 
 SECONDS, MEGABYTES = 30.0, 1500
 pytestmark = pytest.mark.timeout(180)

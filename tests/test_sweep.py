@@ -45,9 +45,9 @@ from jepa_dist.sweep.members import (
 from jepa_dist.sweep.results import read_results
 from jepa_dist.sweep.running import Commands, output_of, train_all
 from jepa_dist.sweep.verdicts import describe
-from tests.commands import Command, Finished, run_command
-from tests.patience import wait_until
-from tests.tiny import REPOSITORY, tiny_overrides, write_corpus
+from tests.support.commands import Command, Finished, run_command
+from tests.support.patience import wait_until
+from tests.support.tiny import REPOSITORY, tiny_overrides, write_corpus
 
 SWEEP = (sys.executable, "launch/sweep.py")
 SHIPPED = sorted((REPOSITORY / "configs/sweeps").glob("*.yaml"))

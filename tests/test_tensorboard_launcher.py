@@ -16,8 +16,8 @@ from urllib.error import URLError
 import psutil
 import pytest
 
-from tests.commands import Command, Finished, run_command
-from tests.tiny import REPOSITORY
+from tests.support.commands import Command, Finished, run_command
+from tests.support.tiny import REPOSITORY
 
 
 @contextmanager

@@ -18,31 +18,15 @@ from jepa_dist.config import load
 from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.order import sample_order
 from jepa_dist.data.shards import find_shards, num_windows, read_count
-from tests.commands import TORCHRUN, TRAIN, Command, Finished, listening, run_command
-from tests.forked import run_module
-from tests.patience import patience, wait_until
-from tests.tiny import tiny_overrides, write_corpus
+from tests.support.commands import TORCHRUN, TRAIN, Command, Finished, listening, run_command
+from tests.support.forked import run_module
+from tests.support.patience import patience, wait_until
+from tests.support.tiny import write_corpus
+from tests.support.train_command import UNDER_TORCHRUN, has_logged, records, settings
 
-UNDER_TORCHRUN = (*TORCHRUN, "-m", "jepa_dist.train")
 OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 # Far less than parallel.timeout_seconds, after which a hanging collective would end the job.
 SOON = patience(30.0)
-
-
-def settings(folder: Path, **changes: Any) -> list[str]:
-    """CONFIG KEY=VALUE ... of the tiny recipe on the corpus in ``folder``."""
-    config = folder / "config.yaml"
-    config.touch()
-    return [str(config), *tiny_overrides(folder, **changes)]
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def has_logged(run_dir: Path) -> bool:
-    metrics = run_dir / "metrics.jsonl"
-    return metrics.exists() and metrics.read_text().count("\n") >= 2
 
 
 def stands_still(run_dir: Path, seconds: float = 1.0) -> bool:

@@ -22,9 +22,9 @@ from jepa_dist.parallel.world import start_world
 from jepa_dist.training.assemble import build_trainer
 from jepa_dist.training.listeners import Silent
 from jepa_dist.training.loop import Trainer
-from tests.golden_cases import Case, cases
-from tests.ranks import run_ranks
-from tests.tiny import write_corpus
+from tests.support.golden_cases import Case, cases
+from tests.support.ranks import run_ranks
+from tests.support.tiny import write_corpus
 
 _OPTIM = (
     "matrix_lr", "scalar_lr", "tied_embed_lr", "embed_lr", "head_lr", "embed_wd", "adam_wd",

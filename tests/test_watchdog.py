@@ -10,9 +10,9 @@ import pytest
 
 from jepa_dist.monitor.step_timer import Place
 from jepa_dist.monitor.watchdog import Heartbeat, Watchdog, diagnose, read_heartbeats
-from tests.commands import Command
-from tests.test_train_command import UNDER_TORCHRUN, has_logged, settings
-from tests.tiny import write_corpus
+from tests.support.commands import Command
+from tests.support.tiny import write_corpus
+from tests.support.train_command import UNDER_TORCHRUN, has_logged, settings
 
 
 def beats(**changes: dict[str, object]) -> dict[int, Heartbeat]:

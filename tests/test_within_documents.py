@@ -29,11 +29,10 @@ from jepa_dist.objectives.span_loss import span_loss
 from jepa_dist.objectives.spans import sample_spans_within
 from jepa_dist.parallel.world import World, start_world
 from jepa_dist.plan import Planner, SamplesAhead, TrainingClock
-from tests.ranks import run_ranks
-from tests.test_jepa import SAMPLERS
-from tests.test_jepa_diagnostics import first_forward
-from tests.test_world_sizes import assert_same_run, train
-from tests.tiny import tiny_config, tiny_overrides
+from tests.support.objective import SAMPLERS, first_forward
+from tests.support.ranks import run_ranks
+from tests.support.runs import assert_same_run, train
+from tests.support.tiny import tiny_config, tiny_overrides
 
 BOS = 7
 Starts = NDArray[np.bool_]

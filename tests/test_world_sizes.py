@@ -18,30 +18,12 @@ from jepa_dist.data.sources import training_order
 from jepa_dist.parallel.world import start_world
 from jepa_dist.plan import Planner, StepPlan, TrainingClock
 from jepa_dist.training.assemble import build_trainer
-from jepa_dist.training.listeners import Silent
 from jepa_dist.training.step import Loss
-from tests.ranks import run_ranks
-from tests.tiny import tiny_config, write_corpus, write_text_mixture
+from tests.support.ranks import run_ranks
+from tests.support.runs import assert_same_run, train
+from tests.support.tiny import tiny_config, write_corpus, write_text_mixture
 
 STEPS = 12  # through all phases
-
-
-class Recorder(Silent):
-    """Keeps the records that a reporter would publish."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def step(self, record: dict[str, Any] | None) -> None:
-        if record is not None:
-            self.records.append(record)
-
-
-def train(rank: int, world_size: int, config: Config) -> list[dict[str, Any]]:
-    world = start_world(config.parallel)
-    recorder = Recorder()
-    outcome = build_trainer(config, world).run(recorder if rank == 0 else Silent())
-    return [*recorder.records, outcome.summary()]
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +36,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def single(corpus: Path) -> list[dict[str, Any]]:
     return run_ranks(train, 1, tiny_config(corpus, train__steps=STEPS))[0]
-
-
-def assert_same_run(ours: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    assert len(ours) == len(reference)
-    for record, expected in zip(ours, reference, strict=True):
-        assert record["tokens_digest"] == expected["tokens_digest"]
-        for key in ("loss/ce", "loss/jepa", "loss/total", "grad_norm", "val/loss", "val/bpb"):
-            if expected.get(key) is not None:
-                limit = 1e-4 if key == "grad_norm" else 1e-5
-                assert record[key] == pytest.approx(expected[key], rel=limit), key
 
 
 def test_the_single_run_covers_all_phases_and_learns(single: list[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ from tests.chaos.harness import (
     free_port,
 )
 from tests.chaos.moments import SAVING, Moment, last_record, newest
-from tests.commands import compiles_a_kernel
+from tests.support.commands import compiles_a_kernel
 
 Fault = Callable[[Run], None]
 

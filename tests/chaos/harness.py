@@ -23,9 +23,9 @@ import yaml
 
 from jepa_dist.monitor.run_dir import read_status
 from tests.chaos.moments import Moment, heartbeat, is_saving, last_record
-from tests.commands import Command, Finished
-from tests.test_train_command import settings
-from tests.tiny import REPOSITORY, write_corpus
+from tests.support.commands import Command, Finished
+from tests.support.tiny import REPOSITORY, write_corpus
+from tests.support.train_command import settings
 
 STEPS = 60
 RANKS = 2

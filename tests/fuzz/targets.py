@@ -22,7 +22,7 @@ from jepa_dist.monitor.metrics_file import METRICS, encode, read_records
 from jepa_dist.monitor.run_dir import read_status
 from jepa_dist.monitor.watchdog import read_heartbeats
 from jepa_dist.run.progress import run_state
-from tests.crafted import (
+from tests.support.crafted import (
     GOOD_STATE,
     SHARDS,
     STEP,

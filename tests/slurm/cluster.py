@@ -26,8 +26,8 @@ from typing import Any, Self
 
 import psutil
 
-from tests.commands import environment_of
-from tests.patience import patience, wait_until
+from tests.support.commands import environment_of
+from tests.support.patience import patience, wait_until
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 _SYSTEM_FOLDERS = ("/usr/sbin", "/sbin")

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.commands import TRAIN, run_command
-from tests.patience import patience, wait_until
+from tests.slurm.checkout import PATIENCE, Checkout, world_sizes
 from tests.slurm.cluster import Cluster, Job
-from tests.slurm.conftest import PATIENCE, Checkout, json_lines, last_step, world_sizes
+from tests.support.commands import TRAIN, run_command
+from tests.support.patience import patience, wait_until
+from tests.support.train_command import json_lines, last_step
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 

@@ -13,10 +13,10 @@ import yaml
 
 from jepa_dist.sweep.members import Member, read_sweep
 from jepa_dist.sweep.results import read_results
-from tests.commands import run_command
+from tests.slurm.checkout import PATIENCE, Checkout
 from tests.slurm.cluster import Job
-from tests.slurm.conftest import PATIENCE, Checkout
-from tests.tiny import tiny_overrides
+from tests.support.commands import run_command
+from tests.support.tiny import tiny_overrides
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 

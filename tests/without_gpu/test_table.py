@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jepa_dist.config import load
-from tests.tiny import REPOSITORY
+from tests.support.tiny import REPOSITORY
 from tests.without_gpu import environment
 from tests.without_gpu.roofline import predict, step_milliseconds
 from tests.without_gpu.run import CONFIGS

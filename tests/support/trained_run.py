@@ -12,7 +12,7 @@ from jepa_dist.config import Config, to_dict
 from jepa_dist.interop.safetensors_io import Description, Weights, write_export
 from jepa_dist.model.gpt import GPT
 from jepa_dist.model.init import initial_value
-from tests.crafted import GOOD_STATE, SHARDS, seal, write_state
+from tests.support.crafted import GOOD_STATE, SHARDS, seal, write_state
 
 PHASE = 2
 

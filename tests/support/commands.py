@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import psutil
 
-from tests.patience import patience, wait_until
-from tests.tiny import REPOSITORY
+from tests.support.patience import patience, wait_until
+from tests.support.tiny import REPOSITORY
 
 TRAIN = (sys.executable, "-m", "jepa_dist.train")
 # As documented for one machine.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import psutil
 
 from jepa_dist.errors import UserError
-from tests.patience import patience
+from tests.support.patience import patience
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import REPOSITORY
+from tests.support.tiny import REPOSITORY
 
 _STARTS = ("subprocess.Popen", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system")
 _TALKS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request")

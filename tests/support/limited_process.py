@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from jepa_dist.errors import UserError
-from tests.patience import patience
+from tests.support.patience import patience
 
 _context = mp.get_context("forkserver")
 _MIB = 2**20
