@@ -1,7 +1,8 @@
 """Exceptions for problems that the user can fix.
 
 The entry points print them without a traceback, one line per problem, and exit with their code
-(contract C7). A message names the key, file or rank, what was expected, and how to fix it.
+(early, clear errors on every rank). A message names the key, file or rank, what was expected, and
+how to fix it.
 """
 
 from __future__ import annotations

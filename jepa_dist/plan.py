@@ -1,4 +1,4 @@
-"""The plan of a step: decided by rank 0 alone, broadcast to all ranks once (contract C2).
+"""The plan of a step: decided by rank 0 alone, broadcast to all ranks once (one plan per step).
 
 Distributed jobs hang when ranks decide on their own, so only the ``Planner`` on rank 0 draws
 samples and decides whether to evaluate. Each plan is broadcast one step ahead, on a CPU group: when

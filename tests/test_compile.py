@@ -1,4 +1,4 @@
-"""Contract C4: what is compiled, and how often, with a fast backend that counts graphs.
+"""Compile regions: what is compiled, and how often, with a fast backend that counts graphs.
 
 Two ranks compile the graphs of one (the first test and ``test_compiled_equals_eager``); the others
 count the graphs of one rank.

@@ -150,7 +150,7 @@ def test_too_little_text_for_one_window(tmp_path: Path) -> None:
         TokenDataset([tmp_path / "a.bin"], SEQ_LEN, VOCAB)
 
 
-# ---------------------------------------------------------------------------- contract C1
+# ------------------------------------------------------------------ world-size invariance
 
 
 def test_global_batches_do_not_depend_on_ranks_or_micro_batches(dataset: TokenDataset) -> None:

@@ -1,4 +1,4 @@
-"""The objective: golden numbers, invariants, extremes (contract C3)."""
+"""The objective: golden numbers, invariants, extremes."""
 
 from __future__ import annotations
 

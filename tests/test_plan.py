@@ -1,4 +1,4 @@
-"""Contract C2: rank 0 plans each step, and all other ranks receive the plan."""
+"""One plan per step: rank 0 makes it, and all other ranks receive it."""
 
 from __future__ import annotations
 

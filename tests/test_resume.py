@@ -1,4 +1,4 @@
-"""Contract C5 with real processes: a resumed run equals the uninterrupted one."""
+"""Exact resume with real processes: a resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract C1 on real gloo ranks: a step does not depend on how many ranks compute it."""
+"""World-size invariance on real gloo ranks: a step does not depend on how many ranks compute it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic, verified checkpoints (contracts C5 and C6): docs/checkpointing.md.
+"""Atomic, verified checkpoints, for exact resume: docs/checkpointing.md.
 
 ``python -m jepa_dist.checkpoint`` lists, verifies, compares, exports and prunes them.
 """

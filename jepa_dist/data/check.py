@@ -1,4 +1,4 @@
-"""Check the data against the configuration, before any process group exists (contract C7)."""
+"""Check the data against the configuration, before any process group exists (early errors)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distribution of the rows of the global batch over ranks (contract C1).
+"""Distribution of the rows of the global batch over ranks (world-size invariance).
 
 A rank has a contiguous slice, divided into micro-batches. Every rank runs the same number of
 micro-batches of the same shape, because collectives and compiled graphs need that; if the

@@ -1,9 +1,9 @@
-"""Micro-batches of tokens, in an order that does not depend on their readers (contract C1).
+"""Micro-batches of tokens, in an order that does not depend on their readers.
 
-The samples are windows over shards. Which sample is the i-th of the run is a pure
-function of the seed (order.py, mixture.py), which rows are a rank's is arithmetic (layout.py), so
-the loader's only state is the number of samples consumed: a run resumes at any world size, with any
-number of loader processes.
+The samples are windows over shards. Which sample is the i-th of the run is a pure function of the
+seed (order.py, mixture.py), which rows are a rank's is arithmetic (layout.py), so the loader's only
+state is the number of samples consumed: a run resumes at any world size, with any number of loader
+processes (world-size invariance).
 """
 
 from __future__ import annotations

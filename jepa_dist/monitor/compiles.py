@@ -7,7 +7,8 @@ class CompileCounter:
     """Counter of recompiles.
 
     The first step that trains, evaluates or uses JEPA compiles the graphs of that kind of work; a
-    graph compiled at any other time is a recompile, which should never happen (contract C4).
+    graph compiled at any other time is a recompile, which should never happen
+    ("Compile regions" in docs/architecture.md).
     """
 
     def __init__(self) -> None:

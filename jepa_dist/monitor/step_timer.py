@@ -1,4 +1,4 @@
-"""Time per phase of a step, tokens per second, and the rolling token digest (contract C8)."""
+"""Time per phase of a step, tokens per second, and the rolling token digest (honest numbers)."""
 
 from __future__ import annotations
 

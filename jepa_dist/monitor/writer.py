@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: the same numbers in both (contract C8)."""
+"""metrics.jsonl and TensorBoard: the same numbers in both (honest numbers)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The span loss: hidden states at the ends of a span must move linearly (contract C3).
+"""The span loss: hidden states at the ends of a span must move linearly.
 
     context = (h[a-1] - h[0]) + (h[T-1] - h[b])
     patch   =  h[b] - h[a-1]

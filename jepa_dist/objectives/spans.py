@@ -1,4 +1,4 @@
-"""Span sampling: a pure function of (seed, step), vectorized over the global batch (contract C3).
+"""Span sampling: a pure function of (seed, step), vectorized over the global batch.
 
 A span (a, b) covers positions a..b of a row of T, both inclusive: 1 <= a <= b <= T-1. Position
 a-1 is the state before it, so position 0 is never inside. The whole row (1, T-1) leaves no

@@ -1,7 +1,7 @@
 """Schedules as pure functions of the progress of the run (golden README section 5).
 
 ``frac`` is the fraction of the run that is over (it may pass 1). Only rank 0 calls these, to fill
-the StepPlan (contract C2).
+the StepPlan (one plan per step).
 """
 
 from __future__ import annotations

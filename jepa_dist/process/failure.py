@@ -1,8 +1,8 @@
-"""Exit a rank after an error: immediately, with a clear message and the right exit code (C7).
+"""Exit a rank after an error: immediately, with a clear message and the right exit code.
 
 Errors that all ranks raise (configuration, data, run directory) are printed once, by rank 0. An
 error on one rank is printed by that rank, which then exits without waiting for the others: torchrun
-notices and terminates them.
+notices and terminates them ("Early, clear errors on every rank" in docs/architecture.md).
 """
 
 from __future__ import annotations

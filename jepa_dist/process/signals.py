@@ -35,8 +35,8 @@ class StopRequest:
     signal exits immediately (within two seconds it counts as a duplicate).
 
     All ranks finish the same step, save a checkpoint and stop, because rank 0 puts the stop into
-    the step plan (contract C2). A thread receives the signals: Python would not run a handler while
-    the main thread waits in a collective, which is where a rank that must exit may be stuck.
+    the step plan (one plan per step). A thread receives the signals: Python would not run a handler
+    while the main thread waits in a collective, which is where a rank that must exit may be stuck.
 
     That thread also takes over the parent death signal (``die_with_launcher``), and clears it at
     the first stop signal: torchrun exits when it is asked to stop a second time, while its ranks

@@ -19,7 +19,7 @@ _Digest = Annotated[str, Field(pattern="^([0-9a-f]{32})?$")]
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class Progress:
-    """A run's state apart from its tensors (contract C5); independent of the number of ranks."""
+    """A run's state apart from its tensors (exact resume); independent of the number of ranks."""
 
     step: _Count = 0
     """Completed optimizer steps."""

@@ -2,7 +2,7 @@
 
 With ``checkpoint.resume=auto`` (the default) the same command resumes the run. Another world size,
 mesh, precision or JEPA setting is accepted and printed; another model, seed or data set is
-rejected, with the differences listed (contracts C5, C7).
+rejected, with the differences listed (exact resume; early, clear errors on every rank).
 """
 
 from __future__ import annotations
