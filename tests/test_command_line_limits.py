@@ -132,7 +132,10 @@ def test_a_hanging_failure_note_does_not_delay_the_exit(monkeypatch: pytest.Monk
     released.set()
 
 
-@pytest.mark.parametrize("command", ["sweep list objectives_debug", "checkpoint ls RUN"])
+@pytest.mark.parametrize(
+    "command",
+    ["sweep list objectives_debug", pytest.param("checkpoint ls RUN", marks=pytest.mark.slow)],
+)
 def test_a_closed_pipe_ends_a_command_quietly(command: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
     words = command.replace("RUN", str(tmp_path)).split()

@@ -185,6 +185,7 @@ def _files(rank: int, world_size: int, folders: list[Path]) -> str:
     return check_files(folders[rank], world(), patience=0.5)
 
 
+@pytest.mark.slow
 def test_a_shared_folder(tmp_path: Path) -> None:
     folder = tmp_path / "new/runs"
     assert run_ranks(_files, 3, [folder] * 3) == ["", "", ""]

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from jepa_dist.monitor.peers import Peers
 from tests.support.commands import TORCHRUN, Command
 from tests.support.patience import patience
@@ -56,6 +58,7 @@ with Watchdog(run_dir, 0, 2, lambda: place, 2.0, peers.leave_if_reported):
 """
 
 
+@pytest.mark.slow
 def test_hanging_ranks_exit_when_one_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "hanging.py"
     program.write_text(HANGING)

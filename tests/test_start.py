@@ -57,6 +57,7 @@ def test_the_statement_covers_settings_code_and_libraries(tmp_path: Path) -> Non
     assert {"seed", "run.dir", "code of jepa_dist", "version of python"} <= stated.keys()
 
 
+@pytest.mark.slow
 def test_nodes_with_other_shards_and_settings(tmp_path: Path) -> None:
     """Shards of equal size: only their content differs. Other sizes of batch and model, too."""
     nodes = [tmp_path / "one", tmp_path / "two"]

@@ -23,7 +23,7 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import assert_same_run, train
 from tests.support.tiny import tiny_config, write_corpus, write_text_mixture
 
-STEPS = 12  # through all phases
+STEPS = 9  # through all phases
 
 
 @pytest.fixture(scope="module")

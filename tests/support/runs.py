@@ -24,7 +24,7 @@ STATEFUL = {
     "optim__ema_decay": 0.9,
     "jepa__start_frac": 0.2,
     "jepa__ramp_frac": 0.5,
-    "batch__micro": 1,
+    "batch__micro": 2,
 }
 
 
