@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import spawn
 from jepa_dist.config import Config, load
 from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
+from jepa_dist.parallel.gloo import use_one_worker
 from jepa_dist.process.dist_env import is_launched
 
 # ---------------------------------------------------------------------------- output
@@ -233,6 +234,8 @@ def _rank(
     device = torch.device("cuda", rank) if is_cuda else torch.device("cpu")
     if is_cuda:
         torch.cuda.set_device(device)
+    else:
+        use_one_worker()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
         init_method=f"file://{folder}/store",

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from jepa_dist.config import ParallelConfig
 from jepa_dist.errors import SharedError, UserError
 from jepa_dist.parallel.determinism import use_deterministic_algorithms
+from jepa_dist.parallel.gloo import use_one_worker
 from jepa_dist.parallel.meeting import launcher_store, store_of_this_start
 from jepa_dist.parallel.messages import broadcast_json, gather_json
 from jepa_dist.process.dist_env import (
@@ -114,6 +115,8 @@ def start_world(
         store = _meet(rank, world_size, timeout) if store is None else store
         if mine is not None:
             check_alike({**mine, **_device_facts(device)}, store, rank, world_size)
+        if device.type == "cpu":
+            use_one_worker()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("process_group", store),

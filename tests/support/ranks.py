@@ -91,8 +91,11 @@ def _worker(fn: Callable[..., Any], rank: int, world_size: int, folder: str, arg
     import torch
     import torch.distributed as dist
 
+    from jepa_dist.parallel.gloo import use_one_worker
+
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
+    use_one_worker()
     # Of a crash: the native stacks on stderr, the Python stacks in a file for _raise_first_failure.
     torch._C._set_print_stack_traces_on_fatal_signal(True)
     crash = open(Path(folder) / f"{rank}.crash", "w")  # noqa: SIM115 - open until the process ends
