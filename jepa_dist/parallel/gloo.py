@@ -16,13 +16,12 @@ class _OneWorker(dist.ProcessGroupGloo):
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
         names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-        create: Any = dist.ProcessGroupGloo
-        options = create._Options()
+        gloo: Any = dist.ProcessGroupGloo  # its type stubs lack what is used here
+        options = gloo._Options()
         options._timeout = timeout
         options._threads = 1
-        options._devices = [create.create_device(interface=name) for name in names] or [
-            create.create_default_device()
-        ]
+        devices = [gloo.create_device(interface=name) for name in names]
+        options._devices = devices or [gloo.create_default_device()]
         super().__init__(store, rank, size, options)
 
 
