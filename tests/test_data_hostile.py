@@ -25,7 +25,7 @@ from jepa_dist.data.meta import read_meta
 from jepa_dist.data.prepare import main
 from jepa_dist.data.shards import Shard, find_shards, read_count, write_shard
 from jepa_dist.errors import UserError
-from tests.support.limited_process import run_limited
+from tests.support.limits import run_limited
 from tests.support.patience import patience
 
 HEADER = 1024
@@ -109,9 +109,9 @@ SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_an_invalid_shard_is_one_line(folder: Path, name: str) -> None:
     make, message = SHARDS[name]
     make(folder / "train_1.bin")
-    outcome = run_limited(check_data, config(folder))
-    assert outcome.code == 2, outcome.output
-    assert_one_line(outcome.output, str(folder / "train_1.bin"), message)
+    outcome = run_limited(lambda: check_data(config(folder)))
+    assert outcome.kind == "refused", outcome.text
+    assert_one_line(outcome.text, str(folder / "train_1.bin"), message)
 
 
 @given(start=st.binary(max_size=2000) | st.builds(header, *[st.integers(-(2**31), 2**31 - 1)] * 4))
@@ -140,10 +140,10 @@ def test_any_bytes_are_a_shard_or_one_line(
 )
 def test_patterns_are_resolved_quickly(folder: Path, pattern: str, message: str) -> None:
     changed = config(folder, train=pattern.format(folder=folder))
-    outcome = run_limited(check_data, changed)
-    assert outcome.code == 2, outcome.output
-    assert "data.train=" in outcome.output
-    assert message in outcome.output.splitlines()[0]
+    outcome = run_limited(lambda: check_data(changed))
+    assert outcome.kind == "refused", outcome.text
+    assert "data.train=" in outcome.text
+    assert message in outcome.text.splitlines()[0]
 
 
 def test_brackets_in_a_path_are_literal(folder: Path) -> None:
@@ -243,18 +243,18 @@ def test_a_bad_meta_is_one_line(folder: Path, name: str) -> None:
     (folder / "outside.bin").symlink_to("/etc/passwd")
     text = METAS[name]
     (folder / "meta.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    outcome = run_limited(read_meta, folder)
-    assert outcome.code == 2, outcome.output
-    assert_one_line(outcome.output, f"{folder / 'meta.json'}: damaged: ", "prepare it again")
+    outcome = run_limited(lambda: read_meta(folder))
+    assert outcome.kind == "refused", outcome.text
+    assert_one_line(outcome.text, f"{folder / 'meta.json'}: damaged: ", "prepare it again")
 
 
 @pytest.mark.parametrize("make", [fifo, link("/dev/zero"), link("."), link("meta.json")])
 def test_a_meta_that_is_not_a_file_is_one_line(folder: Path, make: Callable[[Path], None]) -> None:
     (folder / "meta.json").touch()
     make(folder / "meta.json")
-    outcome = run_limited(check_data, config(folder))
-    assert outcome.code == 2, outcome.output
-    assert "meta.json: damaged: " in outcome.output
+    outcome = run_limited(lambda: check_data(config(folder)))
+    assert outcome.kind == "refused", outcome.text
+    assert "meta.json: damaged: " in outcome.text
 
 
 json_values = st.recursive(
@@ -331,9 +331,9 @@ def test_a_bad_input_of_prepare_is_one_line(tmp_path: Path, name: str) -> None:
         (folder / file).write_bytes(data if isinstance(data, bytes) else data.encode())
     options = [option.replace("{in}", str(folder)) for option in options]
     arguments = [path, "--out", str(tmp_path / "out"), "--workers", "1", *options]
-    outcome = run_limited(main, arguments)
-    assert outcome.code == 2, outcome.output
-    assert_one_line(outcome.output[-990:], message)
+    outcome = run_limited(lambda: main(arguments))
+    assert outcome.kind == "refused", outcome.text
+    assert_one_line(outcome.text[-990:], message)
     assert not (tmp_path / "out").exists()
 
 
@@ -342,9 +342,9 @@ def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path: Path) -> None
         file.write(b'{"text": "first"}\n{"text": "' + b"x" * 5000)
         file.truncate(300 << 20)
     arguments = [str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
-    outcome = run_limited(main, arguments, seconds=60, memory_mib=256)
-    assert outcome.code == 2, outcome.output
-    assert_one_line(outcome.output, "a.jsonl:2: a line of more than 64 MiB")
+    outcome = run_limited(lambda: main(arguments), seconds=60, megabytes=256)
+    assert outcome.kind == "refused", outcome.text
+    assert_one_line(outcome.text, "a.jsonl:2: a line of more than 64 MiB")
 
 
 def test_skipped_entries_of_a_folder_are_one_line(

@@ -26,7 +26,7 @@ from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader, make_batch
 from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
-from tests.support.marked import marked_processes
+from tests.support.commands import TAG, tagged_processes
 from tests.support.patience import patience, wait_until
 
 SEQ_LEN = 8
@@ -395,7 +395,7 @@ SCRIPT = """
 
 def wait_until_gone(marker: str, seconds: float) -> None:
     wait_until(
-        lambda: not marked_processes(marker), seconds, lambda: f"left: {marked_processes(marker)}"
+        lambda: not tagged_processes(marker), seconds, lambda: f"left: {tagged_processes(marker)}"
     )
 
 
@@ -414,7 +414,7 @@ def test_no_loader_process_outlives_its_trainer(
     mode = "go" if isinstance(how, str) else "wait"
     process = subprocess.Popen(
         [sys.executable, script, paths[0], mode],
-        env={**os.environ, "JEPA_TEST_MARK": marker},
+        env={**os.environ, TAG: marker},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -423,7 +423,7 @@ def test_no_loader_process_outlives_its_trainer(
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         if isinstance(how, signal.Signals):
-            assert len(marked_processes(marker)) >= 4  # trainer, fork server, two loaders
+            assert len(tagged_processes(marker)) >= 4  # trainer, fork server, two loaders
             process.send_signal(how)
         process.wait(20)
         wait_until_gone(marker, 10)
@@ -432,8 +432,8 @@ def test_no_loader_process_outlives_its_trainer(
             assert process.stderr is not None
             assert process.stderr.read() == ""
     finally:
-        for pid in marked_processes(marker):
-            os.kill(pid, signal.SIGKILL)
+        for left in tagged_processes(marker):
+            left.kill()
 
 
 def test_batches_and_their_digests_hold_ids_above_16_bits() -> None:

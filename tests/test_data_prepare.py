@@ -23,8 +23,8 @@ from jepa_dist.data.prepare import main
 from jepa_dist.data.record_files import TextOf
 from jepa_dist.data.shards import find_shards, read_shard
 from jepa_dist.data.tokenizer import load_tokenizer
+from tests.support.commands import TAG, tagged_processes
 from tests.support.golden_cases import GOLDEN_DIR, Case, cases
-from tests.support.marked import marked_processes
 from tests.support.patience import patience, wait_until
 from tests.support.prepared import BOS, documents_of, prepared, tokens_of, write_jsonl
 
@@ -368,7 +368,7 @@ def start(arguments: list[str], marker: str) -> subprocess.Popen[str]:
     """Start prepare in its own process group, as a terminal does."""
     return subprocess.Popen(
         [sys.executable, "-m", "jepa_dist.data.prepare", *arguments],
-        env={**os.environ, "JEPA_TEST_MARK": marker},
+        env={**os.environ, TAG: marker},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -398,10 +398,10 @@ def test_an_interrupted_run_leaves_no_partial_output(tmp_path: Path, how: signal
         wait_until(lambda: shard.exists() and shard.stat().st_size > 1024, 20, every=0.002)
         interrupt(process, how)
         _, errors = process.communicate(timeout=patience(20))
-        wait_until(lambda: not marked_processes(marker), 10)
+        wait_until(lambda: not tagged_processes(marker), 10)
     finally:
-        for pid in marked_processes(marker):
-            os.kill(pid, signal.SIGKILL)
+        for left in tagged_processes(marker):
+            left.kill()
     assert not out.exists()
     if how == signal.SIGKILL:
         assert staging.exists()
@@ -426,14 +426,14 @@ def test_a_killed_worker_is_one_error(tmp_path: Path) -> None:
     try:
         shard = tmp_path / ".out.partial" / ".train_000000.bin.partial"
         wait_until(lambda: shard.exists() and shard.stat().st_size > 1024, 20, every=0.002)
-        helper = max(marked_processes(marker))
+        helper = max(each.pid for each in tagged_processes(marker))
         assert helper != process.pid
         os.kill(helper, signal.SIGKILL)
         _, errors = process.communicate(timeout=patience(20))
-        wait_until(lambda: not marked_processes(marker), 10)
+        wait_until(lambda: not tagged_processes(marker), 10)
     finally:
-        for pid in marked_processes(marker):
-            os.kill(pid, signal.SIGKILL)
+        for left in tagged_processes(marker):
+            left.kill()
     assert process.returncode == 2
     assert errors.startswith("helper process ")
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]

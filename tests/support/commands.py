@@ -27,7 +27,8 @@ TORCHRUN = (
     *("--rdzv-backend=loopback", "--nproc-per-node=2"),
 )
 
-_TAG = "COMMAND_OF_TEST"
+# An environment variable, which children inherit: it tells the processes of a test from others.
+TAG = "COMMAND_OF_TEST"
 # Time for processes that exit when their parent has exited.
 _GRACE_SECONDS = 10.0
 
@@ -53,7 +54,7 @@ class Command:
         self._process = subprocess.Popen(
             [str(part) for part in command],
             cwd=cwd,
-            env=environment({**(environ or {}), _TAG: self._tag}),
+            env=environment({**(environ or {}), TAG: self._tag}),
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -91,7 +92,7 @@ class Command:
 
     def processes(self) -> list[psutil.Process]:
         """Return all processes of this command, including orphans."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
+        return tagged_processes(self._tag)
 
     def process(self) -> psutil.Process | None:
         """Return the command's own process; None once it has ended."""
@@ -115,9 +116,6 @@ class Command:
         self._output.seek(0)
         return self._output.read()
 
-    def _is_ours(self, process: psutil.Process) -> bool:
-        return environment_of(process).get(_TAG) == self._tag
-
     def __enter__(self) -> Self:
         return self
 
@@ -138,6 +136,11 @@ def run_command(
     """Run a command to its end."""
     with Command(command, cwd, environ) as running:
         return running.wait(timeout)
+
+
+def tagged_processes(tag: str) -> list[psutil.Process]:
+    """Return all processes whose ``TAG`` is ``tag``, including orphans."""
+    return [each for each in psutil.process_iter() if environment_of(each).get(TAG) == tag]
 
 
 def listening(processes: Iterable[psutil.Process]) -> set[str]:

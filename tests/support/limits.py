@@ -37,10 +37,10 @@ class Outcome:
         return self.text.splitlines()
 
 
-def run_limited(call: Callable[[], object], seconds: float, megabytes: int) -> Outcome:
+def run_limited(call: Callable[[], object], seconds: float = 20, megabytes: int = 512) -> Outcome:
     """Fork, run ``call`` with its memory limited to ``megabytes`` beyond what is in use, and wait.
 
-    It is ended after ``patience(seconds)``.
+    ``call`` may return an exit code. It is ended after ``patience(seconds)``.
 
     Memory is address space: an allocation beyond the limit is a MemoryError, whether or not it
     would be touched.
@@ -104,14 +104,14 @@ def _outcome(call: Callable[[], object]) -> tuple[str, str]:
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            call()
+            code = call()
     except UserError as error:
         return "refused", "\n".join(error.problems)
     except SystemExit as exit_:
-        return ("refused" if exit_.code == 2 else "ok"), _text(printed)
+        code = exit_.code
     except Exception:
         return "traceback", traceback.format_exc()
-    return "ok", _text(printed)
+    return ("refused" if code == 2 else "ok"), _text(printed)
 
 
 def _text(printed: io.TextIOWrapper) -> str:
