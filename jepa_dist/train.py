@@ -22,6 +22,7 @@ from jepa_dist.process.dist_env import (
     ranks_on_this_host,
 )
 from jepa_dist.process.failure import exit_on_host_error, exit_on_rank_error
+from jepa_dist.process.garbage import collection_paused
 from jepa_dist.process.output import keep_output_alive
 from jepa_dist.process.variables import set_defaults
 from jepa_dist.remote import open_remote
@@ -58,7 +59,7 @@ def main() -> None:
     print_local_ranks()
     startup = Startup()
     startup.done("check")
-    with exit_on_rank_error(launched_rank()):
+    with exit_on_rank_error(launched_rank()), collection_paused():
         # Imported here, so that configuration errors are printed before the slow import of torch.
         from jepa_dist.run_training import run_training
     startup.done("imports")

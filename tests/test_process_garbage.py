@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jepa_dist.process.garbage import ScheduledCollection
+from jepa_dist.process.garbage import ScheduledCollection, collection_paused
 
 
 @pytest.fixture
@@ -70,3 +70,20 @@ def test_nested_contexts_keep_automatic_collection_off() -> None:
     finally:
         outer.close()
     assert gc.isenabled()
+
+
+def test_imports_are_not_interrupted_by_collections(collections: list[int]) -> None:
+    try:
+        collections.clear()
+        with collection_paused():
+            _make_garbage()
+            assert collections == []
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 5000
+        gc.disable()
+        with collection_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.enable()
