@@ -215,7 +215,7 @@ def test_the_fingerprint_covers_what_the_order_depends_on(tmp_path: Path) -> Non
 
 
 def test_the_dataset_reads_the_windows_of_the_sources(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, **write_mixture(tmp_path))
+    config = tiny_config(tmp_path, train__steps=20, **write_mixture(tmp_path))
     order, paths = training_order(config), sorted(tmp_path.glob("**/train_*.bin"))
     walk, other = [p for p in paths if "other" not in p.parts], [tmp_path / "other/train_0.bin"]
     data = TokenDataset([*walk, *other], 24, 257, shards=[2, 1], stages=order.stages)
@@ -232,10 +232,10 @@ def test_the_mixture_is_printed_at_the_start_and_recorded(tmp_path: Path) -> Non
     order = training_order(config)
     first, second = describe_mixture(config, order)
     assert first.startswith("mixture from step 0 on: walk 70.00% (")
-    assert second.startswith("mixture from step 10 on: walk 25.00% (")
-    metrics = mixture_metrics(config, order, 60, 66)
+    assert second.startswith("mixture from step 6 on: walk 25.00% (")
+    metrics = mixture_metrics(config, order, 36, 42)
     assert metrics["mixture/share/walk"] == 0.25
-    drawn = np.bincount(order.draw(np.arange(66))[0])
+    drawn = np.bincount(order.draw(np.arange(42))[0])
     assert metrics["mixture/epochs/other"] == drawn[1] / order.sizes[1]
     assert mixture_metrics(tiny_config(tmp_path), order, 0, 6) == {}
 

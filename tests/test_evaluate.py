@@ -172,7 +172,7 @@ def test_windows_of_the_reference(case: Case) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """A folder with a corpus, a run of 20 steps, and its last validation."""
+    """A folder with a corpus, a run of 12 steps, and its last validation."""
     folder = tmp_path_factory.mktemp("trained")
     write_corpus(folder)
     config = tiny_config(folder, optim__ema_decay=0.9)
@@ -203,7 +203,7 @@ def test_the_command_reproduces_the_last_validation(trained: tuple[Path, dict]) 
     folder, validation = trained
     done = evaluate(folder / "run")
     assert done.code == 0, done.output
-    assert "model.safetensors (live, step 20, phase 2)" in done.output
+    assert "model.safetensors (live, step 12, phase 2)" in done.output
     result = numbers(done.output)
     assert result["loss"] == pytest.approx(validation["val/loss"], abs=1e-5)
     assert result["bpb"] == pytest.approx(validation["val/bpb"], abs=1e-5)

@@ -277,10 +277,10 @@ def test_diagnostics_change_nothing_and_run_when_due(corpus: Path) -> None:
     changes = {"train__log_every": 7, "jepa__start_frac": 0.2}
     looked = run_ranks(train, 2, tiny_config(corpus, monitor__jepa_every=3, **changes))[0][:-1]
     plain = run_ranks(train, 2, tiny_config(corpus, monitor__jepa_every=0, **changes))[0][:-1]
-    assert [r["step"] for r in looked if "jepa/grad_ratio" in r] == [6, 9, 12, 15, 18]
-    assert [r["step"] for r in plain] == [7, 14, 20]
+    assert [r["step"] for r in looked if "jepa/grad_ratio" in r] == [6, 9, 12]
+    assert [r["step"] for r in plain] == [7, 12]
     by_step = {record["step"]: record for record in looked}
-    assert by_step.keys() == {6, 7, 9, 12, 14, 15, 18, 20}
+    assert by_step.keys() == {6, 7, 9, 12}
     for record in plain:
         for key in ("loss/ce", "loss/jepa", "grad_norm", "tokens_digest"):
             assert by_step[record["step"]][key] == record[key]  # bit for bit
@@ -292,7 +292,7 @@ def test_diagnostics_change_nothing_and_run_when_due(corpus: Path) -> None:
 def test_compiled_graphs_are_the_same(corpus: Path) -> None:
     records, on = run_ranks(count, 2, compiled(corpus, monitor__jepa_every=2))[0]
     off = run_ranks(count, 2, compiled(corpus, monitor__jepa_every=0))[0][1]
-    assert sum("jepa/grad_ratio" in record for record in records) == 10
+    assert sum("jepa/grad_ratio" in record for record in records) == 6
     assert records[-1]["compile/recompiles"] == 0
     assert on == off
 

@@ -257,7 +257,7 @@ def trainable(project: Path) -> Path:
 @pytest.mark.slow
 def test_two_debug_runs(trainable: Path) -> None:
     kept = ("run.dir=", "data.train=", "data.val=")
-    changes = {"train__steps": 30, "train__log_every": 10}
+    changes = {"train__steps": 4, "train__log_every": 2}
     settings = [s for s in tiny_overrides(trainable, **changes) if not s.startswith(kept)]
     for name, ranks in (("debug", 2), ("debug-2", 1)):
         finished = debug(trainable, *settings, VENV=sys.prefix, NPROC_PER_NODE=ranks)

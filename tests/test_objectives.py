@@ -174,7 +174,8 @@ def test_only_the_objective_is_not_decayed_while_it_is_off() -> None:
 
 
 def test_stop_frac_turns_it_off(tmp_path: Path) -> None:
-    config = next_state_config(tmp_path, jepa__start_frac=0.25, jepa__stop_frac=0.75)
+    schedule = {"train__steps": 20, "jepa__start_frac": 0.25, "jepa__stop_frac": 0.75}
+    config = next_state_config(tmp_path, **schedule)
     planner = Planner(config, TrainingClock())
     weights = [planner.plan(step).jepa_weight for step in range(20)]
     assert weights == [0.0] * 5 + [1.0] * 10 + [0.0] * 5

@@ -32,7 +32,7 @@ def plans(config: Config, steps: int) -> list[StepPlan]:
 
 
 def test_curriculum(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, jepa__start_frac=0.25, jepa__ramp_frac=0.5)
+    config = tiny_config(tmp_path, train__steps=20, jepa__start_frac=0.25, jepa__ramp_frac=0.5)
     weights = [plan.jepa_weight for plan in plans(config, 20)]
     assert weights[:6] == [0.0] * 6
     np.testing.assert_allclose(weights[5:15], 0.1 * np.arange(10) / 10, atol=1e-12)
@@ -42,7 +42,7 @@ def test_curriculum(tmp_path: Path) -> None:
 
 
 def test_phases_logging_and_end(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, train__log_every=3, eval__every=8)
+    config = tiny_config(tmp_path, train__steps=20, train__log_every=3, eval__every=8)
     made = plans(config, 20)
     assert [plan.phase for plan in made] == [0] * 6 + [1] * 6 + [2] * 8
     assert [p.step for p in made if p.evaluate] == [7, 15, 19]

@@ -83,7 +83,7 @@ def tiny_overrides(folder: Path, **changes: Any) -> list[str]:
         "data.train": folder / "train_*.bin",
         "data.val": folder / "val_*.bin",
         "data.workers": 0,
-        "train.steps": 20,
+        "train.steps": 12,
         "train.log_every": 1,
         "train.enable_looping_at": 0.3,
         "train.loop_phase2_at": 0.6,
