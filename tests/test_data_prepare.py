@@ -42,6 +42,11 @@ def texts(count: int, seed: int = 0) -> list[str]:
     return [f"{i} " + " ".join(rng.choices(words, k=rng.randint(1, 40))) for i in range(count)]
 
 
+def many_texts() -> list[str]:
+    """Return so many that they are not prepared soon."""
+    return [f"{i} low tide, deep h\u00e9ron runs" * 3 for i in range(300_000)]
+
+
 def assert_partition(out: Path, expected: list[bytes]) -> None:
     """Assert that both splits together are the documents, each split in their order."""
     train, val = documents_of(out, "train"), documents_of(out, "val")
@@ -388,7 +393,7 @@ def interrupt(process: subprocess.Popen[str], how: signal.Signals) -> None:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_partial_output(tmp_path: Path, how: signal.Signals) -> None:
-    write_jsonl(tmp_path / "a.jsonl", texts(300_000))  # so many that it is not done soon
+    write_jsonl(tmp_path / "a.jsonl", many_texts())
     out, staging = tmp_path / "out", tmp_path / ".out.partial"
     arguments = [str(tmp_path / "a.jsonl"), "--out", str(out), "--workers", "2"]
     marker = f"{os.getpid()}-{time.monotonic_ns()}"
@@ -419,7 +424,7 @@ def test_an_interrupted_run_leaves_no_partial_output(tmp_path: Path, how: signal
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_killed_worker_is_one_error(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", texts(300_000))  # so many that it is not done soon
+    write_jsonl(tmp_path / "a.jsonl", many_texts())
     out = tmp_path / "out"
     marker = f"{os.getpid()}-{time.monotonic_ns()}"
     process = start([str(tmp_path / "a.jsonl"), "--out", str(out), "--workers", "2"], marker)

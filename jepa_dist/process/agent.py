@@ -12,6 +12,8 @@ import signal
 import sys
 from types import TracebackType
 
+from jepa_dist.process.garbage import collection_paused
+
 # When the agent that hosts the rendezvous store exits first, torch's C++ code prints a stack trace
 # for each connection on the other hosts. The variable is read when torch is imported; the ranks
 # inherit the user's value.
@@ -22,7 +24,8 @@ def main() -> int:
     """Run torchrun; returns the exit code."""
     wanted = os.environ.get(_LOG_LEVEL)
     os.environ[_LOG_LEVEL] = wanted or "ERROR"
-    from torch.distributed import run
+    with collection_paused():
+        from torch.distributed import run
 
     if wanted is None:
         del os.environ[_LOG_LEVEL]

@@ -269,7 +269,9 @@ class Cluster:
         states = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
         for name, state in {tuple(line.split()) for line in states}:
             if state.startswith(("drain", "down")):
-                self.run("scontrol", "update", f"node={name}", "state=resume")
+                # Refused if the node, just started, has come back meanwhile.
+                with contextlib.suppress(AssertionError):
+                    self.run("scontrol", "update", f"node={name}", "state=resume")
         self.wait_until_idle(60)
 
     def _kill_tasks(self, job: str) -> None:
@@ -402,4 +404,4 @@ def _kill(process: psutil.Process) -> None:
 def _wait_until(
     condition: Callable[[], bool], timeout: float, what: str, tell: Callable[[], str]
 ) -> None:
-    wait_until(condition, timeout, lambda: f"{what}\n{tell()}", every=0.25)
+    wait_until(condition, timeout, lambda: f"{what}\n{tell()}", every=0.5)

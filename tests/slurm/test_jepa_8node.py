@@ -31,11 +31,12 @@ IDLE = {"PYTHONPATH": Path(__file__).parent / "pace"}
 def test_the_debug_run_on_eight_nodes_is_the_run_of_one_process(checkout: Checkout) -> None:
     """configs/debug.yaml, but short and not compiled: 6 steps and a smaller validation set.
 
-    The job prepares the corpus.
+    The job prepares the corpus. The ranks read it themselves: eight more processes, which import
+    torch, would take the cores from other tests.
     """
-    share = "batch.micro=2"  # the share of each of the eight ranks
+    share = ("batch.micro=2", "data.workers=0")  # of each of the eight ranks
     few = ("train.steps=6", "train.log_every=1", "eval.sequences=16", "eval.sample_tokens=0")
-    short = (*few, share, "parallel.compile=false")
+    short = (*few, *share, "parallel.compile=false")
     settings = ["configs/debug.yaml", *short]
     job = checkout.submit(*settings)
     assert job.wait(2 * PATIENCE) == "COMPLETED", job.output()
@@ -202,9 +203,6 @@ def test_a_dead_node(checkout: Checkout, cluster: Cluster) -> None:
     goes_on(job, run_dir, [3, 2])
     assert job.state() == "RUNNING"
     assert json_lines(run_dir / "starts.jsonl")[-1]["step"] >= 5, "from a checkpoint"
-    cluster.start_node("n3")
-    cluster.run("scontrol", "requeue", job.id)
-    goes_on(job, run_dir, [3, 2, 3])
     stop(job)
 
 
@@ -306,17 +304,17 @@ def test_one_rank_per_gpu_that_slurm_grants(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """``--exclusive`` brings the GPUs along; steps must ask for them again."""
-    with Cluster(tmp_path_factory.mktemp("gpus") / "cluster", nodes=2, gpus=2) as cluster:
+    with Cluster(tmp_path_factory.mktemp("gpus") / "cluster", nodes=1, gpus=2) as cluster:
         checkout = Checkout(tmp_path, cluster)
         (checkout.folder / "slurm/site.env").write_text(
             'SRUN_ARGS=(--export="ALL,CUDA_VISIBLE_DEVICES=")\n'
             "CONTAINER=(bash -c 'echo gpus of the step: $SLURM_GPUS_ON_NODE; exec \"$@\"' in)\n"
         )
-        job = checkout.submit(*checkout.settings(train__steps=2), options=("--nodes=2",))
+        job = checkout.submit(*checkout.settings(train__steps=2), options=("--nodes=1",))
         assert job.wait(PATIENCE) == "COMPLETED", job.output()
-        assert world_sizes(checkout.run_dir(job)) == [4]
-        assert job.output().count("gpus of the step: 2\n") == 3, "preflight and two agents"
-        none = checkout.submit(options=("--nodes=2", "--exclusive=user"))
+        assert world_sizes(checkout.run_dir(job)) == [2]
+        assert job.output().count("gpus of the step: 2\n") == 2, "preflight and agent"
+        none = checkout.submit(options=("--nodes=1", "--exclusive=user"))
         assert none.wait(120) == "FAILED", none.output()
         assert "error: the nodes have GPUs and this job got none" in none.output()
 
