@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections import Counter
 
@@ -12,6 +13,8 @@ import torch
 from tests.support.patience import patience
 from tests.support.ranks import choose_imports_of_server
 
+# Until all modules are imported and all tests collected: nothing of them is garbage.
+gc.disable()
 torch.set_num_threads(1)
 # Milliseconds for one example; Hypothesis' own 200 are too few on a busy machine.
 hypothesis.settings.register_profile("tests", deadline=1000 * patience(2))
@@ -38,6 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Set up the fork server before any test, after all imports."""
     choose_imports_of_server()
+    gc.freeze()
+    gc.enable()
 
 
 def _start_long_files_first(items: list[pytest.Item]) -> None:
