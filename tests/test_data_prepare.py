@@ -44,7 +44,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 def many_texts() -> list[str]:
     """Return so many that they are not prepared soon."""
-    return [f"{i} low tide, deep h\u00e9ron runs" * 3 for i in range(300_000)]
+    return texts(300_000)
 
 
 def assert_partition(out: Path, expected: list[bytes]) -> None:
