@@ -84,7 +84,9 @@ def test_bfloat16_follows_float32(corpus: Path, matrix: str) -> None:
 
 @cuda_only
 def test_only_logged_steps_wait_for_the_device(corpus: Path) -> None:
-    config = tiny_config(corpus, train__log_every=10, optim__matrix="muon", eval__every=0)
+    config = tiny_config(
+        corpus, train__steps=20, train__log_every=10, optim__matrix="muon", eval__every=0
+    )
     try:
         trainer = build_trainer(config, start_world(config.parallel))
         plain, watched = trainer.step, []
@@ -175,8 +177,9 @@ def test_masked_documents_train_as_with_full_probabilities(
     masked = {"model__document_mask": True, "model__reset_positions": True, **wide}
     expected = train(tiny_config(tmp_path, parallel__attention="math", **masked))
     kernel = {"parallel__attention": attention, "parallel__compile": compiled}
-    records = train(tiny_config(tmp_path, **masked, **kernel))
-    assert len(records) == len(expected) == 20
+    config = tiny_config(tmp_path, **masked, **kernel)
+    records = train(config)
+    assert len(records) == len(expected) == config.train.steps
     for ours, theirs in zip(records, expected, strict=True):
         assert ours["loss/ce"] == pytest.approx(theirs["loss/ce"], rel=2e-2)
     if compiled:
@@ -210,13 +213,14 @@ def test_deterministic_runs_are_equal_bit_for_bit(corpus: Path, tmp_path: Path) 
     losses = []
     for name in ("first", "again"):
         changes = {"run__dir": tmp_path / name, "optim__matrix": "muon", **settings}
-        config = tmp_path / f"{name}.yaml"
-        config.write_text(yaml.safe_dump(to_dict(tiny_config(corpus, **changes))))
-        command = [sys.executable, "-m", "jepa_dist.train", str(config)]
+        config = tiny_config(corpus, **changes)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(to_dict(config)))
+        command = [sys.executable, "-m", "jepa_dist.train", str(file)]
         subprocess.run(command, check=True, timeout=patience(120))
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line).get("loss/total") for line in lines])
-    assert len(losses[0]) >= 20
+        assert len(losses[-1]) >= config.train.steps
     assert losses[0] == losses[1]
 
 
