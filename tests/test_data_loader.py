@@ -26,7 +26,7 @@ from jepa_dist.data.layout import BatchLayout
 from jepa_dist.data.loader import Batch, TokenDataset, TrainLoader, make_batch
 from jepa_dist.data.shards import write_shard
 from jepa_dist.errors import UserError
-from tests.support.commands import TAG, tagged_processes
+from tests.support.commands import TAG, run_command, tagged_processes
 from tests.support.patience import patience, wait_until
 
 SEQ_LEN = 8
@@ -434,6 +434,22 @@ def test_no_loader_process_outlives_its_trainer(
     finally:
         for left in tagged_processes(marker):
             left.kill()
+
+
+@pytest.mark.slow
+def test_a_loader_process_has_its_imports_at_its_start_and_never_collects_them() -> None:
+    code = """
+        import gc, multiprocessing
+        import jepa_dist.data.loader
+
+        imported = "'jepa_dist.data.loader' in __import__('sys').modules"
+        with multiprocessing.get_context("forkserver").Pool(1) as pool:
+            print(pool.apply(eval, (imported,)), pool.apply(gc.get_freeze_count))
+    """
+    done = run_command(sys.executable, "-c", textwrap.dedent(code), timeout=60)
+    imported, frozen = done.output.split()
+    assert imported == "True"
+    assert int(frozen) > 100_000
 
 
 def test_batches_and_their_digests_hold_ids_above_16_bits() -> None:

@@ -55,7 +55,7 @@ _OPEN_SHARDS = 256
 # Forking a process that has CUDA or gloo threads is not safe. A fork server that has imported
 # this module starts a worker in milliseconds and shares its memory with all of them.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", __name__])
+_context.set_forkserver_preload(["jepa_dist.data.fork_server"])
 
 
 class TokenDataset:
