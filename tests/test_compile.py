@@ -1,7 +1,6 @@
 """Compile regions: what is compiled, and how often, with a fast backend that counts graphs.
 
-Two ranks compile the graphs of one (the first test and ``test_compiled_equals_eager``); the others
-count the graphs of one rank.
+Most tests count the graphs of one rank; two compile the same (the tests of the warm-up).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def graphs_without_objective(corpus: Path) -> list[str]:
 @pytest.mark.slow
 def test_no_recompiles_over_changing_spans_lambda_and_phases(corpus: Path) -> None:
     config = counted(corpus, batch__sequences=4, train__steps=25, jepa__ramp_frac=0.9)
-    records, graphs = run_ranks(count, 2, config)[0]
+    records, graphs = run_ranks(count, 1, config)[0]
     assert {record["phase"] for record in records} == {0, 1, 2}
     assert len({record["jepa/lambda"] for record in records}) > 20
     # Embedding, two kinds of block, skip, head; all once more without gradient for validation;

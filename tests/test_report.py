@@ -48,6 +48,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def compared(trained: Path) -> Path:
+    """The page that compares these runs."""
+    page = trained / "deep" / "both.html"
+    report(trained / "off", trained / "on", "--out", page)
+    return page
+
+
 def write_run(folder: Path, records: list[dict[str, Any]], config: str = CONFIG) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(config)
@@ -136,9 +144,8 @@ def test_the_report_of_a_real_run_is_a_page_and_an_image(trained: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_page_is_self_contained(trained: Path, tmp_path: Path) -> None:
-    report(trained / "on", trained / "off", "--out", tmp_path)
-    page = Page(tmp_path / "report.html")
+def test_a_page_is_self_contained(compared: Path) -> None:
+    page = Page(compared)
     assert "http:" not in page.source
     assert "https:" not in page.source
     assert not {"script", "img", "image", "link", "iframe", "object"} & set(page.tags)
@@ -151,9 +158,8 @@ def test_a_page_is_self_contained(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_real_runs_are_compared(trained: Path, tmp_path: Path) -> None:
-    report(trained / "off", trained / "on", "--out", tmp_path / "deep" / "both.html")
-    page = Page(tmp_path / "deep" / "both.html")
+def test_two_real_runs_are_compared(trained: Path, compared: Path) -> None:
+    page = Page(compared)
     off, on = (metrics(trained / name)[-1]["val/bpb"] for name in ("off", "on"))
     assert page.cells("val/bpb, difference to off") == ["-", f"{on - off:+.4f} at step 12"]
     assert "Paired: the same seed" in page.text
@@ -161,7 +167,7 @@ def test_two_real_runs_are_compared(trained: Path, tmp_path: Path) -> None:
     assert "run.dir" not in page.text
     assert "val/bpb, difference to off" in page.text
     assert page.tags.count("svg") == page.tags.count("figure")
-    assert (tmp_path / "deep" / "both.png").exists()
+    assert compared.with_suffix(".png").exists()
 
 
 @pytest.mark.slow
@@ -179,8 +185,7 @@ def test_the_series_are_the_records(trained: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_chromium_shows_the_plots(trained: Path, tmp_path: Path) -> None:
-    report(trained / "off", trained / "on", "--out", tmp_path)
+def test_chromium_shows_the_plots(compared: Path, tmp_path: Path) -> None:
     picture = tmp_path / "screen.png"
     shown = run_command(
         CHROMIUM,
@@ -191,11 +196,11 @@ def test_chromium_shows_the_plots(trained: Path, tmp_path: Path) -> None:
         "--window-size=1200,2400",
         f"--screenshot={picture}",
         "--dump-dom",
-        (tmp_path / "report.html").as_uri(),
+        compared.as_uri(),
         timeout=200,
     )
     assert shown.code == 0, shown.output
-    figures = Page(tmp_path / "report.html").tags.count("figure")
+    figures = Page(compared).tags.count("figure")
     assert shown.output.count("<figure>") == shown.output.count("<svg") == figures
     if picture.exists():
         pixels = matplotlib.image.imread(picture)[..., :3]

@@ -13,6 +13,8 @@ from tests.support.train_command import json_lines
 
 # A busy machine takes several times longer than an idle one.
 PATIENCE = 400.0
+# On PYTHONPATH it lets each step of a run sleep.
+PACE = Path(__file__).parent / "pace"
 
 
 class Checkout:

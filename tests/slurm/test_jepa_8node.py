@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.slurm.checkout import PATIENCE, Checkout, world_sizes
+from tests.slurm.checkout import PACE, PATIENCE, Checkout, world_sizes
 from tests.slurm.cluster import Cluster, Job
 from tests.support.commands import TRAIN, run_command
 from tests.support.patience import patience, wait_until
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 # More steps than any test reaches, at a pace that leaves the cores to other tests.
 ENDLESS = 1_000_000
-IDLE = {"PYTHONPATH": Path(__file__).parent / "pace"}
+IDLE = {"PYTHONPATH": PACE}
 
 
 # ---------------------------------------------------------------------------- runs that succeed

@@ -13,14 +13,14 @@ import yaml
 
 from jepa_dist.sweep.members import Member, read_sweep
 from jepa_dist.sweep.results import read_results
-from tests.slurm.checkout import PATIENCE, Checkout
+from tests.slurm.checkout import PACE, PATIENCE, Checkout
 from tests.slurm.cluster import Job
 from tests.support.commands import run_command
 from tests.support.tiny import tiny_overrides
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-STEPS = 100
+STEPS = 50
 ARMS = {
     "control": {"jepa.lambda": 0.0},
     "delayed": {"jepa.lambda": 0.1, "jepa.start_frac": 0.3},
@@ -34,7 +34,7 @@ def sweep(checkout: Checkout) -> Path:
     own = ("run.dir", "jepa.lambda", "train.steps")
     tiny = dict(item.split("=", 1) for item in tiny_overrides(checkout.corpus))
     common: dict[str, Any] = {k: yaml.safe_load(v) for k, v in tiny.items() if k not in own}
-    common |= {"train.steps": STEPS, "train.log_every": 5, "checkpoint.every": 10}
+    common |= {"train.steps": STEPS, "train.log_every": 5, "checkpoint.every": 5}
     common |= {"run.dir": str(checkout.folder / "runs")}
     base = checkout.corpus / "base.yaml"
     base.touch()
@@ -50,7 +50,7 @@ def script(checkout: Checkout) -> Path:
 
 def submit(checkout: Checkout, sweep: Path) -> list[Job]:
     """Submit as a user does; return one job for each member."""
-    environ = [f"VENV={sys.prefix}", "MAX_RUNNING=2"]
+    environ = [f"VENV={sys.prefix}", "MAX_RUNNING=2", f"PYTHONPATH={PACE}"]
     output = f"--output={sweep.parent}/%x-%A_%a.out"
     printed = checkout.cluster.run("env", *environ, "bash", script(checkout), output, sweep)
     found = re.search(r"Submitted batch job (\d+)", printed)

@@ -10,6 +10,6 @@ if "RANK" in os.environ:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def _sleep(*_: object) -> None:
-        time.sleep(0.05)
+        time.sleep(0.3)
 
     register_optimizer_step_post_hook(_sleep)
