@@ -77,14 +77,21 @@ def _wait(processes: list, folder: str, deadline: float) -> None:
 
 def _raise_first_failure(processes: list, folder: str) -> None:
     """Report a rank ended by a signal before the ranks that failed because of it."""
+    if not any(process.exitcode for process in processes):
+        return
+    # What failed because of it may be seen to have ended first.
+    deadline = time.monotonic() + patience(1)
+    while not any((process.exitcode or 0) < 0 for process in processes):
+        if time.monotonic() > deadline or not any(process.is_alive() for process in processes):
+            break
+        time.sleep(0.02)
     failed = [(process.exitcode, rank) for rank, process in enumerate(processes)]
     failed = sorted((code > 0, rank, code) for code, rank in failed if code)
-    if failed:
-        _, rank, code = failed[0]
-        reports = [Path(folder) / f"{rank}.{kind}" for kind in ("error", "crash")]
-        texts = [report.read_text() for report in reports if report.exists()]
-        text = "\n".join(filter(None, texts)) or "died without a traceback"
-        raise RuntimeError(f"rank {rank} exited {code}:\n{text}")
+    _, rank, code = failed[0]
+    reports = [Path(folder) / f"{rank}.{kind}" for kind in ("error", "crash")]
+    texts = [report.read_text() for report in reports if report.exists()]
+    text = "\n".join(filter(None, texts)) or "died without a traceback"
+    raise RuntimeError(f"rank {rank} exited {code}:\n{text}")
 
 
 def _worker(fn: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple) -> None:
