@@ -154,6 +154,7 @@ def test_it_rolls_back_once_and_skips_the_samples(tmp_path: Path) -> None:
     assert (state["skip_start"], state["skip_count"]) == (60, len(result["skip"]))
 
 
+@pytest.mark.slow
 def test_after_the_roll_back_it_stops_with_a_report(tmp_path: Path) -> None:
     settings = config(tmp_path, train__max_bad_steps=3)
     results = run_ranks(train, 2, settings, range(60, 10**6), 0, float("nan"))

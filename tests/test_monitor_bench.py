@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import run_command
+from tests.support.forked import run_module
 
 BENCH = (sys.executable, "-m", "jepa_dist.bench", "monitor")
 SMALL = ("parallel.compile=false", "batch.sequences=2", "batch.micro=2", "model.seq_len=32")
@@ -30,6 +31,6 @@ def test_runs_are_interleaved(tmp_path: Path) -> None:
 
 
 def test_rounds_and_steps_must_be_positive() -> None:
-    done = run_command(*BENCH, "--rounds", 0, timeout=200)
+    done = run_module("jepa_dist.bench", "monitor", "--rounds", 0)
     assert done.code == 2
     assert "--rounds and --steps must be at least 1" in done.output

@@ -283,6 +283,7 @@ def export_and_evaluate(rank: int, world_size: int, config: Config, out: Path) -
     return [*losses, *(one.loss for one in results), *(one.full_loss for one in results)]
 
 
+@pytest.mark.slow
 def test_one_rank_and_three_write_the_same_artifact(run: Config, tmp_path: Path) -> None:
     """Byte for byte, so their Hessians are equal, too."""
     (one,) = run_ranks(export_and_evaluate, 1, run, tmp_path / "one")

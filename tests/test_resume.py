@@ -203,6 +203,7 @@ def test_a_stop_cancels_an_evaluation(corpus: Path, straight: dict[str, Any]) ->
     assert rest["records"][-1]["val/loss"] == straight["records"][-1]["val/loss"]
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_start(
     corpus: Path, straight: dict[str, Any]
 ) -> None:
