@@ -13,7 +13,7 @@ from tests.support.ranks import run_ranks
 
 def _die(rank: int, world_size: int) -> None:
     if rank == 1:
-        raise ConnectionError("rank 0 is gone")
+        raise ConnectionError("rank 0 closed the connection")
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGKILL)
 
