@@ -49,7 +49,7 @@ class Command:
         self, command: Sequence[Any], cwd: Path = REPOSITORY, environ: dict[str, Any] | None = None
     ) -> None:
         self._tag = uuid.uuid4().hex
-        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115
         self._started = time.monotonic()
         self._process = subprocess.Popen(
             [str(part) for part in command],
@@ -113,8 +113,8 @@ class Command:
 
     def output(self) -> str:
         """Return the output so far."""
-        self._output.seek(0)
-        return self._output.read()
+        # Not through self._output: the command writes at its position, and reading would move it.
+        return Path(self._output.name).read_text(encoding="utf-8", errors="replace")
 
     def __enter__(self) -> Self:
         return self
