@@ -20,6 +20,23 @@ from jepa_dist.model.head import HeadRegion
 from jepa_dist.model.layers import Block, rms_norm, rope_tables
 from jepa_dist.model.places import Places, places_in_documents
 
+EMBEDDED = -2
+"""Tap of the embedded tokens, before the first block."""
+
+
+class OutputLayer(NamedTuple):
+    """The matrices that turn normalized states into logits."""
+
+    head_VE: Tensor
+    proj_ED: Tensor | None
+    """Projection to the embedding's width; None if the widths are equal."""
+
+    def detached(self) -> OutputLayer:
+        """Return the same values without gradient."""
+        return OutputLayer(
+            self.head_VE.detach(), None if self.proj_ED is None else self.proj_ED.detach()
+        )
+
 
 class Output(NamedTuple):
     """The result of a pass over the model (a pytree, as FSDP2's hooks need)."""
@@ -116,7 +133,8 @@ class GPT(nn.Module):
                 every target, [B, T].
             phase: Recurrence phase 0, 1 or 2.
             taps: Layers whose states to return, in this order: -1 for the final pre-norm state
-                (the same tensor that the head reads), i for block i's output at its last execution.
+                (the same tensor that the head reads), i for block i's output at its last execution,
+                ``EMBEDDED`` for the embedded tokens.
             cache: Keys and values of the positions before ``tokens_BT``; the pass appends its own.
                 For generation: eager, without gradients, on an unsharded model.
         """
@@ -126,12 +144,16 @@ class GPT(nn.Module):
         else:
             with cache.extended(self, tokens_BT, phase) as places:
                 x_BTD, states = self._run_blocks(x_BTD, places, phase, taps)
-        head_VE = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        result = self.head(x_BTD, head_VE, _weight(self.head_proj), targets_BT, weight)
+        result = self.head(x_BTD, *self.output_layer(), targets_BT, weight)
         if targets_BT is None:
             return Output(logits_BTV=result, taps=states)
         loss, row_loss_B = result if isinstance(result, tuple) else (result, None)
         return Output(loss_sum=loss, row_loss_B=row_loss_B, taps=states)
+
+    def output_layer(self) -> OutputLayer:
+        """Return the matrices that the head reads; sharded outside of the root's forward."""
+        head = self.tok_emb if self.lm_head is None else self.lm_head
+        return OutputLayer(head.weight, _weight(self.head_proj))
 
     def places(self, tokens_BT: Tensor, length: int | None = None) -> Places:
         """Return where the positions of rows are.
@@ -161,7 +183,7 @@ class GPT(nn.Module):
         """Run encoder and decoder with skips; return the final state and the tapped ones."""
         order = execution_order(self.config, phase)
         x0_BTD = _distinct(x_BTD) if self.config.x0_mix else None
-        states: dict[int, Tensor] = {}
+        states: dict[int, Tensor] = {EMBEDDED: x_BTD}
 
         def run(x_BTD: Tensor, execution: Execution) -> Tensor:
             block = self.blocks[execution.block]

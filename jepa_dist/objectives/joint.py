@@ -94,5 +94,10 @@ class JointModel(nn.Module):
         """Run the objective on the tapped states."""
         if given.watch is not None:
             states = given.watch(states)
-        sums: Sums = self.objective(tuple(states), tokens_BT, given.weight_B, given.samples)
+        output_layer = (
+            self.model.output_layer().detached() if self.objective.reads_output_layer else None
+        )
+        sums: Sums = self.objective(
+            tuple(states), tokens_BT, given.weight_B, given.samples, output_layer
+        )
         return sums

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_dist.config import Config
+from jepa_dist.model.gpt import OutputLayer
 from jepa_dist.model.layers import rms_norm
 from jepa_dist.objectives.cosine import floored_cosine
 from jepa_dist.objectives.diagnostics import effective_rank, mean_pairwise_cosine
-from jepa_dist.objectives.objective import Objective, Samples, Sums
+from jepa_dist.objectives.objective import Objective, Samples, Sums, continues_document
 from jepa_dist.objectives.probe import TapProbe
 
 
@@ -64,6 +65,7 @@ class NextStateObjective(Objective):
         tokens_BT: Tensor,
         weight_B: Tensor,
         samples: Tensor | None,
+        output_layer: OutputLayer | None = None,
     ) -> Sums:
         """Return the loss summed over the given rows.
 
@@ -77,7 +79,8 @@ class NextStateObjective(Objective):
         if self._stop_gradient:
             z_BPD = z_BPD.detach()
         cosine_BP, floored_BP = floored_cosine(p_BPD, z_BPD, self._norm_floor)
-        counts_BP = weight_B[:, None] * self._counted(tokens_BT[:, self._shift :])
+        targets_BP = tokens_BT[:, self._shift :]
+        counts_BP = weight_B[:, None] * continues_document(targets_BP, self._bos_id)
         loss = (counts_BP * (1 - cosine_BP)).sum() / num_positions
         parts = {
             "cosines": (counts_BP * cosine_BP.detach()).sum(),
@@ -94,12 +97,6 @@ class NextStateObjective(Objective):
         if self._head == "linear":
             return self.proj(u_BPD)
         return self.down(F.silu(self.gate(u_BPD)) * self.up(u_BPD))
-
-    def _counted(self, targets_BP: Tensor) -> Tensor:
-        """Return 1.0 where the target token continues a document, 0.0 where it begins one."""
-        if self._bos_id is None:
-            return torch.ones_like(targets_BP, dtype=torch.float32)
-        return (targets_BP != self._bos_id).float()
 
     def metrics(self, samples: Samples | None, values: Mapping[str, float]) -> dict[str, float]:
         """Return means over the counted positions, and the share of positions that count.

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jepa_dist.config import Config
+from jepa_dist.model.gpt import OutputLayer
 from jepa_dist.model.init import fan_in_uniform
 from jepa_dist.objectives.probe import TapProbe
 
@@ -93,12 +94,18 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def reads_output_layer(self) -> bool:
+        """Whether ``forward`` is given the model's output layer."""
+        return False
+
     def forward(
         self,
         states: Sequence[Tensor],
         tokens_BT: Tensor,
         weight_B: Tensor,
         samples: Tensor | None,
+        output_layer: OutputLayer | None = None,
     ) -> Sums:
         """Return the loss summed over the given rows.
 
@@ -107,6 +114,7 @@ class Objective(nn.Module):
             tokens_BT: int64 input ids.
             weight_B: float32 weight of each row (0 for padding).
             samples: int64 [B, ...], these rows of the samples (zeros for padding rows).
+            output_layer: Without gradient, if ``reads_output_layer``.
         """
         raise NotImplementedError
 
@@ -147,6 +155,16 @@ class NoObjective(Objective):
     def taps(self) -> tuple[int, ...]:
         """Return no layer."""
         return ()
+
+
+def continues_document(tokens: Tensor, bos_id: int | None) -> Tensor:
+    """Return 1.0 where a token continues a document, 0.0 where it begins one (float32).
+
+    Without ``bos_id`` all tokens count as continuing.
+    """
+    if bos_id is None:
+        return torch.ones_like(tokens, dtype=torch.float32)
+    return (tokens != bos_id).float()
 
 
 def is_objectives(tensor: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jepa_dist.config import Config
+from jepa_dist.model.gpt import OutputLayer
 from jepa_dist.objectives.objective import DocumentStarts, Objective, Sampler, Samples, Sums
 from jepa_dist.objectives.span_loss import UNSTRUCTURED_LOSS, span_loss
 from jepa_dist.objectives.span_probe import SpanProbe
@@ -54,6 +55,7 @@ class SpanObjective(Objective):
         tokens_BT: Tensor,
         weight_B: Tensor,
         samples: Tensor | None,
+        output_layer: OutputLayer | None = None,
     ) -> Sums:
         """Return the loss summed over the given rows that have spans."""
         (h_BTD,) = states
