@@ -70,7 +70,7 @@ def test_jepa_off_compiles_what_a_build_without_it_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["span", "next_state"])
+@pytest.mark.parametrize("objective", ["span", "next_state", "next_latent"])
 def test_jepa_starting_mid_run_adds_exactly_one_graph(
     objective: str, graphs_without_objective: list[str], corpus: Path
 ) -> None:

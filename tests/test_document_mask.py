@@ -206,8 +206,9 @@ def test_impossible_settings(tmp_path: Path, corpus: Path) -> None:
     ]
     (problem,) = problems(model__document_mask=True)
     assert problem.endswith("set jepa.within_documents=true")
-    (problem,) = problems(model__document_mask=True, jepa__objective="next_state")
-    assert problem.endswith("set jepa.next_state.within_documents=true")
+    for objective in ("next_state", "next_latent"):
+        (problem,) = problems(model__document_mask=True, jepa__objective=objective)
+        assert problem.endswith(f"set jepa.{objective}.within_documents=true")
     assert check(masked(tmp_path)) == []
     with pytest.raises(UserError, match=r"model\.document_mask=true: nothing says which id"):
         check_data(

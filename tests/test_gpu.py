@@ -224,9 +224,18 @@ def test_deterministic_runs_are_equal_bit_for_bit(corpus: Path, tmp_path: Path) 
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("head", ["linear", "swiglu"])
-def test_next_state_prediction_compiled_follows_eager(corpus: Path, head: str) -> None:
-    objective = {"jepa__objective": "next_state", "jepa__next_state__head": head}
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"jepa__objective": "next_state", "jepa__next_state__head": "linear"},
+        {"jepa__objective": "next_state", "jepa__next_state__head": "swiglu"},
+        {"jepa__objective": "next_latent"},
+    ],
+    ids=["linear", "swiglu", "next_latent"],
+)
+def test_objectives_with_parameters_compiled_follow_eager(
+    corpus: Path, objective: dict[str, str]
+) -> None:
     eager = train(tiny_config(corpus, train__steps=8, **objective))
     compiled = train(tiny_config(corpus, train__steps=8, parallel__compile=True, **objective))
     for ours, expected in zip(compiled, eager, strict=True):

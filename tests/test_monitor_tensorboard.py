@@ -36,6 +36,7 @@ NOT_IN_THIS_RUN = {
     *("^mfu$", "^system/gpu_percent$", "^system/gpu_celsius$", "^straggler/.*$"),
     *("^jepa/within_doc$", "^jepa/cross_doc$", "^jepa/rows_without_span$", "^jepa/counted$"),
     *("^jepa/target_effective_rank$", "^jepa/target_mean_cosine$"),  # of next_state
+    *("^jepa/distance$", "^jepa/kl$"),  # of next_latent
     *("^checkpoint/slowdown$", "^mixture/share/.*$", "^mixture/epochs/.*$", "^loss/ce/.*$"),
 }
 

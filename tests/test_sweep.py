@@ -153,6 +153,10 @@ def arms(**changes: Any) -> dict[str, Any]:
     return {**ARMS, **changes}
 
 
+def of(objective: str) -> dict[str, Any]:
+    return {"jepa.objective": objective, "jepa.lambda": 1.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -196,6 +200,20 @@ def arms(**changes: Any) -> dict[str, Any]:
         (
             {"arms": arms(x={"jepa.lambda": 0.0, "jepa.layer": 2})},
             "arms control and x: train the same model",
+        ),
+        *(
+            (
+                {"arms": arms(a=of(objective), b={**of(objective), key: 2})},
+                "arms a and b: train the same model",
+            )
+            for objective, key in (
+                ("span", "jepa.next_state.shift"),
+                ("span", "jepa.next_latent.kl"),
+                ("next_state", "jepa.next_latent.kl"),
+                ("next_state", "jepa.spans_per_sequence"),
+                ("next_latent", "jepa.next_state.shift"),
+                ("next_latent", "jepa.spans_per_sequence"),
+            )
         ),
         (
             {"arms": arms(control={"jepa.lambda": 0.0, "optim.eps": 1e-9})},

@@ -121,8 +121,10 @@ def test_mixtures_agree(tmp_path: Path) -> None:
     assert min(parts) < ours[-1]["val/loss"] < max(parts)
 
 
-@pytest.mark.parametrize("objective", ["span", "next_state"])
-def test_muon_and_untied_parts_agree(objective: str, corpus: Path) -> None:
+@pytest.mark.parametrize(
+    ("objective", "layer"), [("span", 1), ("next_state", 1), ("next_latent", -1)]
+)
+def test_muon_and_untied_parts_agree(objective: str, layer: int, corpus: Path) -> None:
     changes = {
         "jepa__objective": objective,
         "optim__matrix": "muon",
@@ -130,7 +132,7 @@ def test_muon_and_untied_parts_agree(objective: str, corpus: Path) -> None:
         "model__tie_embeddings": False,
         "model__embedding_dim": 20,
         "model__untie_loop_mlps": True,
-        "jepa__layer": 1,
+        "jepa__layer": layer,
         "jepa__spans_per_sequence": 3,
         "jepa__start_frac": 0.2,
         "jepa__ramp_frac": 0.4,

@@ -389,14 +389,41 @@ class NextStateConfig(ObjectiveSection):
             )
 
 
+class NextLatentConfig(ObjectiveSection):
+    """The next-latent objective (docs/objective.md)."""
+
+    hidden_mult: Annotated[float, Field(gt=0.0, le=64.0, allow_inf_nan=False)] = 2.0
+    """Width of both hidden layers of the MLP, relative to model.model_dim."""
+    kl: NonNegative = 1.0
+    """Weight of the KL divergence of the next-token distributions, beside the distance of the
+    states; 0 leaves it out. Needs jepa.layer=-1."""
+    within_documents: bool = False
+    """Do not count positions whose next token begins a document (needs BOS ids in the shards)."""
+
+    def hidden(self, width: int) -> int:
+        """Return the width of the hidden layers."""
+        return int(self.hidden_mult * width)
+
+    def problems_of(self, model: ModelConfig) -> Iterator[str]:
+        """Yield the violated rules, given the model."""
+        if model.seq_len < 2:
+            yield f"model.seq_len={model.seq_len}: next_latent needs at least 2 positions"
+        if self.hidden(model.model_dim) < 1:
+            yield (
+                f"jepa.next_latent.hidden_mult={self.hidden_mult}: leaves no hidden unit at "
+                f"model.model_dim={model.model_dim}"
+            )
+
+
 class JepaConfig(Section):
     """The auxiliary objective (docs/objective.md)."""
 
     lambda_: NonNegative = Field(default=0.0, alias="lambda")
     """Weight of the JEPA loss; 0 disables the objective."""
-    objective: Literal["span", "next_state"] = "span"
+    objective: Literal["span", "next_state", "next_latent"] = "span"
     """The auxiliary loss. span: hidden states at the ends of a span move linearly (#1772).
-    next_state: a state predicts a shallow layer's state at the next position (NITP)."""
+    next_state: a state predicts a shallow layer's state at the next position (NITP). next_latent: a
+    state and the next token predict the same layer's next state (NextLat)."""
     max_span_frac: Fraction = 0.5
     """span: length of the longest span, as a fraction of the sequence."""
     start_frac: Fraction = 0.0
@@ -406,8 +433,8 @@ class JepaConfig(Section):
     stop_frac: Fraction = 1.0
     """Fraction of the run from which the objective is off again; 1: never."""
     layer: int = -1
-    """State that the loss reads (next_state: that predicts): -1: the final state before the last
-    norm; i: the output of block i at its last execution."""
+    """State that the loss reads (next_state, next_latent: that predicts): -1: the final state
+    before the last norm; i: the output of block i at its last execution."""
     spans_per_sequence: Annotated[int, Field(ge=1, le=4096)] = 1
     """span: number of spans sampled in each sequence; their losses are averaged."""
     sampler: Literal["start_then_length", "uniform"] = "start_then_length"
@@ -420,6 +447,7 @@ class JepaConfig(Section):
     """Lower bound of both norms in the cosine, relative to the RMS norm of the sequence's states;
     0: an absolute bound of 1e-8, with which gradients can explode at the start of training."""
     next_state: NextStateConfig = NextStateConfig()
+    next_latent: NextLatentConfig = NextLatentConfig()
 
     @property
     def section(self) -> ObjectiveSection | None:
@@ -448,6 +476,11 @@ class JepaConfig(Section):
             yield (
                 f"jepa.stop_frac={self.stop_frac}: must be above jepa.start_frac="
                 f"{self.start_frac}; use jepa.lambda=0 to disable the objective"
+            )
+        if self.objective == "next_latent" and self.next_latent.kl and self.layer != -1:
+            yield (
+                f"jepa.layer={self.layer}: the KL divergence of next_latent needs the final state, "
+                "-1; use jepa.next_latent.kl=0 to predict another layer's"
             )
         if self.objective == "span" and self.max_span_frac == 0:
             yield "jepa.max_span_frac=0.0: must be above 0 when jepa.lambda > 0"

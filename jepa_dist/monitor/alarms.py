@@ -101,6 +101,6 @@ class JepaAlarms:
             return ""
         return (
             f"step {record['step']}: the objective is solved trivially: its loss is {relative:.1%} "
-            f"of that of unrelated states while {name} fell to {share:.0%} of its first value. "
+            f"of that of a useless prediction while {name} fell to {share:.0%} of its first value. "
             "Lower jepa.lambda, start later (jepa.start_frac), or see docs/objective.md"
         )

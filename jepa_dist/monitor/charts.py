@@ -49,6 +49,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         ),
         "inside and across documents": _lines("jepa/within_doc", "jepa/cross_doc"),
         "weight": _lines("jepa/lambda"),
+        "next_latent: distance, KL divergence": _lines("jepa/distance", "jepa/kl"),
         "at the floor, not counted": _lines(
             "jepa/floored", "jepa/rows_without_span", "jepa/counted"
         ),

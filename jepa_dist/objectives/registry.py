@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jepa_dist.config import Config
+from jepa_dist.objectives.next_latent import NextLatentObjective
 from jepa_dist.objectives.next_state import NextStateObjective
 from jepa_dist.objectives.objective import NoObjective, Objective
 from jepa_dist.objectives.span import SpanObjective
@@ -10,6 +11,7 @@ from jepa_dist.objectives.span import SpanObjective
 OBJECTIVES: dict[str, type[Objective]] = {
     "span": SpanObjective,
     "next_state": NextStateObjective,
+    "next_latent": NextLatentObjective,
 }
 
 

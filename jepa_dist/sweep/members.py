@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from jepa_dist.config import (
     ENVIRONMENT,
     Config,
+    JepaConfig,
+    ObjectiveSection,
     QuantizationConfig,
     as_override,
     flatten,
@@ -52,11 +54,6 @@ Settings = dict[str, Any]
 # If the key has this value, keys with these prefixes have no effect.
 _IDLE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("jepa.lambda", 0, ("jepa.",)),
-    ("jepa.objective", "span", ("jepa.next_state.",)),
-    (
-        *("jepa.objective", "next_state"),
-        ("jepa.max_span_frac", "jepa.spans_per_sequence", "jepa.sampler", "jepa.within_documents"),
-    ),
     ("optim.matrix", "adamw", ("optim.muon_",)),
     ("model.tie_embeddings", True, ("optim.embed_lr", "optim.head_lr")),
     ("model.tie_embeddings", False, ("optim.tied_embed_lr", "model.tied_embed_init_std")),
@@ -66,6 +63,11 @@ _IDLE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ),
     ("optim.muon_momentum_warmup_steps", 0, ("optim.muon_momentum_warmup_start",)),
     ("optim.warmdown_frac", 0, ("optim.min_lr",)),
+)
+# Settings of the span loss, which has no section of its own.
+_OF_SPANS = (
+    *("jepa.max_span_frac", "jepa.spans_per_sequence"),
+    *("jepa.sampler", "jepa.within_documents"),
 )
 
 
@@ -395,6 +397,7 @@ def _effective(settings: Settings) -> Settings:
         WATCHING
         + MEASURING
         + LAYOUT
+        + _of_other_objectives(settings["jepa.objective"])
         + tuple(
             beginning
             for key, value, beginnings in _IDLE
@@ -404,6 +407,17 @@ def _effective(settings: Settings) -> Settings:
     )
     kept = {key: value for key, value in settings.items() if not key.startswith(idle)}
     return {**kept, "jepa.lambda": settings["jepa.lambda"]}
+
+
+def _of_other_objectives(objective: str) -> tuple[str, ...]:
+    """Return the beginnings of the keys that concern only other objectives than this one."""
+    sections = (
+        name
+        for name, field in JepaConfig.model_fields.items()
+        if isinstance(field.default, ObjectiveSection)
+    )
+    others = tuple(f"jepa.{name}." for name in sections if name != objective)
+    return others if objective == "span" else others + _OF_SPANS
 
 
 def settings_of(config: Config) -> Settings:
