@@ -17,6 +17,7 @@ from jepa_dist.data.shards import write_shard
 from jepa_dist.data.tokenizer import load_tokenizer
 from jepa_dist.errors import UserError
 from jepa_dist.evaluate.__main__ import main
+from jepa_dist.evaluate.linear_probe import bootstrap_interval, is_test, ridge_classifier
 from jepa_dist.evaluate.make_tasks import _Lines as Lines
 from jepa_dist.evaluate.make_tasks import (
     cloze,
@@ -26,7 +27,6 @@ from jepa_dist.evaluate.make_tasks import (
     read_documents,
 )
 from jepa_dist.evaluate.passes import Passes, Request
-from jepa_dist.evaluate.probe import bootstrap_interval, is_test, ridge_classifier
 from jepa_dist.evaluate.task_file import Item, check_tasks, encode_pair
 from jepa_dist.evaluate.weights import find_weights, load_model
 from jepa_dist.inference.trained import TrainedModel

@@ -12,9 +12,9 @@ from jepa_dist.config import Config
 from jepa_dist.data.check import load_checked_tokenizer
 from jepa_dist.data.tokenizer import Tokenizer
 from jepa_dist.errors import UserError
+from jepa_dist.evaluate.linear_probe import check_documents, probe
+from jepa_dist.evaluate.linear_probe import describe as describe_probes
 from jepa_dist.evaluate.passes import Passes
-from jepa_dist.evaluate.probe import check_documents, probe
-from jepa_dist.evaluate.probe import describe as describe_probes
 from jepa_dist.evaluate.quantized import QuantizationPlan, evaluate_quantized, plan_quantization
 from jepa_dist.evaluate.quantized import describe as describe_quantized
 from jepa_dist.evaluate.settings import EVALUATION, QUANTIZED_EVALUATION
