@@ -264,6 +264,7 @@ def settings(config: Config) -> dict[str, Setting]:
         "Muon": Setting(2, {"optim": {"matrix": "muon"}}),
         "JEPA": Setting(2, {"jepa": {"lambda_": 0.02}}),
         "next state": Setting(2, {"jepa": {"lambda_": 0.02, "objective": "next_state"}}),
+        "next latent": Setting(2, {"jepa": {"lambda_": 0.02, "objective": "next_latent"}}),
     }
     if config.model.num_loops:
         found["looped"] = Setting(2, {}, LAST_PHASE)
