@@ -35,7 +35,7 @@ from jepa_dist.config import Config, load
 from jepa_dist.model.execution import LAST_PHASE
 from jepa_dist.model.gpt import GPT
 from jepa_dist.objectives.objective import Objective
-from jepa_dist.objectives.span import SpanObjective
+from jepa_dist.objectives.registry import OBJECTIVES
 from jepa_dist.parallel.shard import checkpoint_activations
 from tests.without_gpu import pretend
 from tests.without_gpu.table import ATTENTION, CHECKPOINTING, Graph, Table
@@ -204,11 +204,21 @@ def _compile_variant(
             checkpoint_activations(region, checkpointing)
         if name.startswith("blocks.") or not only_blocks:
             compiler.compile(name, region)
-    jepa_loss = SpanObjective(config, bos_id=None)
-    compiler.compile("jepa", jepa_loss)
+    objectives = [] if only_blocks else list(_objectives(config))
+    for objective in objectives:
+        compiler.compile(f"objective.{objective.config.jepa.objective}", objective)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model._apply(_gathered)
-        _run(model, None if only_blocks else jepa_loss, config, compiler, checkpointing)
+        for module in (model, *objectives):
+            module._apply(_gathered)
+        _run(model, objectives, config, compiler, checkpointing)
+
+
+def _objectives(config: Config) -> Iterator[Objective]:
+    """Yield every objective, with its defaults otherwise."""
+    for name, kind in OBJECTIVES.items():
+        jepa = config.jepa.model_copy(update={"objective": name})
+        with torch.device("meta"):
+            yield kind(config.model_copy(update={"jepa": jepa}), bos_id=None)
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -219,7 +229,7 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 def _run(
     model: GPT,
-    jepa_loss: Objective | None,
+    objectives: Sequence[Objective],
     config: Config,
     compiler: Compiler,
     checkpointing: str,
@@ -230,16 +240,17 @@ def _run(
     weight = torch.ones(shape[0], device=pretend.DEVICE)
     for phase in range(LAST_PHASE + 1) if config.model.num_loops else [0]:
         with compiler.counting_runs(phase):
-            output = model(tokens, tokens, weight, phase=phase, taps=(-1,))
+            model(tokens, tokens, weight, phase=phase)
         if checkpointing == "none":  # checkpointing affects gradients only
             with torch.no_grad():
                 model(tokens, tokens, weight, phase=phase)
-    if jepa_loss is not None:
-        spans = torch.ones(
-            (shape[0], config.jepa.spans_per_sequence, 2), dtype=torch.int64, device=pretend.DEVICE
-        )
+    for objective in objectives:
+        sampled = objective.sample_shape(objective.config)
+        samples = None if sampled is None else tokens.new_ones((shape[0], *sampled))
+        layer = model.output_layer().detached() if objective.reads_output_layer else None
+        states = model(tokens, tokens, weight, taps=objective.taps).taps
         with compiler.counting_runs(0):
-            jepa_loss(output.taps, tokens, weight, spans)
+            objective(states, tokens, weight, samples, layer)
 
 
 def _summary(error: Exception) -> str:

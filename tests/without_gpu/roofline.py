@@ -58,7 +58,7 @@ def step_milliseconds(
         prediction.total * prediction.graph.runs.get(phase, 0)
         for prediction in predictions
         if prediction.graph.direction != "validation"
-        and prediction.graph.region != "jepa"
+        and not prediction.graph.region.startswith("objective.")
         and prediction.graph.attention in ("", attention)
         and prediction.graph.checkpointing in ("", checkpointing)
     )

@@ -25,7 +25,7 @@ class Graph:
     config: str
     """Name of the configuration, such as ``gpt_36m``."""
     region: str
-    """``embed``, ``blocks.0``, ``skip``, ``head`` or ``jepa``."""
+    """``embed``, ``blocks.0``, ``skip``, ``head`` or ``objective.span``."""
     direction: str
     """``forward``, ``backward``, or ``validation`` (forward without gradient)."""
     kernels: int

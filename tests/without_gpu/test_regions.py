@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jepa_dist.config import ModelConfig, load
+from jepa_dist.objectives.registry import OBJECTIVES
 from tests.without_gpu import environment, run
 from tests.without_gpu.table import ATTENTION, CHECKPOINTING, Table, differences, read_expected
 
@@ -32,7 +33,9 @@ def test_every_region_assembles(table: Table, path: Path) -> None:
     found = {(graph.region, graph.direction) for graph in graphs}
     for region in ("embed", "blocks.0", "skip", "head"):
         assert {(region, d) for d in ("forward", "backward", "validation")} <= found
-    assert {("jepa", "forward"), ("jepa", "backward")} <= found
+    for objective in OBJECTIVES:
+        region = f"objective.{objective}"
+        assert {(region, "forward"), (region, "backward")} <= found
     for graph in graphs:
         if graph.region.startswith("blocks.") and graph.direction == "forward":
             assert graph.calls[f"_scaled_dot_product_{graph.attention}_attention"] == 1
