@@ -213,6 +213,7 @@ def of(objective: str) -> dict[str, Any]:
                 ("next_state", "jepa.spans_per_sequence"),
                 ("next_latent", "jepa.next_state.shift"),
                 ("next_latent", "jepa.spans_per_sequence"),
+                ("next_latent", "jepa.norm_floor"),
             )
         ),
         (

@@ -54,6 +54,7 @@ Settings = dict[str, Any]
 # If the key has this value, keys with these prefixes have no effect.
 _IDLE: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("jepa.lambda", 0, ("jepa.",)),
+    ("jepa.objective", "next_latent", ("jepa.norm_floor",)),
     ("optim.matrix", "adamw", ("optim.muon_",)),
     ("model.tie_embeddings", True, ("optim.embed_lr", "optim.head_lr")),
     ("model.tie_embeddings", False, ("optim.tied_embed_lr", "model.tied_embed_init_std")),
