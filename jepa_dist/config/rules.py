@@ -33,7 +33,7 @@ def _between_sections(config: Config) -> Iterator[str]:
     if jepa.lambda_ and jepa.objective == "span" and model.seq_len < 3:
         yield f"model.seq_len={model.seq_len}: the JEPA objective needs at least 3 positions"
     if jepa.lambda_ and jepa.section is not None:
-        yield from jepa.section.problems_of(model)
+        yield from jepa.section.problems_of(model, jepa)
     if jepa.lambda_ and jepa.start_frac < min(1, jepa.stop_frac) and not _starts(config):
         stop = f", jepa.stop_frac={jepa.stop_frac}" if jepa.stop_frac < 1 else ""
         yield (

@@ -341,8 +341,9 @@ class ObjectiveSection(Section):
     within_documents: bool = False
     """Whether the objective needs to know where documents begin."""
 
-    def problems_of(self, model: ModelConfig) -> Iterator[str]:
-        """Yield the violated rules, given the model; asked only if the objective is chosen."""
+    def problems_of(self, model: ModelConfig, jepa: JepaConfig) -> Iterator[str]:
+        """Yield the violated rules, given the model and what all objectives share; asked only if
+        the objective is chosen."""
         yield from ()
 
 
@@ -371,8 +372,8 @@ class NextStateConfig(ObjectiveSection):
         """Return the hidden width of a swiglu head."""
         return int(self.head_mult * width)
 
-    def problems_of(self, model: ModelConfig) -> Iterator[str]:
-        """Yield the violated rules, given the model."""
+    def problems_of(self, model: ModelConfig, jepa: JepaConfig) -> Iterator[str]:
+        """Yield the violated rules, given the model and what all objectives share."""
         if self.target(model.num_layers) >= model.num_layers:
             yield (
                 f"jepa.next_state.target_layer={self.target_layer}: must be a block "
@@ -404,10 +405,15 @@ class NextLatentConfig(ObjectiveSection):
         """Return the width of the hidden layers."""
         return int(self.hidden_mult * width)
 
-    def problems_of(self, model: ModelConfig) -> Iterator[str]:
-        """Yield the violated rules, given the model."""
+    def problems_of(self, model: ModelConfig, jepa: JepaConfig) -> Iterator[str]:
+        """Yield the violated rules, given the model and what all objectives share."""
         if model.seq_len < 2:
             yield f"model.seq_len={model.seq_len}: next_latent needs at least 2 positions"
+        if self.kl and jepa.layer != -1:
+            yield (
+                f"jepa.layer={jepa.layer}: the KL divergence of next_latent needs the final state, "
+                "-1; use jepa.next_latent.kl=0 to predict another layer's"
+            )
         if self.hidden(model.model_dim) < 1:
             yield (
                 f"jepa.next_latent.hidden_mult={self.hidden_mult}: leaves no hidden unit at "
@@ -476,11 +482,6 @@ class JepaConfig(Section):
             yield (
                 f"jepa.stop_frac={self.stop_frac}: must be above jepa.start_frac="
                 f"{self.start_frac}; use jepa.lambda=0 to disable the objective"
-            )
-        if self.objective == "next_latent" and self.next_latent.kl and self.layer != -1:
-            yield (
-                f"jepa.layer={self.layer}: the KL divergence of next_latent needs the final state, "
-                "-1; use jepa.next_latent.kl=0 to predict another layer's"
             )
         if self.objective == "span" and self.max_span_frac == 0:
             yield "jepa.max_span_frac=0.0: must be above 0 when jepa.lambda > 0"
