@@ -13,6 +13,7 @@ from jepa_dist.config import load
 from jepa_dist.errors import UserError
 from jepa_dist.model import head as model_head
 from jepa_dist.model.gpt import EMBEDDED, GPT, OutputLayer
+from jepa_dist.objectives.joint import JointModel, ObjectiveInput
 from jepa_dist.objectives.next_latent import NextLatentObjective, divergence_sum
 from tests.support.tiny import tiny_config, tiny_overrides
 
@@ -101,17 +102,12 @@ def test_against_a_loop(kl_weight: float, softcap: float) -> None:
     assert ("jepa/kl" in metrics) == (kl_weight > 0)
 
 
-def test_gradients_reach_the_predicting_state_the_embedding_and_the_mlp_alone() -> None:
+def test_gradients_reach_the_predicting_state_the_embedding_and_the_mlp() -> None:
     h, embedded = random(2, 6, WIDTH), random(2, 6, WIDTH, seed=1)
     h.requires_grad_()
     embedded.requires_grad_()
-    objective, layer = objective_for(2, 6), output_layer()
-    trained = OutputLayer(*(matrix.requires_grad_() for matrix in layer if matrix is not None))
-    tokens = torch.full((2, 6), 5)
-    objective((h, embedded), tokens, torch.ones(2), None, trained.detached()).loss.backward()
-    assert trained.head_VE.grad is None
-    assert trained.proj_ED is not None
-    assert trained.proj_ED.grad is None
+    objective, tokens = objective_for(2, 6), torch.full((2, 6), 5)
+    objective((h, embedded), tokens, torch.ones(2), None, output_layer()).loss.backward()
     assert h.grad is not None
     assert h.grad[:, -1].abs().max() == 0  # only a target
     assert (h.grad[:, :-1].abs().sum(-1) > 0).all()
@@ -119,6 +115,25 @@ def test_gradients_reach_the_predicting_state_the_embedding_and_the_mlp_alone() 
     assert embedded.grad[:, 0].abs().max() == 0  # no state precedes it
     assert (embedded.grad[:, 1:].abs().sum(-1) > 0).all()
     assert all(parameter.grad is not None for parameter in objective.parameters())
+
+
+def test_no_gradient_reaches_the_head() -> None:
+    config = tiny_config(
+        Path(), jepa__objective="next_latent", jepa__lambda=1.0, jepa__layer=-1,
+        model__tie_embeddings=False, model__embedding_dim=20,
+    )  # fmt: skip
+    root = JointModel(GPT(config.model), NextLatentObjective(config, None))
+    for parameter in root.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens = torch.randint(config.model.vocab_size, (2, config.model.seq_len))
+    given = ObjectiveInput(torch.ones(2), None, None)
+    output = root(tokens, tokens, torch.ones(2), objective=given)
+    output.objective.loss.backward()
+    assert output.objective.parts["kl"] > 0
+    without = {name for name, p in root.trained_parameters().items() if p.grad is None}
+    assert {"lm_head.weight", "head_proj.weight"} <= without
+    with_gradient = root.trained_parameters().keys() - without
+    assert {"tok_emb.weight", "embed_proj.weight", "objective.leave.weight"} <= with_gradient
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])

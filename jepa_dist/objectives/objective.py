@@ -158,9 +158,11 @@ class NoObjective(Objective):
 
 
 def continues_document(tokens: Tensor, bos_id: int | None) -> Tensor:
-    """Return 1.0 where a token continues a document, 0.0 where it begins one (float32).
+    """Return 1.0 where a token continues a document, 0.0 where it begins one: float32.
 
-    Without ``bos_id`` all tokens count as continuing.
+    Args:
+        tokens: Ids, of any shape, which is the result's as well.
+        bos_id: Id that begins every document; None: all tokens continue one.
     """
     if bos_id is None:
         return torch.ones_like(tokens, dtype=torch.float32)
